@@ -1,0 +1,77 @@
+//! The CPU implementation: f32, multi-threaded, and the oracle for every other one.
+//!
+//! Owns memory and the queue, which runs each operation at once; the op families are in the modules beside this one.
+
+mod gemm;
+
+use crate::{Buffer, Device, DeviceError, Element, View, ViewMut};
+
+/// A CPU queue. Operations run on the calling thread and the rayon pool it is in.
+#[derive(Clone, Debug, Default)]
+pub struct Cpu;
+
+impl<T: Element> Buffer<T> for Vec<T> {
+    fn len(&self) -> usize {
+        self.as_slice().len()
+    }
+}
+
+impl Device for Cpu {
+    type Act = f32;
+    type Buffer<T: Element> = Vec<T>;
+    type Event = ();
+
+    fn describe(&self) -> String {
+        format!("CPU, {} threads", rayon::current_num_threads())
+    }
+
+    fn fork(&self) -> Self {
+        self.clone()
+    }
+
+    fn alloc<T: Element>(&self, len: usize, what: &str) -> Result<Vec<T>, DeviceError> {
+        let refused = || DeviceError::OutOfMemory { device: "CPU".into(), bytes: len * T::BYTES, what: what.into() };
+        let mut buffer = Vec::new();
+        buffer.try_reserve_exact(len).map_err(|_| refused())?;
+        buffer.resize(len, T::default());
+        Ok(buffer)
+    }
+
+    fn upload<T: Element>(&self, host: &[T], to: ViewMut<'_, Self, T>) {
+        slice_mut(to).copy_from_slice(host);
+    }
+
+    fn read_to_host<T: Element>(&self, from: View<'_, Self, T>, host: &mut [T]) -> Result<(), DeviceError> {
+        host.copy_from_slice(slice(from));
+        Ok(())
+    }
+
+    fn copy<T: Element>(&self, from: View<'_, Self, T>, to: ViewMut<'_, Self, T>) {
+        slice_mut(to).copy_from_slice(slice(from));
+    }
+
+    fn fill<T: Element>(&self, to: ViewMut<'_, Self, T>, value: T) {
+        slice_mut(to).fill(value);
+    }
+
+    fn record(&self) {}
+
+    fn wait(&self, (): &()) {}
+
+    fn synchronize(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+}
+
+/// The elements of a view.
+pub fn slice<T: Element>(view: View<'_, Cpu, T>) -> &[T] {
+    let (buffer, offset) = view.parts();
+    &buffer[offset..offset + view.len()]
+}
+
+/// The elements of a writable view.
+pub fn slice_mut<T: Element>(view: ViewMut<'_, Cpu, T>) -> &mut [T] {
+    let len = view.len();
+    let (buffer, offset) = view.into_parts();
+    &mut buffer[offset..offset + len]
+}

@@ -1,0 +1,175 @@
+//! The token shuffle's local half and the experts' grouped GEMM.
+//!
+//! A shuffled row is a (token, destination rank) pair. On arrival a row is expanded to one row per local expert it chose, the
+//! expanded rows grouped by expert; combining reduces them back, weighted, before the row goes home.
+
+use crate::{Accumulate, Device, Rows, View, ViewMut};
+
+/// Sizes of a shuffle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ShuffleDims {
+    /// T on this rank.
+    pub tokens: usize,
+    /// k.
+    pub top_k: usize,
+    /// E over all ranks of the expert group; a multiple of `ranks`. Rank r holds experts `r·E/W .. (r+1)·E/W`.
+    pub experts: usize,
+    /// W: ranks of the expert group.
+    pub ranks: usize,
+}
+
+impl ShuffleDims {
+    /// Experts of one rank.
+    pub fn local_experts(&self) -> usize {
+        self.experts / self.ranks
+    }
+
+    /// The most rows one token can become: one for each of its choices or of the ranks.
+    pub fn rows_per_token(&self) -> usize {
+        self.top_k.min(self.ranks)
+    }
+}
+
+/// Where the rows of a shuffle come from: the outputs of [`ExpertOps::shuffle_plan`]. Bound of R: T · [`ShuffleDims::rows_per_token`].
+pub struct ShufflePlan<'a, D: Device> {
+    /// `[W]`: rows for each destination rank.
+    pub send_counts: ViewMut<'a, D, i32>,
+    /// `[R]`: the token of each row; rows sorted by destination rank, then by token.
+    pub row_token: ViewMut<'a, D, i32>,
+    /// `[R, k]`: the row's expert ids *on its destination* (0 .. E/W), ascending, then −1.
+    pub row_experts: ViewMut<'a, D, i32>,
+    /// `[R, k]`: which choice `t·k + j` each of them was, then −1.
+    pub row_choice: ViewMut<'a, D, i32>,
+    /// `[R, k]`: its weight, then 0.
+    pub row_weights: ViewMut<'a, D, f32>,
+    /// `[T, rows_per_token]`: the rows of each token, ascending rank, then −1.
+    pub token_rows: ViewMut<'a, D, i32>,
+    /// `[1]`: R.
+    pub rows: ViewMut<'a, D, i32>,
+}
+
+/// How arrived rows become expanded ones: the outputs of [`ExpertOps::expand_plan`].
+pub struct ExpandPlan<'a, D: Device> {
+    /// `[1]`: rows that arrived, Σ `recv_counts`.
+    pub rows: ViewMut<'a, D, i32>,
+    /// `[E_local + 1]`: where each expert's expanded rows begin; the last is N.
+    pub offsets: ViewMut<'a, D, i32>,
+    /// `[R', k]`: the expanded row of each (row, expert), or −1.
+    pub slots: ViewMut<'a, D, i32>,
+    /// `[N]`: the arrived row of each expanded row; ascending inside an expert.
+    pub source: ViewMut<'a, D, i32>,
+}
+
+/// Sizes of a grouped GEMM: group e of E multiplies rows `offsets[e] .. offsets[e+1]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupedDims {
+    /// Groups.
+    pub experts: usize,
+    /// Output width.
+    pub n: usize,
+    /// Input width.
+    pub k: usize,
+}
+
+/// Sizes of a reduction over expanded rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CombineDims {
+    /// Slots of a row.
+    pub slots: usize,
+    /// H.
+    pub width: usize,
+}
+
+/// Shuffle plans, row movement and grouped GEMM, with backward passes.
+pub trait ExpertOps: Device {
+    /// Plans the shuffle of `ids[T, k]` (−1: not sent) with `weights[T, k]`. A token whose choices are all −1 gets no row.
+    fn shuffle_plan(
+        &self,
+        dims: ShuffleDims,
+        ids: View<'_, Self, i32>,
+        weights: View<'_, Self, f32>,
+        plan: ShufflePlan<'_, Self>,
+    );
+    /// Plans the expansion of arrived rows. `recv_counts[W]`; `row_experts[R', k]` as [`ShufflePlan::row_experts`] of the senders.
+    fn expand_plan(
+        &self,
+        dims: ShuffleDims,
+        recv_counts: View<'_, Self, i32>,
+        row_experts: View<'_, Self, i32>,
+        plan: ExpandPlan<'_, Self>,
+    );
+    /// `dst[i] = src[index[i]]` for rows of `width` elements.
+    fn gather_rows(
+        &self,
+        rows: Rows<'_, Self>,
+        width: usize,
+        index: View<'_, Self, i32>,
+        src: View<'_, Self, Self::Act>,
+        dst: ViewMut<'_, Self, Self::Act>,
+    );
+    /// `out[r] (+)= Σ_j weights[r, j] · y[slots[r, j]]` over the slots that are not −1, ascending j, summed in f32; no weights: all
+    /// 1. A row without slots is 0.
+    #[allow(clippy::too_many_arguments)] // the operands of one weighted sum
+    fn weighted_reduce(
+        &self,
+        rows: Rows<'_, Self>,
+        dims: CombineDims,
+        slots: View<'_, Self, i32>,
+        weights: Option<View<'_, Self, f32>>,
+        y: View<'_, Self, Self::Act>,
+        out: ViewMut<'_, Self, Self::Act>,
+        accumulate: Accumulate,
+    );
+    /// Backward of [`ExpertOps::weighted_reduce`] with weights: `dy[slots[r, j]] = weights[r, j] · dout[r]` (each slot belongs to one
+    /// (r, j)), `dweights[r, j] = ⟨dout[r], y[slots[r, j]]⟩`, 0 for −1.
+    #[allow(clippy::too_many_arguments)] // the operands of one weighted sum and their gradients
+    fn weighted_reduce_grad(
+        &self,
+        rows: Rows<'_, Self>,
+        dims: CombineDims,
+        slots: View<'_, Self, i32>,
+        weights: View<'_, Self, f32>,
+        y: View<'_, Self, Self::Act>,
+        dout: View<'_, Self, Self::Act>,
+        dy: ViewMut<'_, Self, Self::Act>,
+        dweights: ViewMut<'_, Self, f32>,
+    );
+    /// Brings weight gradients home: `dweights[row_choice[r, j]] = row_dweights[r, j]`; choices without a row get 0.
+    /// `dweights[T, k]` is overwritten.
+    fn scatter_choices(
+        &self,
+        rows: Rows<'_, Self>,
+        top_k: usize,
+        row_choice: View<'_, Self, i32>,
+        row_dweights: View<'_, Self, f32>,
+        dweights: ViewMut<'_, Self, f32>,
+    );
+
+    /// Grouped GEMM: `y[i] = x[i] · w[e]ᵀ` for the rows i of group e. `w[E, n, k]`.
+    fn grouped_linear(
+        &self,
+        dims: GroupedDims,
+        offsets: View<'_, Self, i32>,
+        x: View<'_, Self, Self::Act>,
+        w: View<'_, Self, Self::Act>,
+        y: ViewMut<'_, Self, Self::Act>,
+    );
+    /// `dx[i] = dy[i] · w[e]`, overwritten.
+    fn grouped_linear_grad_input(
+        &self,
+        dims: GroupedDims,
+        offsets: View<'_, Self, i32>,
+        dy: View<'_, Self, Self::Act>,
+        w: View<'_, Self, Self::Act>,
+        dx: ViewMut<'_, Self, Self::Act>,
+    );
+    /// `dw[e] += dyᵀ · x` over the rows of group e; an empty group adds nothing.
+    fn grouped_linear_grad_weight(
+        &self,
+        dims: GroupedDims,
+        offsets: View<'_, Self, i32>,
+        dy: View<'_, Self, Self::Act>,
+        x: View<'_, Self, Self::Act>,
+        dw: ViewMut<'_, Self, f32>,
+    );
+}

@@ -1,0 +1,24 @@
+//! The op set, one trait a family. [`Backend`] is all of them on one device.
+//!
+//! Owns signatures and contracts only. `cpu` implements them in f32 and is the oracle for every other implementation.
+
+mod attention;
+mod dense;
+mod expert;
+mod loss;
+mod optimizer;
+mod routing;
+
+pub use attention::{AttentionDims, AttentionOps, RotaryDirection};
+pub use dense::{Accumulate, DenseOps, GemmDims, NormDims, Rows};
+pub use expert::{CombineDims, ExpandPlan, ExpertOps, GroupedDims, ShuffleDims, ShufflePlan};
+pub use loss::LossOps;
+pub use optimizer::{AdamW, OptimizerOps};
+pub use routing::{BalanceGrad, BalanceSpec, Capacity, CapacityPolicy, GateDims, GateSpec, RoutingOps, Score};
+
+use crate::Device;
+
+/// A device with the whole op set.
+pub trait Backend: Device + DenseOps + AttentionOps + RoutingOps + ExpertOps + LossOps + OptimizerOps {}
+
+impl<D: Device + DenseOps + AttentionOps + RoutingOps + ExpertOps + LossOps + OptimizerOps> Backend for D {}
