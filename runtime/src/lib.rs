@@ -1,1 +1,7 @@
+//! Distributed expert-parallel training of Mixture-of-Experts models.
+//!
+//! See ARCHITECTURE.md for the map. Arrows point down: `training` knows everything below it; `model` never names a device,
+//! a transport or a file.
 
+pub mod model;
+pub mod routing;
