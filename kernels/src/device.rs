@@ -47,6 +47,28 @@ element!(f32, "F32");
 element!(f64, "F64");
 element!(i32, "I32");
 
+/// A number type that activations are computed in.
+pub trait Activation: Element {
+    /// Whether the type holds every f32, so that a compute copy can be its own master copy.
+    const HOLDS_F32: bool;
+    /// Rounds to the nearest value of this type.
+    fn from_f32(value: f32) -> Self;
+    /// The exact value.
+    fn to_f32(self) -> f32;
+}
+
+impl Activation for f32 {
+    const HOLDS_F32: bool = true;
+
+    fn from_f32(value: f32) -> Self {
+        value
+    }
+
+    fn to_f32(self) -> f32 {
+        self
+    }
+}
+
 /// What a device reports when memory or a queued operation fails.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum DeviceError {
@@ -88,7 +110,7 @@ pub trait Buffer<T: Element>: Send + Sync + Sized + 'static {
 /// operation at once and events are empty.
 pub trait Device: Clone + Send + Sync + Sized + 'static {
     /// Element type of activations and of the compute copy of parameters: f32 on CPUs; bf16, or f32 for parity, on GPUs.
-    type Act: Element;
+    type Act: Activation;
     /// Owned memory.
     type Buffer<T: Element>: Buffer<T>;
     /// A point in a queue's order.

@@ -21,7 +21,7 @@ mod device;
 pub mod ops;
 
 pub use cpu::Cpu;
-pub use device::{Buffer, Device, DeviceError, Element, View, ViewMut};
+pub use device::{Activation, Buffer, Device, DeviceError, Element, View, ViewMut};
 pub use ops::{
     Accumulate, AdamW, AttentionDims, AttentionOps, Backend, BalanceGrad, BalanceSpec, Capacity, CapacityPolicy,
     CombineDims, DenseOps, ExpandPlan, ExpertOps, GateDims, GateSpec, GemmDims, GroupedDims, LossOps, NormDims,

@@ -175,6 +175,9 @@ pub trait DenseOps: Device {
     /// `y += x`, element by element.
     fn add(&self, x: View<'_, Self, Self::Act>, y: ViewMut<'_, Self, Self::Act>);
 
+    /// `y += x` of f32 statistics.
+    fn add_f32(&self, x: View<'_, Self, f32>, y: ViewMut<'_, Self, f32>);
+
     /// The shared expert's gate (Qwen2-MoE): `out[T, H] += sigmoid(gate[T]) · shared[T, H]`.
     fn sigmoid_gate(
         &self,

@@ -4,6 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::invalid::InvalidValue;
 use crate::routing::RouterConfig;
 
 /// Which published family a model belongs to: decides tensor names on disk, nothing else.
@@ -109,25 +110,6 @@ impl Default for ModelConfig {
             max_positions: 4096,
             init_std: 0.02,
         }
-    }
-}
-
-/// A size that cannot be: the key, what it is, why not, and what would do.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
-#[error("{key} = {value}: {reason}")]
-pub struct InvalidValue {
-    /// The configuration key, dotted.
-    pub key: String,
-    /// What was found.
-    pub value: String,
-    /// Why it cannot be and what would be accepted.
-    pub reason: String,
-}
-
-impl InvalidValue {
-    /// An error for `key`.
-    pub fn new(key: &str, value: impl ToString, reason: impl Into<String>) -> Self {
-        Self { key: key.into(), value: value.to_string(), reason: reason.into() }
     }
 }
 

@@ -3,7 +3,7 @@
 use moe_kernels::CapacityPolicy;
 use serde::{Deserialize, Serialize};
 
-use crate::model::InvalidValue;
+use crate::invalid::InvalidValue;
 
 /// How tokens choose experts; each is a file of `routing` that names its paper.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

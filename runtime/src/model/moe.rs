@@ -1,0 +1,341 @@
+//! The MoE layer: route → dispatch → experts → combine → aggregate, each a stage with its own backward.
+//!
+//! Owns the order of the stages and the chunks of tokens they run in; each stage is a module of its own. It never names a
+//! transport: it is given the expert group's communicator.
+
+use std::ops::Range;
+
+use moe_kernels::{Accumulate, Backend, DeviceError, GemmDims, ShuffleDims, View, ViewMut};
+
+use super::ModelError;
+use super::config::ModelConfig;
+use super::feed_forward::DenseFeedForward;
+use super::layout::MoeTensors;
+use super::parameters::{Gradients, Weights};
+use crate::collectives::Communicator;
+use crate::dispatch::{CombineBackward, RoutedTokens, Shuffle, ShuffleScratch};
+use crate::experts::{ExpertBackward, ExpertScratch, ExpertShape, ExpertWeights, Experts};
+use crate::memory::Slot;
+use crate::routing::{
+    Balance, BatchShare, RoutePass, Router, RouterGradients, RouterLosses, RouterShape, RouterWeights,
+};
+use crate::stages::{Stage, StageClock};
+use crate::topology::share;
+
+/// A shuffle and the experts' activations of one chunk of tokens.
+struct Chunk<B: Backend> {
+    shuffle: Shuffle<B>,
+    experts: Experts<B>,
+}
+
+/// The shared expert, with the logits of its gate where it has one.
+struct SharedExpert<B: Backend> {
+    feed_forward: DenseFeedForward<B>,
+    out: Slot<B, B::Act>,
+    gate: Slot<B, f32>,
+    dout: Slot<B, B::Act>,
+    dgate: Slot<B, f32>,
+}
+
+/// Rows and gradients under way, shared by all layers.
+pub(super) struct MoeScratch<B: Backend> {
+    shuffle: ShuffleScratch<B>,
+    experts: ExpertScratch<B>,
+    dy: Slot<B, B::Act>,
+    dx: Slot<B, B::Act>,
+    dweights: Slot<B, f32>,
+}
+
+impl<B: Backend> MoeScratch<B> {
+    /// Empty scratch.
+    pub(super) fn new(device: &B) -> Result<Self, DeviceError> {
+        Ok(Self {
+            shuffle: ShuffleScratch::new(device)?,
+            experts: ExpertScratch::new(device)?,
+            dy: Slot::new(device, "expert output gradients")?,
+            dx: Slot::new(device, "expert input gradients")?,
+            dweights: Slot::new(device, "gate weight gradients")?,
+        })
+    }
+}
+
+/// One MoE layer with what its backward pass needs.
+pub(super) struct MoeLayer<B: Backend> {
+    /// Stage 1.
+    pub router: Router<B>,
+    index: usize,
+    hidden_size: usize,
+    top_k: usize,
+    chunks: Vec<Chunk<B>>,
+    shared: Option<SharedExpert<B>>,
+}
+
+/// How a rank's MoE layers are shaped beyond the model's configuration.
+#[derive(Clone, Debug)]
+pub(super) struct MoeShape {
+    /// Ranks of the expert group.
+    pub ranks: usize,
+    /// Chunks of tokens a layer runs in, at least 1.
+    pub chunks: usize,
+    /// The run's seed, for gates that draw.
+    pub seed: u64,
+}
+
+/// What a layer works with in a pass.
+pub(super) struct MoePass<'a, B: Backend, C> {
+    /// The queue.
+    pub device: &'a B,
+    /// The expert group.
+    pub group: &'a C,
+    /// The pass.
+    pub route: RoutePass,
+    /// Weights of the model.
+    pub weights: Weights<'a, B>,
+    /// Which of them are this layer's.
+    pub tensors: MoeTensors,
+}
+
+impl<B: Backend> MoeLayer<B> {
+    /// The layer at `layer`, number `index` of the MoE layers.
+    pub(super) fn new(
+        device: &B,
+        config: &ModelConfig,
+        router: RouterShape,
+        shape: &MoeShape,
+        (layer, index): (usize, usize),
+    ) -> Result<Self, DeviceError> {
+        let dims = ShuffleDims { tokens: 0, top_k: config.top_k, experts: config.experts, ranks: shape.ranks };
+        let experts = ExpertShape {
+            experts: dims.local_experts(),
+            hidden_size: config.hidden_size,
+            ffn_size: config.expert_ffn_size,
+        };
+        let chunk = |_| {
+            let shuffle = Shuffle::new(device, dims, config.hidden_size)?;
+            Ok(Chunk { shuffle, experts: Experts::new(device, experts)? })
+        };
+        let shared = (config.shared_expert_ffn_size > 0).then(|| {
+            Ok::<_, DeviceError>(SharedExpert {
+                feed_forward: DenseFeedForward::new(device, config.hidden_size, config.shared_expert_ffn_size)?,
+                out: Slot::new(device, "shared expert outputs")?,
+                gate: Slot::new(device, "shared expert gates")?,
+                dout: Slot::new(device, "shared expert output gradients")?,
+                dgate: Slot::new(device, "shared expert gate gradients")?,
+            })
+        });
+        Ok(Self {
+            router: Router::new(device, router, shape.seed, layer)?,
+            index,
+            hidden_size: config.hidden_size,
+            top_k: config.top_k,
+            chunks: (0..shape.chunks).map(chunk).collect::<Result<_, DeviceError>>()?,
+            shared: shared.transpose()?,
+        })
+    }
+
+    /// The tokens of a chunk.
+    fn chunk_tokens(&self, tokens: usize, chunk: usize) -> Range<usize> {
+        share(tokens, self.chunks.len(), chunk)
+    }
+
+    /// `out_TH` (overwritten) from the normed `x_TH`, and this layer's balance statistics.
+    pub(super) fn forward<C: Communicator<B>>(
+        &mut self,
+        pass: &MoePass<'_, B, C>,
+        balance: &mut Balance<B>,
+        scratch: &mut MoeScratch<B>,
+        clock: &mut StageClock,
+        (x_TH, mut out_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
+    ) -> Result<(), ModelError> {
+        let (device, t, h, k) = (pass.device, pass.route.tokens, self.hidden_size, self.top_k);
+        let (counts, prob_sums) = balance.layer_mut(self.index);
+        let weights = router_weights(pass);
+        self.router.forward(device, pass.route, x_TH, &weights, counts, prob_sums)?;
+        clock.lap(Stage::Route);
+        for index in 0..self.chunks.len() {
+            let tokens = self.chunk_tokens(t, index);
+            let Chunk { shuffle, experts } = &mut self.chunks[index];
+            let routed = RoutedTokens {
+                x_TH: x_TH.sub(tokens.start * h..tokens.end * h),
+                kept: self.router.kept(t).sub(tokens.start * k..tokens.end * k),
+                weights: self.router.weights(t).sub(tokens.start * k..tokens.end * k),
+            };
+            shuffle.dispatch(device, pass.group, &mut scratch.shuffle, routed)?;
+            clock.lap(Stage::Dispatch);
+            let grouped = shuffle.grouped();
+            experts.forward(device, grouped, shuffle.expanded(), expert_weights(pass))?;
+            clock.lap(Stage::Experts);
+            let y = experts.y.view(grouped.rows.bound * h);
+            let out = out_TH.reborrow().sub(tokens.start * h..tokens.end * h);
+            shuffle.combine(device, pass.group, &mut scratch.shuffle, y, out)?;
+            clock.lap(Stage::Combine);
+        }
+        if let Some(shared) = &mut self.shared {
+            shared.forward(pass, h, x_TH, out_TH)?;
+        }
+        clock.lap(Stage::Aggregate);
+        Ok(())
+    }
+
+    /// Forms the losses of a noisy gate; others have none beside the balance loss.
+    pub(super) fn form_noisy_losses<C: Communicator<B>>(
+        &mut self,
+        device: &B,
+        world: &C,
+        balance: &mut Balance<B>,
+        pass: RoutePass,
+        batch: BatchShare,
+    ) -> Result<(), ModelError> {
+        balance.add_z(device, &self.router.statistics);
+        if self.router.form().noisy {
+            balance.form_noisy(device, world, &mut self.router.statistics, pass, batch)?;
+        }
+        Ok(())
+    }
+
+    /// Backward: `dx_TH` (overwritten) from `dout_TH` and the forward pass's `x_TH`.
+    pub(super) fn backward<C: Communicator<B>>(
+        &mut self,
+        pass: &MoePass<'_, B, C>,
+        gradients: &mut Gradients<'_, B>,
+        losses: RouterLosses<'_, B>,
+        scratch: &mut MoeScratch<B>,
+        clock: &mut StageClock,
+        tensors: MoeBackward<'_, B>,
+    ) -> Result<(), ModelError> {
+        let MoeBackward { x_TH, dout_TH, mut dx_TH } = tensors;
+        let (device, t, h, k) = (pass.device, pass.route.tokens, self.hidden_size, self.top_k);
+        device.fill(dx_TH.reborrow(), B::Act::default());
+        if let Some(shared) = &mut self.shared {
+            shared.backward(pass, gradients, h, (x_TH, dout_TH, dx_TH.reborrow()))?;
+        }
+        clock.lap(Stage::Aggregate);
+        scratch.dweights.reserve(device, t * k)?;
+        for index in 0..self.chunks.len() {
+            let tokens = self.chunk_tokens(t, index);
+            let rows = tokens.start * h..tokens.end * h;
+            let Chunk { shuffle, experts } = &mut self.chunks[index];
+            let grouped = shuffle.grouped();
+            let n = grouped.rows.bound;
+            scratch.dy.reserve(device, n * h)?;
+            scratch.dx.reserve(device, n * h)?;
+            let combine = CombineBackward {
+                dout_TH: dout_TH.sub(rows.clone()),
+                y_NH: experts.y.view(n * h),
+                dy_NH: scratch.dy.view_mut(n * h),
+                dweights: scratch.dweights.view_mut(t * k).sub(tokens.start * k..tokens.end * k),
+            };
+            shuffle.combine_backward(device, pass.group, &mut scratch.shuffle, combine)?;
+            clock.lap(Stage::Combine);
+            let (flat, [gate_up, down]) = gradients.several([pass.tensors.experts.gate_up, pass.tensors.experts.down]);
+            let tensors = ExpertBackward {
+                x_NH: shuffle.expanded(),
+                dy_NH: scratch.dy.view(n * h),
+                dx_NH: scratch.dx.view_mut(n * h),
+                weights: expert_weights(pass),
+                gradients: flat,
+                gate_up,
+                down,
+            };
+            experts.backward(device, &mut scratch.experts, grouped, tensors)?;
+            clock.lap(Stage::Experts);
+            let (dx_NH, dx) = (scratch.dx.view(n * h), dx_TH.reborrow().sub(rows));
+            shuffle.dispatch_backward(device, pass.group, &mut scratch.shuffle, dx_NH, dx)?;
+            clock.lap(Stage::Dispatch);
+        }
+        self.route_backward(pass, gradients, losses, scratch.dweights.view_mut(t * k), (x_TH, dx_TH));
+        clock.lap(Stage::Route);
+        Ok(())
+    }
+
+    fn route_backward<C>(
+        &mut self,
+        pass: &MoePass<'_, B, C>,
+        gradients: &mut Gradients<'_, B>,
+        losses: RouterLosses<'_, B>,
+        dweights: ViewMut<'_, B, f32>,
+        (x_TH, dx_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
+    ) {
+        let noise_tensor = pass.tensors.router_noise.unwrap_or(pass.tensors.router);
+        let (flat, [router, noise]) = gradients.several([pass.tensors.router, noise_tensor]);
+        let noise = pass.tensors.router_noise.map(|_| noise);
+        let gradients = RouterGradients { dweights, dx_TH, flat, router, noise };
+        self.router.backward(pass.device, pass.route, x_TH, &router_weights(pass), losses, gradients);
+    }
+}
+
+fn router_weights<'a, B: Backend, C>(pass: &MoePass<'a, B, C>) -> RouterWeights<'a, B> {
+    RouterWeights {
+        router: pass.weights.get(pass.tensors.router),
+        noise: pass.tensors.router_noise.map(|id| pass.weights.get(id)),
+    }
+}
+
+fn expert_weights<'a, B: Backend, C>(pass: &MoePass<'a, B, C>) -> ExpertWeights<'a, B> {
+    ExpertWeights {
+        gate_up: pass.weights.get(pass.tensors.experts.gate_up),
+        down: pass.weights.get(pass.tensors.experts.down),
+    }
+}
+
+/// Tensors of [`MoeLayer::backward`].
+pub(super) struct MoeBackward<'a, B: Backend> {
+    /// The forward pass's input.
+    pub x_TH: View<'a, B, B::Act>,
+    /// Gradient of the output.
+    pub dout_TH: View<'a, B, B::Act>,
+    /// Gradient of the input, overwritten.
+    pub dx_TH: ViewMut<'a, B, B::Act>,
+}
+
+impl<B: Backend> SharedExpert<B> {
+    /// Adds the shared expert's output to `out_TH`.
+    fn forward<C>(
+        &mut self,
+        pass: &MoePass<'_, B, C>,
+        h: usize,
+        x_TH: View<'_, B, B::Act>,
+        out_TH: ViewMut<'_, B, B::Act>,
+    ) -> Result<(), DeviceError> {
+        let Some(tensors) = pass.tensors.shared else { return Ok(()) };
+        let (device, t) = (pass.device, pass.route.tokens);
+        self.out.reserve(device, t * h)?;
+        self.feed_forward.forward(device, pass.weights, tensors, x_TH, self.out.view_mut(t * h))?;
+        match pass.tensors.shared_router {
+            None => device.add(self.out.view(t * h), out_TH),
+            Some(gate) => {
+                self.gate.reserve(device, t)?;
+                let dims = GemmDims { m: t, n: 1, k: h };
+                device.linear_f32(dims, x_TH, pass.weights.get(gate), self.gate.view_mut(t));
+                device.sigmoid_gate(h, self.gate.view(t), self.out.view(t * h), out_TH);
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds the shared expert's part to `dx_TH`.
+    fn backward<C>(
+        &mut self,
+        pass: &MoePass<'_, B, C>,
+        gradients: &mut Gradients<'_, B>,
+        h: usize,
+        (x_TH, dout_TH, mut dx_TH): (View<'_, B, B::Act>, View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
+    ) -> Result<(), DeviceError> {
+        let Some(tensors) = pass.tensors.shared else { return Ok(()) };
+        let (device, t) = (pass.device, pass.route.tokens);
+        let dout = if let Some(gate) = pass.tensors.shared_router {
+            self.dout.reserve(device, t * h)?;
+            self.dgate.reserve(device, t)?;
+            let (logits, out) = (self.gate.view(t), self.out.view(t * h));
+            device.sigmoid_gate_grad(h, dout_TH, logits, out, self.dout.view_mut(t * h), self.dgate.view_mut(t));
+            let dims = GemmDims { m: t, n: 1, k: h };
+            let (dgate, weight) = (self.dgate.view(t), pass.weights.get(gate));
+            device.linear_f32_grad_input(dims, dgate, weight, dx_TH.reborrow(), Accumulate::Add);
+            device.linear_f32_grad_weight(dims, dgate, x_TH, gradients.get(gate));
+            self.dout.view(t * h)
+        } else {
+            dout_TH
+        };
+        self.feed_forward.backward(device, (pass.weights, gradients), tensors, x_TH, dout, dx_TH, Accumulate::Add)
+    }
+}
