@@ -1,3 +1,4 @@
 //! Distributed expert-parallel training of Mixture-of-Experts models.
 
+pub mod collectives;
 pub mod topology;
