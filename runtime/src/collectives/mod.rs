@@ -20,6 +20,8 @@ mod exchange;
 mod host;
 mod launch;
 pub mod local;
+#[cfg(feature = "mpi")]
+pub mod mpi;
 mod transport;
 
 use moe_kernels::{Device, Element, View, ViewMut};
