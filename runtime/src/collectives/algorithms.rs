@@ -16,10 +16,10 @@ use crate::topology::share;
 
 type Result<T> = std::result::Result<T, CollectiveError>;
 
-/// Bytes that one rank has under way at a time in collectives whose sizes all ranks know. Large enough that the wait at a
-/// segment's end does not count, small enough that a segment's sums stay in the last-level cache.
-const SEGMENT_BYTES: usize = 16 << 20;
-/// Below this, one round of whole buffers is faster than two rounds of parts: latency is all that counts.
+/// Bytes that one rank has under way at a time in collectives whose sizes all ranks know: long enough that the wait at a
+/// segment's end does not count, short enough that staging a model's gradients takes no memory to speak of.
+const SEGMENT_BYTES: usize = 4 << 20;
+/// Up to this, one round of whole buffers is faster than two rounds of parts: latency is all that counts.
 const SHORT_BYTES: usize = 16 << 10;
 /// Elements summed at a time: all ranks' contributions to them fit the first-level cache.
 const FOLD: usize = 1024;
@@ -199,7 +199,7 @@ pub(super) fn all_reduce<T: Reducible>(call: &mut Call<'_>, op: ReduceOp, buffer
     for segment in segments(buffer.len(), SEGMENT_BYTES / T::BYTES) {
         let segment = &mut buffer[segment];
         call.next_round();
-        if call.size() == 2 || size_of_val(segment) <= SHORT_BYTES {
+        if size_of_val(segment) <= SHORT_BYTES {
             all_reduce_whole(call, op, segment)?;
         } else {
             all_reduce_parts(call, op, segment)?;

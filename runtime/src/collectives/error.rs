@@ -13,7 +13,8 @@ use crate::topology::Rank;
 /// returns the same error, and receive buffers hold partial data.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum CollectiveError {
-    /// Some ranks were not heard from before the deadline.
+    /// Some ranks were not heard from before the deadline. A rank that is held up elsewhere by the absent one is missed here
+    /// too: the culprit is the one that is named by others and reports nothing itself.
     #[error("{collective} at step {step} in the {group} group waited {} for {}", seconds(*waited), ranks(missing))]
     Timeout {
         /// The collective, by its name in [`super::Communicator`].

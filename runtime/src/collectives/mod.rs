@@ -172,7 +172,7 @@ pub trait Communicator<D: Device>: Send + Sync + Sized {
     fn barrier(&self) -> Result<(), CollectiveError>;
 
     /// Splits the group: ranks that give the same `color` form a new one, ordered by `key` and then by their rank here. `name`
-    /// is what messages call it.
+    /// is what messages call it. A worker splits its groups on one thread, and can make about a thousand in its life.
     fn split(&self, name: &str, color: usize, key: usize) -> Result<Self, CollectiveError>;
 }
 

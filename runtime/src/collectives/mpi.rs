@@ -4,7 +4,7 @@
 //! uses MPI's own collectives after the start, since they can neither time out nor say who is missing.
 //!
 //! # Threads
-//! MPI is initialised with MPI_THREAD_SERIALIZED: any thread may call it, one at a time. The one [`Transport`] of the process
+//! MPI is initialised with MPI_THREAD_SERIALIZED: any thread may call it, one at a time. The one transport of the process
 //! lives behind the worker's lock, and every call goes through it, so communicators are `Send` and `Sync` and threads that use
 //! different groups take turns.
 //!
@@ -91,18 +91,17 @@ impl MpiWorld {
                 "the launcher started rank {launched} of {of}, but MPI sees rank {rank} of {size}: this program is linked with \
                  another MPI than the launcher's"
             ))
+        } else if largest_tag() < Tag::MAX {
+            Some(format!("its largest tag is {}, and {} is needed", largest_tag(), Tag::MAX))
         } else {
-            let largest = largest_tag();
-            (largest < Tag::MAX).then(|| format!("its largest tag is {largest}, and {} is needed", Tag::MAX))
+            // SAFETY: MPI is initialised, and the constants are handles that it predefines.
+            check(unsafe { ffi::MPI_Comm_set_errhandler(ffi::RSMPI_COMM_WORLD, ffi::RSMPI_ERRORS_RETURN) }).err()
         };
         if let Some(text) = refusal {
             // Peers may have got further: ending MPI would wait for them.
             std::mem::forget(universe);
             return Err(failed(text));
         }
-        // SAFETY: MPI is initialised, and the constants are handles that it predefines.
-        check(unsafe { ffi::MPI_Comm_set_errhandler(ffi::RSMPI_COMM_WORLD, ffi::RSMPI_ERRORS_RETURN) })
-            .map_err(failed)?;
 
         let end = Arc::new(End::default());
         let chunk_bytes = options.chunk_bytes.clamp(1, c_int::MAX as usize);

@@ -1,0 +1,187 @@
+//! Collectives between processes: each test starts itself under mpirun, where the same function is the body of every rank.
+#![cfg(feature = "mpi")]
+#![allow(clippy::unwrap_used, reason = "clippy.toml allows it in test functions, but not in their helpers")]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::io::{Read, Seek};
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use moe_kernels::{Cpu, View, ViewMut};
+use moe_runtime::collectives::mpi::{MpiOptions, MpiWorld};
+use moe_runtime::collectives::{CollectiveError, Communicator, Context, HostCommunicator, ReduceOp, launcher};
+use moe_runtime::topology::Rank;
+
+mod collective_bodies;
+
+/// Starting four ranks on a busy machine takes seconds; a hang takes for ever.
+const LIMIT: Duration = Duration::from_secs(100);
+
+/// Temporary failure, as the worker's exit codes have it.
+const RETRY: i32 = 75;
+
+/// Counts what a thread allocates, and leaves the rest to the system.
+struct Counting;
+
+thread_local! {
+    static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
+}
+
+// SAFETY: every call is the system allocator's own; counting touches no memory that is managed here.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // A thread that is ending has no counter any more, and nobody asks for it.
+        let _ = ALLOCATIONS.try_with(|count| count.set(count.get() + 1));
+        // SAFETY: the caller's promise, passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise, passed on.
+        unsafe { System.dealloc(at, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Runs `body` on `ranks` processes, or as one of them where this process is one. `None`: there is no mpirun here.
+fn under_mpirun(
+    test: &str,
+    ranks: usize,
+    context: Context,
+    options: MpiOptions,
+    body: impl FnOnce(MpiWorld, HostCommunicator),
+) -> Option<ExitStatus> {
+    if let Some(facts) = launcher(|name| std::env::var(name).ok()) {
+        let (mpi, world) = MpiWorld::init(&facts, context, options).unwrap();
+        assert_eq!(world.size(), ranks);
+        body(mpi, world);
+        return None;
+    }
+    let mut output = tempfile::tempfile().unwrap();
+    let started = Command::new("mpirun")
+        .args(["--oversubscribe", "--allow-run-as-root", "-n", &ranks.to_string()])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture"])
+        .stdin(Stdio::null())
+        .stdout(output.try_clone().unwrap())
+        .stderr(output.try_clone().unwrap())
+        .spawn();
+    let mut mpirun = match started {
+        Ok(mpirun) => mpirun,
+        Err(error) => {
+            assert_ne!(std::env::var("CI").as_deref(), Ok("true"), "mpirun cannot be started: {error}");
+            eprintln!("not tested here, since mpirun cannot be started: {error}");
+            return None;
+        }
+    };
+    let began = Instant::now();
+    let status = loop {
+        if let Some(status) = mpirun.try_wait().unwrap() {
+            break status;
+        }
+        if began.elapsed() > LIMIT {
+            mpirun.kill().unwrap();
+            panic!("{test} still runs after {LIMIT:?}\n{}", text(&mut output));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    println!("{}", text(&mut output));
+    Some(status)
+}
+
+fn text(output: &mut std::fs::File) -> String {
+    let mut text = String::new();
+    output.rewind().unwrap();
+    output.read_to_string(&mut text).unwrap();
+    text
+}
+
+#[test]
+fn every_collective_on_four_ranks() {
+    let ended =
+        under_mpirun("every_collective_on_four_ranks", 4, Context::default(), MpiOptions::default(), |_mpi, world| {
+            collective_bodies::every_collective(&world);
+        });
+    assert!(ended.is_none_or(|status| status.success()), "{ended:?}");
+}
+
+#[test]
+fn every_collective_on_three_ranks_in_small_pieces() {
+    let options = MpiOptions { chunk_bytes: 1000 };
+    let test = "every_collective_on_three_ranks_in_small_pieces";
+    let ended = under_mpirun(test, 3, Context::default(), options, |_mpi, world| {
+        collective_bodies::every_collective(&world);
+    });
+    assert!(ended.is_none_or(|status| status.success()), "{ended:?}");
+}
+
+#[test]
+fn a_missing_rank_is_named_and_all_leave_with_the_same_code() {
+    let test = "a_missing_rank_is_named_and_all_leave_with_the_same_code";
+    let deadline = Duration::from_millis(500);
+    let ended = under_mpirun(test, 3, Context::default(), MpiOptions::default(), |mpi, world| {
+        let expert = world.split("expert", 0, 0).unwrap();
+        world.barrier().unwrap();
+        if world.rank() != 2 {
+            world.context().set_deadline(deadline);
+            world.context().set_step(12);
+            // Long enough that sending waits for the receiver, too.
+            let (send, counts) = (vec![1_f32; 3 << 20], vec![1 << 20; 3]);
+            let mut recv = vec![0_f32; 3 << 20];
+            let (counts, recv) = (View::of(&counts), ViewMut::of(&mut recv));
+            let result = expert.all_to_all_v(&Cpu, 1, View::of(&send), counts, recv, counts);
+            let Err(CollectiveError::Timeout { collective, group, step, waited, missing }) = result else {
+                panic!("{result:?}")
+            };
+            assert_eq!((collective, &*group, step, &*missing), ("all_to_all_v", "expert", 12, &[Rank(2)][..]));
+            assert!(waited >= deadline && waited < 20 * deadline, "{waited:?}");
+            world.context().set_deadline(Duration::from_secs(60));
+        }
+        // The group is lost, the world is not: here the missing rank waits for those that miss it.
+        world.barrier().unwrap();
+        mpi.abandon(RETRY);
+    });
+    assert!(ended.is_none_or(|status| status.code() == Some(RETRY)), "{ended:?}");
+}
+
+#[test]
+fn a_rank_that_leaves_early_takes_the_job_with_it() {
+    let test = "a_rank_that_leaves_early_takes_the_job_with_it";
+    let ended = under_mpirun(test, 3, Context::new(2 * LIMIT), MpiOptions::default(), |mpi, world| {
+        if world.rank() == 1 {
+            mpi.abandon(RETRY);
+        }
+        let waited_in_vain = world.barrier();
+        panic!("{waited_in_vain:?}");
+    });
+    assert!(ended.is_none_or(|status| status.code() == Some(RETRY)), "{ended:?}");
+}
+
+#[test]
+fn nothing_is_allocated_after_the_first_calls() {
+    let test = "nothing_is_allocated_after_the_first_calls";
+    let ended = under_mpirun(test, 3, Context::default(), MpiOptions::default(), |_mpi, world| {
+        let size = world.size();
+        let (send, counts) = (vec![1_f32; 3000], vec![100; size]);
+        let (mut recv, mut sum, mut all) = (vec![0_f32; 3000], vec![1_f32; 20_000], vec![0_f32; 3000 * size]);
+        let mut step = || {
+            let counts = View::of(&counts);
+            world.all_to_all_v(&Cpu, 10, View::of(&send), counts, ViewMut::of(&mut recv), counts).unwrap();
+            world.all_reduce(&Cpu, ViewMut::of(&mut sum), ReduceOp::Max).unwrap();
+            world.all_gather(&Cpu, View::of(&send), ViewMut::of(&mut all)).unwrap();
+            world.barrier().unwrap();
+        };
+        for _ in 0..3 {
+            step();
+        }
+        let before = ALLOCATIONS.get();
+        for _ in 0..5 {
+            step();
+        }
+        assert_eq!(ALLOCATIONS.get() - before, 0);
+    });
+    assert!(ended.is_none_or(|status| status.success()), "{ended:?}");
+}
