@@ -41,7 +41,7 @@ pub enum BalanceError {
 pub struct BalanceReport {
     /// The balance loss before its coefficient: k where the load is even. Averaged over layers unless they are pooled.
     pub balance_loss: f64,
-    /// cv² of importance and load of noisy gates, summed over passes.
+    /// cv² of importance and load of noisy gates, summed over layers and passes.
     pub noisy_loss: f64,
     /// Σ over tokens and layers of lse².
     pub z_sum: f64,
