@@ -3,6 +3,7 @@
 //! See ARCHITECTURE.md for the map. Arrows point down: `training` knows everything below it; `model` never names a device,
 //! a transport or a file.
 
+pub mod config;
 pub mod data;
 pub mod exit;
 pub mod model;
