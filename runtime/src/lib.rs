@@ -8,3 +8,4 @@ pub mod data;
 pub mod exit;
 pub mod model;
 pub mod routing;
+pub mod telemetry;
