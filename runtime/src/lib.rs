@@ -7,11 +7,17 @@
 #![allow(non_snake_case)]
 
 pub mod collectives;
+pub mod config;
+pub mod data;
 pub mod dispatch;
+pub mod exit;
 pub mod experts;
 pub mod invalid;
 pub mod memory;
 pub mod model;
+pub mod optimizer;
 pub mod routing;
 pub mod stages;
+pub mod telemetry;
 pub mod topology;
+pub mod training;

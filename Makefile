@@ -1,0 +1,41 @@
+# Two commands do everything on a fresh Debian or Ubuntu machine with git and Rust: `make quickstart` and `make test`.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+RANKS ?= 4
+RUN_DIR ?= runs/quickstart
+STEPS ?= 200
+MPIRUN := mpirun --oversubscribe $(if $(filter 0,$(shell id -u)),--allow-run-as-root)
+
+.PHONY: help
+help: ## Say what there is.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: ## Install the system packages that building and running need.
+	@deploy/setup.sh
+
+.PHONY: build
+build: setup ## Build moe-worker and moe-launch, optimised.
+	cargo build --release --locked
+
+.PHONY: quickstart
+quickstart: build ## Train a small MoE model on real text with four MPI ranks, then let it write.
+	@rm -rf $(RUN_DIR)
+	$(MPIRUN) -n $(RANKS) target/release/moe-worker --run-dir $(RUN_DIR) --steps $(STEPS) --set train.log_every=20
+	@echo; echo "A sample from the trained model:"
+	target/release/moe-launch generate --checkpoint $(RUN_DIR) --prompt "pub fn " --tokens 200
+
+.PHONY: test
+test: setup ## Everything CI runs: format, lints, documentation, all tests, runs under mpirun.
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	cargo clippy --package moe-runtime --no-default-features --lib --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
+	cargo test --workspace --locked
+
+.PHONY: clean
+clean: ## Remove what was built.
+	cargo clean

@@ -1,0 +1,197 @@
+//! The sections of a configuration beside the model's and the router's, and their defaults.
+//!
+//! Owns names, units and defaults. What a value may be is checked in `validate`; what it does is its user's business.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::values::{automatic, one_or_many};
+
+/// How the ranks share the work.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ParallelConfig {
+    /// EP: ranks that share one set of experts; None (`"auto"`): chosen from the ranks and the experts.
+    #[serde(with = "automatic")]
+    pub ep: Option<usize>,
+    /// Parts a layer's tokens are cut into, so that one part's shuffle overlaps another's experts.
+    pub chunks: usize,
+}
+
+impl Default for ParallelConfig {
+    fn default() -> Self {
+        Self { ep: None, chunks: 1 }
+    }
+}
+
+/// Which parameters decay.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DecayGroups {
+    /// Matrices and embeddings; norms and biases do not.
+    #[default]
+    Matrices,
+    /// Every parameter.
+    All,
+}
+
+/// AdamW (Loshchilov and Hutter 2019).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OptimizerConfig {
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// What it applies to.
+    pub decay: DecayGroups,
+    /// Largest norm of the whole gradient, every parameter counted once; 0: no clipping.
+    pub clip_grad_norm: f64,
+}
+
+impl Default for OptimizerConfig {
+    fn default() -> Self {
+        Self {
+            lr: 1e-3,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.1,
+            decay: DecayGroups::Matrices,
+            clip_grad_norm: 1.0,
+        }
+    }
+}
+
+/// The course of the learning rate after the warm-up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScheduleKind {
+    /// Half a cosine from the peak to `min_ratio` of it (Loshchilov and Hutter 2017).
+    #[default]
+    Cosine,
+    /// Warm-up, stable, decay: the peak, then down to `min_ratio` of it over the last `decay_fraction` (Hu et al. 2024).
+    Wsd,
+    /// The peak.
+    Constant,
+}
+
+/// The learning rate over the steps.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ScheduleConfig {
+    /// Its course.
+    pub kind: ScheduleKind,
+    /// Its length in steps; None (`"auto"`): `train.steps`. Always set in a resolved configuration.
+    #[serde(with = "automatic")]
+    pub steps: Option<u64>,
+    /// Steps of linear rise from 0 to the peak; a schedule no longer than these only rises.
+    pub warmup_steps: u64,
+    /// The last learning rate over the peak.
+    pub min_ratio: f64,
+    /// Share of the steps that `wsd` decays over.
+    pub decay_fraction: f64,
+}
+
+impl Default for ScheduleConfig {
+    fn default() -> Self {
+        Self { kind: ScheduleKind::Cosine, steps: None, warmup_steps: 10, min_ratio: 0.1, decay_fraction: 0.2 }
+    }
+}
+
+/// How long, how much at a time, and how often what is written.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainConfig {
+    /// Optimizer steps, counted from the start of the run and not from where it resumes.
+    pub steps: u64,
+    /// Seeds initial weights, sample order and noise.
+    pub seed: u64,
+    /// Sequences a step, over all ranks.
+    pub global_batch: usize,
+    /// Sequences a rank and pass; None (`"auto"`): as many as a rank has, at most [`TrainConfig::MICRO_BATCH_LIMIT`].
+    #[serde(with = "automatic")]
+    pub micro_batch: Option<usize>,
+    /// S: tokens of a sequence.
+    pub sequence_length: usize,
+    /// Steps between evaluations on the held-out text; 0: only after the last step.
+    pub eval_every: u64,
+    /// Global batches of an evaluation; 0: the whole held-out text.
+    pub eval_batches: usize,
+    /// Steps between checkpoints; 0: only after the last step.
+    pub checkpoint_every: u64,
+    /// Newest checkpoints that are kept.
+    pub keep_checkpoints: usize,
+    /// Steps between log lines.
+    pub log_every: u64,
+}
+
+impl TrainConfig {
+    /// The largest micro-batch that is chosen automatically.
+    pub const MICRO_BATCH_LIMIT: usize = 8;
+
+    /// Sequences a rank and pass when `world` ranks share a step.
+    pub fn micro_batch_for(&self, world: usize) -> usize {
+        let share = self.global_batch.div_ceil(world.max(1));
+        self.micro_batch.unwrap_or(share.min(Self::MICRO_BATCH_LIMIT)).max(1)
+    }
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            steps: 200,
+            seed: 1,
+            global_batch: 16,
+            micro_batch: None,
+            sequence_length: 128,
+            eval_every: 0,
+            eval_batches: 8,
+            checkpoint_every: 0,
+            keep_checkpoints: 2,
+            log_every: 1,
+        }
+    }
+}
+
+/// The text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DataConfig {
+    /// Text files and directories of them; none: the default corpus. One path may stand without brackets.
+    #[serde(deserialize_with = "one_or_many")]
+    pub paths: Vec<PathBuf>,
+    /// The tokenizer: `bytes`.
+    pub tokenizer: String,
+    /// Share of the text, at its end, that is held out for evaluation; 0: none.
+    pub validation_fraction: f64,
+}
+
+impl Default for DataConfig {
+    fn default() -> Self {
+        Self { paths: Vec::new(), tokenizer: crate::data::ByteTokenizer::NAME.into(), validation_fraction: 0.1 }
+    }
+}
+
+/// How the program runs here; never changes what is computed, apart from the rounding of another thread count.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RunConfig {
+    /// Compute threads of a rank; 0: the machine's cores shared by the ranks on it.
+    pub threads: usize,
+    /// Seconds a collective waits for its peers before it names who is missing.
+    pub collective_timeout_s: f64,
+}
+
+impl Default for RunConfig {
+    fn default() -> Self {
+        Self { threads: 0, collective_timeout_s: 60.0 }
+    }
+}

@@ -1,0 +1,221 @@
+//! Which values can be: every rule that is not a type's.
+//!
+//! Owns the ranges of the sections beside the model's and the router's, and the rules between sections. It looks at values only
+//! and allocates nothing.
+
+use std::time::Duration;
+
+use super::{Config, RunConfig};
+use crate::invalid::InvalidValue;
+
+/// The longest wait a collective can be given: a week.
+const LONGEST_TIMEOUT_S: f64 = 7.0 * 24.0 * 3600.0;
+
+/// The largest whole number that TOML holds.
+const LARGEST: u64 = i64::MAX as u64;
+
+impl Config {
+    /// Checks every value, and the whole against `world` ranks; the configuration is a resolved one. The error names the first
+    /// key that cannot be as it is, and what would do.
+    pub fn validate(&self, world: usize) -> Result<(), InvalidValue> {
+        self.validate_data()?;
+        self.model.validate(&self.router)?;
+        self.validate_parallel(world)?;
+        self.validate_optimizer()?;
+        self.validate_schedule()?;
+        self.validate_train(world)?;
+        let timeout = self.run.collective_timeout_s;
+        if !(timeout > 0.0 && timeout <= LONGEST_TIMEOUT_S) {
+            let reason = format!("must be a number of seconds above 0 and at most {LONGEST_TIMEOUT_S}");
+            return Err(InvalidValue::new("run.collective_timeout_s", timeout, reason));
+        }
+        Ok(())
+    }
+
+    fn validate_data(&self) -> Result<(), InvalidValue> {
+        let name = &self.data.tokenizer;
+        let Ok(tokenizer) = crate::data::tokenizer(name) else {
+            return Err(InvalidValue::new("data.tokenizer", format!("{name:?}"), "must be \"bytes\""));
+        };
+        let (vocabulary, needed) = (self.model.vocab_size, tokenizer.vocab_size());
+        if vocabulary < needed {
+            let reason =
+                format!("data.tokenizer = {name:?} makes {needed} different tokens; set it to {needed} or more");
+            return Err(InvalidValue::new("model.vocab_size", vocabulary, reason));
+        }
+        let fraction = self.data.validation_fraction;
+        if !(0.0..1.0).contains(&fraction) {
+            let reason = "must be at least 0 and below 1: the share of the text that is held out";
+            return Err(InvalidValue::new("data.validation_fraction", fraction, reason));
+        }
+        Ok(())
+    }
+
+    fn validate_parallel(&self, world: usize) -> Result<(), InvalidValue> {
+        at_least_one("parallel.chunks", self.parallel.chunks as u64)?;
+        let Some(ep) = self.parallel.ep else { return Ok(()) };
+        let experts = if self.model.moe_layers().next().is_some() { self.model.experts } else { 1 };
+        let legal = |size: usize| size > 0 && world.is_multiple_of(size) && experts.is_multiple_of(size);
+        if legal(ep) {
+            return Ok(());
+        }
+        let below = (1..ep).rev().find(|&size| legal(size));
+        let above = (ep + 1..=world.min(experts)).find(|&size| legal(size));
+        let nearest: Vec<_> = below.into_iter().chain(above).collect();
+        let reason =
+            format!("must divide both the {world} ranks and model.experts = {experts}; nearest that do: {nearest:?}");
+        Err(InvalidValue::new("parallel.ep", ep, reason))
+    }
+
+    fn validate_optimizer(&self) -> Result<(), InvalidValue> {
+        let optimizer = &self.optimizer;
+        for (key, value) in [("optimizer.lr", optimizer.lr), ("optimizer.eps", optimizer.eps)] {
+            if !(value.is_finite() && value > 0.0) {
+                return Err(InvalidValue::new(key, value, "must be a positive number"));
+            }
+        }
+        for (key, value) in [("optimizer.beta1", optimizer.beta1), ("optimizer.beta2", optimizer.beta2)] {
+            if !(0.0..1.0).contains(&value) {
+                return Err(InvalidValue::new(key, value, "must be at least 0 and below 1"));
+            }
+        }
+        for (key, value) in
+            [("optimizer.weight_decay", optimizer.weight_decay), ("optimizer.clip_grad_norm", optimizer.clip_grad_norm)]
+        {
+            if !(value.is_finite() && value >= 0.0) {
+                return Err(InvalidValue::new(key, value, "must be a number of at least 0; 0 turns it off"));
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_schedule(&self) -> Result<(), InvalidValue> {
+        let schedule = &self.schedule;
+        if schedule.steps == Some(0) {
+            return at_least_one("schedule.steps", 0);
+        }
+        if !(0.0..=1.0).contains(&schedule.min_ratio) {
+            let reason = "must be at least 0 and at most 1: the last learning rate over optimizer.lr";
+            return Err(InvalidValue::new("schedule.min_ratio", schedule.min_ratio, reason));
+        }
+        if !(schedule.decay_fraction > 0.0 && schedule.decay_fraction <= 1.0) {
+            let reason = "must be above 0 and at most 1: the share of the steps that wsd decays over";
+            return Err(InvalidValue::new("schedule.decay_fraction", schedule.decay_fraction, reason));
+        }
+        countable("schedule.warmup_steps", schedule.warmup_steps)
+    }
+
+    fn validate_train(&self, world: usize) -> Result<(), InvalidValue> {
+        let train = &self.train;
+        at_least_one("train.steps", train.steps)?;
+        at_least_one("train.global_batch", train.global_batch as u64)?;
+        at_least_one("train.micro_batch", train.micro_batch.unwrap_or(1) as u64)?;
+        at_least_one("train.sequence_length", train.sequence_length as u64)?;
+        at_least_one("train.keep_checkpoints", train.keep_checkpoints as u64)?;
+        at_least_one("train.log_every", train.log_every)?;
+        countable("train.seed", train.seed)?;
+        if train.sequence_length > self.model.max_positions {
+            let reason = format!("must be at most model.max_positions = {}", self.model.max_positions);
+            return Err(InvalidValue::new("train.sequence_length", train.sequence_length, reason));
+        }
+        let samples = train.steps.saturating_mul(train.global_batch as u64);
+        if samples > LARGEST {
+            let reason = format!(
+                "train.steps = {} of so many sequences are more than {LARGEST}, which cannot be counted",
+                train.steps
+            );
+            return Err(InvalidValue::new("train.global_batch", train.global_batch, reason));
+        }
+        let pass = train.micro_batch_for(world);
+        if pass.saturating_mul(train.sequence_length) > i32::MAX as usize {
+            let most = i32::MAX as usize / train.sequence_length;
+            let reason =
+                format!("a rank's pass of train.sequence_length = {} takes at most {most}", train.sequence_length);
+            return Err(InvalidValue::new("train.micro_batch", pass, reason));
+        }
+        Ok(())
+    }
+}
+
+impl RunConfig {
+    /// How long a collective waits for its peers. Of a validated configuration.
+    pub fn collective_timeout(&self) -> Duration {
+        Duration::from_secs_f64(self.collective_timeout_s.clamp(0.0, LONGEST_TIMEOUT_S))
+    }
+}
+
+fn at_least_one(key: &str, value: u64) -> Result<(), InvalidValue> {
+    if value == 0 { Err(InvalidValue::new(key, value, "must be at least 1")) } else { countable(key, value) }
+}
+
+fn countable(key: &str, value: u64) -> Result<(), InvalidValue> {
+    if value > LARGEST { Err(InvalidValue::new(key, value, format!("must be at most {LARGEST}"))) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_impossible_value_is_refused_by_its_key() {
+        type Break = fn(&mut Config);
+        let table: [(&str, Break); 33] = [
+            ("data.tokenizer", |c| c.data.tokenizer = "words".into()),
+            ("data.validation_fraction", |c| c.data.validation_fraction = 1.0),
+            ("data.validation_fraction", |c| c.data.validation_fraction = f64::NAN),
+            ("model.vocab_size", |c| c.model.vocab_size = 255),
+            ("model.top_k", |c| c.model.top_k = 9),
+            ("router.balance_coefficient", |c| c.router.balance_coefficient = -1.0),
+            ("parallel.chunks", |c| c.parallel.chunks = 0),
+            ("parallel.ep", |c| c.parallel.ep = Some(3)),
+            ("parallel.ep", |c| c.parallel.ep = Some(8)),
+            ("parallel.ep", |c| c.parallel.ep = Some(0)),
+            ("optimizer.lr", |c| c.optimizer.lr = 0.0),
+            ("optimizer.lr", |c| c.optimizer.lr = f64::NAN),
+            ("optimizer.eps", |c| c.optimizer.eps = -1e-8),
+            ("optimizer.beta1", |c| c.optimizer.beta1 = 1.0),
+            ("optimizer.beta2", |c| c.optimizer.beta2 = f64::INFINITY),
+            ("optimizer.weight_decay", |c| c.optimizer.weight_decay = -0.1),
+            ("optimizer.clip_grad_norm", |c| c.optimizer.clip_grad_norm = f64::NAN),
+            ("schedule.steps", |c| c.schedule.steps = Some(0)),
+            ("schedule.min_ratio", |c| c.schedule.min_ratio = 1.5),
+            ("schedule.decay_fraction", |c| c.schedule.decay_fraction = 0.0),
+            ("schedule.warmup_steps", |c| c.schedule.warmup_steps = u64::MAX),
+            ("train.steps", |c| c.train.steps = 0),
+            ("train.seed", |c| c.train.seed = u64::MAX),
+            ("train.global_batch", |c| c.train.global_batch = 0),
+            ("train.global_batch", |c| c.train.global_batch = usize::MAX / 2),
+            ("train.micro_batch", |c| c.train.micro_batch = Some(0)),
+            ("train.micro_batch", |c| c.train.micro_batch = Some(1 << 40)),
+            ("train.sequence_length", |c| c.train.sequence_length = 0),
+            ("train.sequence_length", |c| c.train.sequence_length = 4097),
+            ("train.keep_checkpoints", |c| c.train.keep_checkpoints = 0),
+            ("train.log_every", |c| c.train.log_every = 0),
+            ("run.collective_timeout_s", |c| c.run.collective_timeout_s = 0.0),
+            ("run.collective_timeout_s", |c| c.run.collective_timeout_s = f64::INFINITY),
+        ];
+        for (key, breaks) in table {
+            let mut config = Config::preset("tiny").unwrap();
+            breaks(&mut config);
+            assert_eq!(config.validate(4).unwrap_err().key, key);
+        }
+    }
+
+    #[test]
+    fn an_illegal_ep_names_the_nearest_legal_ones() {
+        let mut config = Config::preset("tiny").unwrap();
+        config.parallel.ep = Some(3);
+        assert!(config.validate(4).unwrap_err().reason.contains("[2, 4]"));
+        config.model.experts = 0;
+        config.model.ffn_size = 8;
+        config.parallel.ep = Some(2);
+        assert!(config.validate(4).unwrap_err().reason.contains("[1]"), "a dense model has nothing to share");
+    }
+
+    #[test]
+    fn a_run_shorter_than_its_warm_up_is_legal() {
+        let mut config = Config::preset("tiny").unwrap();
+        (config.train.steps, config.schedule.steps) = (1, Some(1));
+        config.validate(16).unwrap();
+    }
+}

@@ -1,0 +1,89 @@
+//! The text of a run that names none: what every machine that built this project has.
+//!
+//! Owns the choice between the sources of the project's dependencies and the generated corpus. It is told where cargo keeps
+//! sources; only [`cargo_registry`] looks at the environment, as cargo itself does.
+
+use std::path::{Path, PathBuf};
+
+use super::corpus::{CorpusBuilder, text_files};
+use super::{Corpus, Tokenizer, generated_corpus};
+
+/// The default corpus ends after so many bytes of text.
+pub const DEFAULT_CORPUS_LIMIT_BYTES: usize = 16_000_000;
+
+/// Longer files are left out: they are tables and bindings that a program wrote, and would make up half of the text.
+const FILE_LIMIT_BYTES: u64 = 256 * 1024;
+
+/// With less text than this there is nothing to learn from: the generated corpus is better.
+const LEAST_BYTES: usize = 64 * 1024;
+
+/// Where cargo keeps the sources of packages: `registry/src` below `$CARGO_HOME`, or below `~/.cargo`.
+pub fn cargo_registry() -> Option<PathBuf> {
+    let home = || std::env::home_dir().map(|home| home.join(".cargo"));
+    let cargo = std::env::var_os("CARGO_HOME").filter(|path| !path.is_empty()).map(PathBuf::from).or_else(home)?;
+    Some(cargo.join("registry").join("src"))
+}
+
+/// The Rust sources and documentation below `registry`, sorted by path and cut after [`DEFAULT_CORPUS_LIMIT_BYTES`]; where
+/// there are none, the generated corpus, whose entropy is known.
+pub fn default_corpus(registry: Option<&Path>, tokenizer: &dyn Tokenizer) -> Corpus {
+    registry
+        .and_then(|registry| registry_corpus(registry, DEFAULT_CORPUS_LIMIT_BYTES, tokenizer))
+        .unwrap_or_else(generated_corpus)
+}
+
+/// The corpus below `registry`, of at most `limit` bytes; None: there is too little. Nobody named these files, so one that
+/// cannot be read as text is left out.
+fn registry_corpus(registry: &Path, limit: usize, tokenizer: &dyn Tokenizer) -> Option<Corpus> {
+    let mut builder = CorpusBuilder::new(tokenizer);
+    for path in text_files(registry, |extension| extension == "rs" || extension == "md").flatten() {
+        if std::fs::metadata(&path).map_or(true, |file| file.len() > FILE_LIMIT_BYTES) {
+            continue;
+        }
+        let Ok(text) = std::fs::read_to_string(&path) else { continue };
+        let end = text.floor_char_boundary(limit - builder.bytes());
+        builder.push(&text[..end]);
+        if end < text.len() {
+            break;
+        }
+    }
+    (builder.bytes() >= LEAST_BYTES)
+        .then(|| builder.finish(&format!("sources and documentation of the dependencies in {}", registry.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::data::{ByteTokenizer, Tokens};
+
+    #[test]
+    fn sources_are_taken_in_the_order_of_their_paths_up_to_the_limit() {
+        let folder = tempfile::tempdir().unwrap();
+        let package = folder.path().join("index-1/aaa-1.0.0");
+        fs::create_dir_all(package.join("src")).unwrap();
+        fs::write(package.join("README.md"), "r".repeat(40_000)).unwrap();
+        fs::write(package.join("src/bindings.rs"), "b".repeat(300_000)).unwrap();
+        fs::write(package.join("src/latin1.rs"), b"\xe9\xe9").unwrap();
+        fs::write(package.join("src/lib.rs"), "é".repeat(30_000)).unwrap();
+        fs::write(package.join("src/data.json"), "no".repeat(30_000)).unwrap();
+
+        let whole = registry_corpus(folder.path(), 1_000_000, &ByteTokenizer).unwrap();
+        assert_eq!(whole.tokens.len(), 100_000, "one file is not UTF-8, one a program's, one neither source nor text");
+        assert_eq!(whole.entropy, None);
+        // The limit falls inside an é of two bytes, which is left out whole.
+        let cut = registry_corpus(folder.path(), 70_001, &ByteTokenizer).unwrap();
+        assert_eq!(cut.tokens.len(), 70_000);
+        let Tokens::U8(bytes) = &cut.tokens else { panic!("bytes are narrow") };
+        assert!(bytes.starts_with(b"rrr") && bytes.ends_with("é".as_bytes()));
+    }
+
+    #[test]
+    fn without_sources_the_corpus_is_generated() {
+        let folder = tempfile::tempdir().unwrap();
+        for registry in [None, Some(folder.path()), Some(&*folder.path().join("absent"))] {
+            assert_eq!(default_corpus(registry, &ByteTokenizer), generated_corpus());
+        }
+    }
+}

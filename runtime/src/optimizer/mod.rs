@@ -1,0 +1,110 @@
+//! AdamW over the flat parameter buffers: moments, decay groups, clipping by the global norm.
+//!
+//! Owns the moments and the number of updates. It never talks to another rank: it is given the global norm.
+
+mod schedule;
+
+use std::ops::Range;
+
+use moe_kernels::{AdamW, Backend, DeviceError, View, ViewMut};
+
+pub use schedule::Schedule;
+
+use crate::config::{DecayGroups, OptimizerConfig};
+use crate::memory::Slot;
+use crate::model::Parameters;
+use crate::model::layout::Regions;
+
+/// The optimizer of one rank's parameters.
+pub struct Optimizer<B: Backend> {
+    config: OptimizerConfig,
+    m: B::Buffer<f32>,
+    v: B::Buffer<f32>,
+    updates: u64,
+    /// `[2]`: Σ of squared gradients of replicated parameters and of experts.
+    squares: Slot<B, f64>,
+}
+
+impl<B: Backend> Optimizer<B> {
+    /// Zero moments for `len` parameters.
+    pub fn new(device: &B, config: &OptimizerConfig, len: usize) -> Result<Self, DeviceError> {
+        let mut squares = Slot::new(device, "gradient norm")?;
+        squares.reserve(device, 2)?;
+        let (m, v) = (device.alloc(len, "first moments")?, device.alloc(len, "second moments")?);
+        Ok(Self { config: config.clone(), m, v, updates: 0, squares })
+    }
+
+    /// Updates so far.
+    pub fn updates(&self) -> u64 {
+        self.updates
+    }
+
+    /// First and second moments, in the parameters' layout.
+    pub fn moments(&self) -> (&B::Buffer<f32>, &B::Buffer<f32>) {
+        (&self.m, &self.v)
+    }
+
+    /// First and second moments, to load.
+    pub fn moments_mut(&mut self) -> (&mut B::Buffer<f32>, &mut B::Buffer<f32>) {
+        (&mut self.m, &mut self.v)
+    }
+
+    /// Sets the number of updates, when moments were loaded.
+    pub fn set_updates(&mut self, updates: u64) {
+        self.updates = updates;
+    }
+
+    /// Squared gradient norms `[2]` of the replicated parameters and of this rank's experts, left on the device.
+    pub fn squared_norms(&mut self, device: &B, parameters: &Parameters<B>) -> ViewMut<'_, B, f64> {
+        device.fill(self.squares.view_mut(2), 0.0);
+        let Regions { replicated, replicated_vectors, experts } = parameters.layout().regions.clone();
+        let dense = replicated.start..replicated_vectors.end;
+        device.sum_of_squares(parameters.grads().sub(dense), self.squares.view_mut(2).sub(0..1));
+        device.sum_of_squares(parameters.grads().sub(experts), self.squares.view_mut(2).sub(1..2));
+        self.squares.view_mut(2)
+    }
+
+    /// The factor that brings a gradient of norm `norm` under the clipping bound, as PyTorch's `clip_grad_norm_`.
+    pub fn clip_factor(&self, norm: f64) -> f64 {
+        let bound = self.config.clip_grad_norm;
+        if bound > 0.0 { (bound / (norm + 1e-6)).min(1.0) } else { 1.0 }
+    }
+
+    /// One update at learning rate `lr` with gradients scaled by `grad_scale`; gradients are zero afterwards.
+    pub fn update(&mut self, device: &B, parameters: &mut Parameters<B>, lr: f64, grad_scale: f64) {
+        self.updates += 1;
+        let settings = AdamW {
+            lr: lr as f32,
+            beta1: self.config.beta1 as f32,
+            beta2: self.config.beta2 as f32,
+            eps: self.config.eps as f32,
+            weight_decay: self.config.weight_decay as f32,
+            step: self.updates,
+            grad_scale: grad_scale as f32,
+        };
+        for (range, decays) in self.groups(&parameters.layout().regions) {
+            let settings = AdamW { weight_decay: if decays { settings.weight_decay } else { 0.0 }, ..settings };
+            let views = parameters.update_views(range.clone());
+            let m = ViewMut::range(&mut self.m, range.clone());
+            let v = ViewMut::range(&mut self.v, range);
+            device.adamw(settings, views.grad, m, v, views.master, views.compute);
+        }
+    }
+
+    /// Runs of the flat buffer with and without weight decay.
+    fn groups(&self, regions: &Regions) -> [(Range<usize>, bool); 3] {
+        let all = self.config.decay == DecayGroups::All;
+        [
+            (regions.replicated.clone(), true),
+            (regions.replicated_vectors.clone(), all),
+            (regions.experts.clone(), true),
+        ]
+    }
+}
+
+/// Reads the two squared norms back: the norms' one wait for the device.
+pub fn read_squares<B: Backend>(device: &B, squares: View<'_, B, f64>) -> Result<[f64; 2], DeviceError> {
+    let mut host = [0.0; 2];
+    device.read_to_host(squares, &mut host)?;
+    Ok(host)
+}

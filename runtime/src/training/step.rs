@@ -1,0 +1,344 @@
+//! One training step: passes, sums over ranks, clipping, update.
+//!
+//! Owns the order of a step and its arithmetic over ranks: gradients are those of the mean loss over the global batch, whatever
+//! the layout. It reads no file, writes none, and shows nothing.
+
+use std::time::Instant;
+
+use moe_kernels::{Backend, DeviceError};
+
+use crate::collectives::{CollectiveError, Communicator, Groups, ReduceOp};
+use crate::config::Config;
+use crate::data::{Batch, Loader};
+use crate::memory::Slot;
+use crate::model::{ModelError, PassTokens, StepSums, Transformer};
+use crate::optimizer::{Optimizer, Schedule, read_squares};
+use crate::routing::{BatchShare, RouterKind};
+use crate::stages::{Stage, StageClock};
+use crate::telemetry::{StageMs, StepMetrics};
+use crate::topology::share;
+
+/// Why a step did not happen.
+#[derive(Debug, thiserror::Error)]
+pub enum StepError {
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// Another rank or the way to it failed.
+    #[error(transparent)]
+    Collective(#[from] CollectiveError),
+    /// The loss or the gradient is not a number: the parameters are as they were before the step.
+    #[error("step {step}: the {what} is {value}; the parameters are those of step {}", step - 1)]
+    NotFinite {
+        /// The step.
+        step: u64,
+        /// What it was.
+        what: &'static str,
+        /// What was found.
+        value: f64,
+    },
+}
+
+impl From<ModelError> for StepError {
+    fn from(error: ModelError) -> Self {
+        match error {
+            ModelError::Device(error) => Self::Device(error),
+            ModelError::Collective(error) => Self::Collective(error),
+        }
+    }
+}
+
+/// What someone asked of a run while it runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Requests {
+    /// Write a checkpoint after this step.
+    pub checkpoint: bool,
+    /// Write one and stop.
+    pub stop: bool,
+}
+
+/// Where a rank's batches come from.
+pub trait TrainingData {
+    /// Passes of a step: the same on every rank.
+    fn passes(&self) -> usize;
+    /// Fills `batch` with pass `pass` of the step that follows `steps_done` steps; perhaps with no sequence.
+    fn train_pass(&self, steps_done: u64, pass: usize, batch: &mut Batch);
+    /// Passes of an evaluation: the same on every rank; 0: there is nothing to evaluate on.
+    fn eval_passes(&self) -> usize;
+    /// Fills `batch` with pass `pass` of an evaluation.
+    fn eval_pass(&self, pass: usize, batch: &mut Batch);
+}
+
+impl TrainingData for Loader {
+    fn passes(&self) -> usize {
+        self.passes()
+    }
+
+    fn train_pass(&self, steps_done: u64, pass: usize, batch: &mut Batch) {
+        self.train_pass(steps_done, pass, batch);
+    }
+
+    fn eval_passes(&self) -> usize {
+        self.eval_passes()
+    }
+
+    fn eval_pass(&self, pass: usize, batch: &mut Batch) {
+        self.eval_pass(pass, batch);
+    }
+}
+
+/// A model in training on one rank.
+pub struct Trainer<B: Backend, C, D> {
+    /// The model.
+    pub model: Transformer<B>,
+    /// Its optimizer.
+    pub optimizer: Optimizer<B>,
+    groups: Groups<C>,
+    schedule: Schedule,
+    config: Config,
+    data: D,
+    batch: Batch,
+    clock: StageClock,
+    sums: Slot<B, f64>,
+}
+
+impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
+    /// A trainer of `model`, whose parameters are set already.
+    pub fn new(
+        model: Transformer<B>,
+        groups: Groups<C>,
+        config: &Config,
+        data: D,
+    ) -> Result<Self, DeviceError> {
+        let device = model.device();
+        Ok(Self {
+            optimizer: Optimizer::new(device, &config.optimizer, model.parameters().len())?,
+            schedule: Schedule::new(config.optimizer.lr, config.train.steps, &config.schedule),
+            sums: Slot::new(device, "sums over ranks")?,
+            config: config.clone(),
+            data,
+            batch: Batch::default(),
+            clock: StageClock::default(),
+            groups,
+            model,
+        })
+    }
+
+    /// The groups this rank is in.
+    pub fn groups(&self) -> &Groups<C> {
+        &self.groups
+    }
+
+    /// The data.
+    pub fn data(&self) -> &D {
+        &self.data
+    }
+
+    /// Step `step`, counted from 1. On an error nothing was updated.
+    ///
+    /// Requests reach ranks at different moments; what is returned beside the metrics is what any rank had heard when it finished
+    /// its passes, the same on all.
+    pub fn step(&mut self, step: u64, requests: Requests) -> Result<(StepMetrics, Requests), StepError> {
+        let started = Instant::now();
+        self.groups.world.context().set_step(step);
+        self.model.begin_step();
+        let passes = self.data.passes();
+        let mut valid = 0;
+        for pass in 0..passes {
+            self.data.train_pass(step - 1, pass, &mut self.batch);
+            valid += self.batch.valid_targets();
+        }
+        let valid = self.sum_over_world(&mut [valid as f64])?[0];
+        let scale = (1.0 / valid.max(1.0)) as f32;
+        for pass in 0..passes {
+            if passes > 1 {
+                self.data.train_pass(step - 1, pass, &mut self.batch);
+            }
+            let share = self.batch_share(pass);
+            let tokens = PassTokens {
+                inputs: &self.batch.inputs,
+                targets: &self.batch.targets,
+                sequence_length: self.batch.sequence_length,
+                first_token: self.batch.first_sample * self.batch.sequence_length as u64,
+            };
+            self.model.train_pass(&self.groups, &mut self.clock, tokens, share, scale)?;
+        }
+        let (sums, requests) = self.reduce_sums(requests)?;
+        let loss = sums.loss / valid.max(1.0);
+        require_finite(step, "loss", loss)?;
+        let grad_norm = self.reduce_gradients()?;
+        require_finite(step, "gradient norm", grad_norm)?;
+        self.clock.lap(Stage::Reduce);
+        let lr = self.schedule.lr(step);
+        let grad_scale = self.optimizer.clip_factor(grad_norm);
+        let device = self.model.device().clone();
+        self.optimizer.update(&device, self.model.parameters_mut(), lr, grad_scale);
+        self.update_selection_biases(&sums.balance.loads)?;
+        device.synchronize()?;
+        self.clock.lap(Stage::Optimizer);
+        let tokens = (self.config.train.global_batch * self.config.train.sequence_length) as f64;
+        let router = &self.config.router;
+        let noisy = router.kind == RouterKind::NoisyTopk;
+        let metrics = StepMetrics {
+            step,
+            loss,
+            balance_loss: sums.balance.balance_loss,
+            lr,
+            grad_norm,
+            tokens_per_s: tokens / started.elapsed().as_secs_f64(),
+            dropped_fraction: self.dropped_fraction(sums.dropped, tokens),
+            load_max_over_mean: max_over_mean(&sums.balance.loads, self.config.model.experts),
+            stage_ms: self.stage_ms(),
+            noisy_loss: noisy.then(|| sums.balance.noisy_loss / (passes * self.groups.world.size()) as f64),
+            z_loss: (router.z_coefficient > 0.0).then(|| sums.balance.z_sum / tokens),
+            val_loss: None,
+        };
+        Ok((metrics, requests))
+    }
+
+    /// Mean loss on the held-out text, in nats per token; None: nothing is held out.
+    pub fn evaluate(&mut self) -> Result<Option<f64>, StepError> {
+        let mut sums = [0.0, 0.0];
+        for pass in 0..self.data.eval_passes() {
+            self.data.eval_pass(pass, &mut self.batch);
+            let tokens = PassTokens {
+                inputs: &self.batch.inputs,
+                targets: &self.batch.targets,
+                sequence_length: self.batch.sequence_length,
+                first_token: 0,
+            };
+            sums[0] += self.model.evaluate_pass(&self.groups, tokens)?;
+            sums[1] += self.batch.valid_targets() as f64;
+        }
+        let sums = self.sum_over_world(&mut sums)?;
+        Ok((sums[1] > 0.0).then(|| sums[0] / sums[1]))
+    }
+
+    /// Time by stage since it was last asked for, in ms.
+    pub fn stage_times(&mut self) -> Vec<(Stage, f64)> {
+        self.clock.take().map(|(stage, time)| (stage, time.as_secs_f64() * 1e3)).collect()
+    }
+
+    fn stage_ms(&mut self) -> StageMs {
+        let mut ms = StageMs::default();
+        for (stage, time) in self.clock.take() {
+            let time = time.as_secs_f64() * 1e3;
+            match stage {
+                Stage::Route => ms.route = time,
+                Stage::Dispatch => ms.dispatch = time,
+                Stage::Experts => ms.experts = time,
+                Stage::Combine => ms.combine = time,
+                Stage::Aggregate => ms.aggregate = time,
+                _ => {}
+            }
+        }
+        ms
+    }
+
+    /// Tokens of pass `pass` and of those before it, over all ranks: every rank works out the same.
+    fn batch_share(&self, pass: usize) -> BatchShare {
+        let (train, world) = (&self.config.train, self.groups.world.size());
+        let micro = train.micro_batch_for(world);
+        let sequences_by_end = |passes: usize| -> usize {
+            (0..world).map(|rank| share(train.global_batch, world, rank).len().min(passes * micro)).sum()
+        };
+        let (before, by_end) = (sequences_by_end(pass), sequences_by_end(pass + 1));
+        let s = train.sequence_length;
+        BatchShare {
+            global_tokens: train.global_batch * s,
+            tokens_so_far: by_end * s,
+            pass_tokens: (by_end - before) * s,
+        }
+    }
+
+    /// Sums host numbers over the world.
+    fn sum_over_world<'a>(&mut self, values: &'a mut [f64]) -> Result<&'a [f64], StepError> {
+        let (device, n) = (self.model.device(), values.len());
+        self.sums.reserve(device, n)?;
+        device.upload(values, self.sums.view_mut(n));
+        device.wait(&self.groups.world.all_reduce(device, self.sums.view_mut(n), ReduceOp::Sum)?);
+        device.read_to_host(self.sums.view(n), values)?;
+        Ok(values)
+    }
+
+    /// The step's sums over all ranks, and what any of them was asked.
+    fn reduce_sums(&mut self, requests: Requests) -> Result<(StepSums, Requests), StepError> {
+        let mut sums = self.model.step_sums()?;
+        let balance = &mut sums.balance;
+        let flag = |asked: bool| f64::from(u8::from(asked));
+        let mut packed = vec![
+            sums.loss,
+            sums.dropped,
+            balance.balance_loss,
+            balance.noisy_loss,
+            balance.z_sum,
+            flag(requests.checkpoint),
+            flag(requests.stop),
+        ];
+        let fixed = packed.len();
+        if !self.model.loads_are_global() {
+            packed.extend_from_slice(&balance.loads);
+        }
+        self.sum_over_world(&mut packed)?;
+        if !self.model.loads_are_global() {
+            balance.loads.copy_from_slice(&packed[fixed..]);
+        }
+        [sums.loss, sums.dropped, balance.balance_loss] = [packed[0], packed[1], packed[2]];
+        [balance.noisy_loss, balance.z_sum] = [packed[3], packed[4]];
+        Ok((sums, Requests { checkpoint: packed[5] > 0.0, stop: packed[6] > 0.0 }))
+    }
+
+    /// Sums gradients over the ranks that hold each parameter and returns the global norm, each parameter counted once.
+    fn reduce_gradients(&mut self) -> Result<f64, StepError> {
+        let device = self.model.device().clone();
+        let regions = self.model.parameters().layout().regions.clone();
+        let dense = regions.replicated.start..regions.replicated_vectors.end;
+        let parameters = self.model.parameters_mut();
+        let world = self.groups.world.all_reduce(&device, parameters.grads_mut().sub(dense), ReduceOp::Sum)?;
+        let experts = parameters.grads_mut().sub(regions.experts);
+        let replica = self.groups.replica.all_reduce(&device, experts, ReduceOp::Sum)?;
+        device.wait(&world);
+        device.wait(&replica);
+        let mut squares = self.optimizer.squared_norms(&device, self.model.parameters());
+        // An expert group holds every expert once, so its sum is the norm of all experts, whatever DP is.
+        let experts = squares.reborrow().sub(1..2);
+        device.wait(&self.groups.expert.all_reduce(&device, experts, ReduceOp::Sum)?);
+        let [dense, experts] = read_squares(&device, squares.as_view())?;
+        Ok((dense + experts).sqrt())
+    }
+
+    /// Moves each selection bias towards even load by a fixed rate (Wang et al. 2024).
+    fn update_selection_biases(&mut self, loads: &[f64]) -> Result<(), StepError> {
+        let experts = self.config.model.experts;
+        let rate = self.config.router.bias_update_rate;
+        for (layer, mut bias) in self.model.selection_biases()? {
+            let index = self.config.model.moe_layers().take_while(|&moe| moe < layer).count();
+            let loads = &loads[index * experts..(index + 1) * experts];
+            let mean = loads.iter().sum::<f64>() / experts as f64;
+            for (bias, &load) in bias.iter_mut().zip(loads) {
+                *bias += rate * (mean - load).partial_cmp(&0.0).map_or(0.0, |order| order as i8 as f32);
+            }
+            self.model.set_selection_bias(layer, &bias);
+        }
+        Ok(())
+    }
+
+    fn dropped_fraction(&self, dropped: f64, tokens: f64) -> f64 {
+        let model = &self.config.model;
+        let choices = tokens * (model.top_k * model.moe_layers().count()) as f64;
+        if choices > 0.0 { dropped / choices } else { 0.0 }
+    }
+}
+
+fn require_finite(step: u64, what: &'static str, value: f64) -> Result<(), StepError> {
+    if value.is_finite() { Ok(()) } else { Err(StepError::NotFinite { step, what, value }) }
+}
+
+/// The busiest expert's load over the mean, the worst of the layers; 0 without MoE layers.
+fn max_over_mean(loads: &[f64], experts: usize) -> f64 {
+    loads.chunks_exact(experts.max(1)).fold(0.0, |worst, layer| {
+        let total: f64 = layer.iter().sum();
+        let most = layer.iter().copied().fold(0.0, f64::max);
+        if total > 0.0 { worst.max(most * experts as f64 / total) } else { worst }
+    })
+}

@@ -1,0 +1,113 @@
+//! What `moe-worker` is told on its command line.
+
+use std::path::PathBuf;
+
+use clap::{Parser, ValueEnum};
+
+use crate::config::ConfigBuilder;
+
+const EXAMPLES: &str = "\
+Examples:
+  moe-worker                                              one process, built-in preset and text
+  mpirun -n 16 --oversubscribe moe-worker                 sixteen ranks; EP is chosen from ranks and experts
+  mpirun -n 4 moe-worker --preset shakespeare --data input.txt --run-dir runs/a --steps 2000 --ep 4
+  mpirun -n 4 moe-worker --run-dir runs/a                 resumes where it stopped
+  moe-worker --model HF_DIR --data texts/                 starts from a Hugging Face folder
+  moe-worker --set model.experts=16 --set optimizer.lr=1e-3
+
+Exit codes: 0 done, 64 wrong usage or configuration, 65 bad input data, 70 internal error, 74 input/output error,
+75 temporary failure (a lost peer, or stopped after a checkpoint): start the same command again, 77 refused.
+
+Signals: SIGUSR1 (and Ctrl-C where no mpirun stands between) finishes the step, writes a checkpoint and leaves with 75; a second
+one, or SIGTERM, gives up the step.";
+
+/// Trains a Mixture-of-Experts language model. Start it alone, or with mpirun or srun for several ranks.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "moe-worker", version, after_long_help = EXAMPLES)]
+pub struct WorkerArgs {
+    /// TOML file laid over the preset.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Built-in configuration to start from: tiny, shakespeare, moe-15m, moe-3b.
+    #[arg(long, value_name = "NAME")]
+    pub preset: Option<String>,
+    /// Sets one key, as `model.experts=16`; may be given several times.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Text file or directory to train on; may be given several times. Default: the sources of this program's dependencies.
+    #[arg(long, value_name = "PATH")]
+    pub data: Vec<PathBuf>,
+    /// Directory of the run: configuration, metrics, checkpoints. Default: a fresh one under runs/.
+    #[arg(long, value_name = "DIR")]
+    pub run_dir: Option<PathBuf>,
+    /// Stop after this step.
+    #[arg(long, value_name = "N")]
+    pub steps: Option<u64>,
+    /// Seed of initial weights, data order and gate noise.
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Expert-parallel size. Default: the largest that divides both ranks and experts.
+    #[arg(long, value_name = "N")]
+    pub ep: Option<usize>,
+    /// Where to compute.
+    #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
+    pub device: DeviceChoice,
+    /// Whether to go on from the run directory's newest checkpoint.
+    #[arg(long, value_enum, default_value_t = Resume::Auto)]
+    pub resume: Resume,
+    /// Hugging Face folder to start from: config.json and safetensors.
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    /// One JSON object a line instead of text.
+    #[arg(long)]
+    pub json: bool,
+    /// More log lines; may be given several times.
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// Where to compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DeviceChoice {
+    /// The best there is: this build knows CPUs.
+    Auto,
+    /// The CPU.
+    Cpu,
+}
+
+/// Whether a run directory's checkpoint is continued.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Resume {
+    /// From the newest checkpoint, if there is one.
+    Auto,
+    /// Never: a run directory that holds a run already is refused.
+    Never,
+}
+
+impl WorkerArgs {
+    /// Lays what was said over `builder`.
+    pub fn configure(&self, mut builder: ConfigBuilder) -> ConfigBuilder {
+        if let Some(preset) = &self.preset {
+            builder = builder.preset(preset);
+        }
+        if let Some(file) = &self.config {
+            builder = builder.file(file);
+        }
+        for assignment in &self.set {
+            builder = builder.set(assignment);
+        }
+        if !self.data.is_empty() {
+            builder = builder.flag("--data", "data.paths", self.data.clone());
+        }
+        if let Some(steps) = self.steps {
+            builder = builder.flag("--steps", "train.steps", steps);
+        }
+        if let Some(seed) = self.seed {
+            builder = builder.flag("--seed", "train.seed", seed);
+        }
+        if let Some(ep) = self.ep {
+            builder = builder.flag("--ep", "parallel.ep", ep as u64);
+        }
+        builder
+    }
+}

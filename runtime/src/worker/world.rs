@@ -1,0 +1,80 @@
+//! How this process became part of a world: alone, or started by an MPI launcher.
+//!
+//! Owns the start and the end of MPI. It knows nothing of training.
+
+use std::time::Duration;
+
+use moe_kernels::Cpu;
+
+use crate::collectives::{Communicator, Context, HostCommunicator, LauncherFacts, launcher, local};
+use crate::exit::{ExitCode, Failure};
+
+/// This process's place among the ranks, until it leaves.
+pub struct World {
+    /// All ranks.
+    pub communicator: HostCommunicator,
+    /// What the launcher says, where there is one.
+    pub facts: Option<LauncherFacts>,
+    #[cfg(feature = "mpi")]
+    mpi: Option<crate::collectives::MpiWorld>,
+}
+
+impl World {
+    /// Joins the world that a launcher made; without a launcher, a world of one.
+    pub fn join(deadline: Duration) -> Result<Self, Failure> {
+        let context = Context::new(deadline);
+        match launcher(|name| std::env::var(name).ok()) {
+            Some(facts) => Self::launched(facts, context),
+            None => Ok(Self {
+                communicator: local::solo(context),
+                facts: None,
+                #[cfg(feature = "mpi")]
+                mpi: None,
+            }),
+        }
+    }
+
+    #[cfg(feature = "mpi")]
+    fn launched(facts: LauncherFacts, context: Context) -> Result<Self, Failure> {
+        let (mpi, communicator) = crate::collectives::MpiWorld::init(&facts, context, Default::default())?;
+        Ok(Self { communicator, facts: Some(facts), mpi: Some(mpi) })
+    }
+
+    #[cfg(not(feature = "mpi"))]
+    fn launched(facts: LauncherFacts, _: Context) -> Result<Self, Failure> {
+        let message = format!(
+            "started as rank {} of {} by an MPI launcher, but this program was built without MPI; build it with --features mpi",
+            facts.rank, facts.size
+        );
+        Err(Failure::new(ExitCode::Usage, message))
+    }
+
+    /// This rank and the number of ranks.
+    pub fn place(&self) -> (usize, usize) {
+        let world = &self.communicator;
+        (Communicator::<Cpu>::rank(world), Communicator::<Cpu>::size(world))
+    }
+
+    /// Ranks that share this machine.
+    pub fn ranks_here(&self) -> usize {
+        self.facts.and_then(|facts| facts.local_size).unwrap_or(self.place().1).max(1)
+    }
+
+    /// Whether all ranks are on this machine.
+    pub fn is_one_machine(&self) -> bool {
+        self.ranks_here() == self.place().1
+    }
+
+    /// Ends the process. After a success MPI is ended in order; after a failure no peer is waited for.
+    pub fn leave(self, code: ExitCode) -> ! {
+        #[cfg(feature = "mpi")]
+        if let Some(mpi) = self.mpi {
+            if code != ExitCode::Done {
+                mpi.abandon(i32::from(code.number()));
+            }
+            drop(self.communicator);
+            drop(mpi);
+        }
+        std::process::exit(i32::from(code.number()))
+    }
+}
