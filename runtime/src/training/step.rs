@@ -177,8 +177,7 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         device.synchronize()?;
         self.clock.lap(Stage::Optimizer);
         let tokens = (self.config.train.global_batch * self.config.train.sequence_length) as f64;
-        let router = &self.config.router;
-        let noisy = router.kind == RouterKind::NoisyTopk;
+        let (noisy, z_coefficient) = (self.config.router.kind == RouterKind::NoisyTopk, self.config.router.z_coefficient);
         let metrics = StepMetrics {
             step,
             loss,
@@ -190,7 +189,7 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
             load_max_over_mean: max_over_mean(&sums.balance.loads, self.config.model.experts),
             stage_ms: self.stage_ms(),
             noisy_loss: noisy.then(|| sums.balance.noisy_loss / (passes * self.groups.world.size()) as f64),
-            z_loss: (router.z_coefficient > 0.0).then(|| sums.balance.z_sum / tokens),
+            z_loss: (z_coefficient > 0.0).then(|| sums.balance.z_sum / tokens),
             val_loss: None,
         };
         Ok((metrics, requests))
