@@ -3,6 +3,9 @@
 //! Owns memory and the queue, which runs each operation at once; the op families are in the modules beside this one.
 
 mod gemm;
+mod routing;
+#[cfg(test)]
+mod testkit;
 
 use crate::{Buffer, Device, DeviceError, Element, View, ViewMut};
 
