@@ -2,7 +2,14 @@
 //!
 //! Owns memory and the queue, which runs each operation at once; the op families are in the modules beside this one.
 
+mod expert;
 mod gemm;
+mod grouped;
+mod routing;
+mod rows;
+mod shuffle;
+#[cfg(test)]
+mod testkit;
 
 use crate::{Buffer, Device, DeviceError, Element, View, ViewMut};
 

@@ -1,0 +1,178 @@
+//! `ExpertOps` on the CPU: unpacks views and hands slices to `shuffle` (plans), `rows` (row movement) and `grouped` (GEMM).
+//!
+//! Owns the checks of shapes. It computes nothing itself.
+
+use super::rows::{self, Reduction};
+use super::{grouped, shuffle, slice, slice_mut};
+use crate::{
+    Accumulate, CombineDims, Cpu, ExpandPlan, ExpertOps, GroupedDims, Rows, ShuffleDims, ShufflePlan, View, ViewMut,
+};
+
+/// The rows that count, read from the device where only it knows.
+fn live(rows: Rows<'_, Cpu>) -> usize {
+    let Some(count) = rows.count else { return rows.bound };
+    let count = slice(count)[0];
+    assert!(count >= 0 && count as usize <= rows.bound, "{count} rows where at most {} fit", rows.bound);
+    count as usize
+}
+
+fn check_at_least(what: &str, got: usize, want: usize) {
+    assert!(got >= want, "`{what}` has {got} elements, needs {want}");
+}
+
+fn check(what: &str, got: usize, want: usize) {
+    assert_eq!(got, want, "elements of `{what}`: got, and expected");
+}
+
+fn check_grouped(dims: GroupedDims, offsets: &[i32], matrices: usize) {
+    check("offsets", offsets.len(), dims.experts + 1);
+    check("weights of the groups", matrices, dims.experts * dims.n * dims.k);
+    assert!(offsets[0] >= 0 && offsets.is_sorted(), "offsets of groups must ascend from 0, not {offsets:?}");
+}
+
+impl ExpertOps for Cpu {
+    fn shuffle_plan(
+        &self,
+        dims: ShuffleDims,
+        ids: View<'_, Self, i32>,
+        weights: View<'_, Self, f32>,
+        plan: ShufflePlan<'_, Self>,
+    ) {
+        let mut shuffle = shuffle::Shuffle {
+            send_counts: slice_mut(plan.send_counts),
+            row_token: slice_mut(plan.row_token),
+            row_experts: slice_mut(plan.row_experts),
+            row_choice: slice_mut(plan.row_choice),
+            row_weights: slice_mut(plan.row_weights),
+            token_rows: slice_mut(plan.token_rows),
+        };
+        let rows = shuffle::plan(dims, slice(ids), slice(weights), &mut shuffle);
+        slice_mut(plan.rows)[0] = rows as i32;
+    }
+
+    fn expand_plan(
+        &self,
+        dims: ShuffleDims,
+        recv_counts: View<'_, Self, i32>,
+        row_experts: View<'_, Self, i32>,
+        plan: ExpandPlan<'_, Self>,
+    ) {
+        let mut expansion = shuffle::Expansion {
+            offsets: slice_mut(plan.offsets),
+            slots: slice_mut(plan.slots),
+            source: slice_mut(plan.source),
+        };
+        let rows = shuffle::expand(dims, slice(recv_counts), slice(row_experts), &mut expansion);
+        slice_mut(plan.rows)[0] = rows as i32;
+    }
+
+    fn gather_rows(
+        &self,
+        rows: Rows<'_, Self>,
+        width: usize,
+        index: View<'_, Self, i32>,
+        src: View<'_, Self, f32>,
+        dst: ViewMut<'_, Self, f32>,
+    ) {
+        let rows = live(rows);
+        check_at_least("index", index.len(), rows);
+        check_at_least("dst", dst.len(), rows * width);
+        rows::gather(width, &slice(index)[..rows], slice(src), &mut slice_mut(dst)[..rows * width]);
+    }
+
+    fn weighted_reduce(
+        &self,
+        rows: Rows<'_, Self>,
+        dims: CombineDims,
+        slots: View<'_, Self, i32>,
+        weights: Option<View<'_, Self, f32>>,
+        y: View<'_, Self, f32>,
+        out: ViewMut<'_, Self, f32>,
+        accumulate: Accumulate,
+    ) {
+        let rows = live(rows);
+        let choices = rows * dims.slots;
+        check_at_least("slots", slots.len(), choices);
+        check_at_least("out", out.len(), rows * dims.width);
+        let weights = weights.map(|weights| {
+            check_at_least("weights", weights.len(), choices);
+            &slice(weights)[..choices]
+        });
+        let reduction = Reduction { dims, slots: &slice(slots)[..choices], weights, y: slice(y) };
+        rows::reduce(&reduction, &mut slice_mut(out)[..rows * dims.width], accumulate);
+    }
+
+    fn weighted_reduce_grad(
+        &self,
+        rows: Rows<'_, Self>,
+        dims: CombineDims,
+        slots: View<'_, Self, i32>,
+        weights: View<'_, Self, f32>,
+        y: View<'_, Self, f32>,
+        dout: View<'_, Self, f32>,
+        dy: ViewMut<'_, Self, f32>,
+        dweights: ViewMut<'_, Self, f32>,
+    ) {
+        let rows = live(rows);
+        let choices = rows * dims.slots;
+        check_at_least("slots", slots.len(), choices);
+        check_at_least("weights", weights.len(), choices);
+        check_at_least("dweights", dweights.len(), choices);
+        check_at_least("dout", dout.len(), rows * dims.width);
+        let (slots, weights) = (&slice(slots)[..choices], &slice(weights)[..choices]);
+        let dout = &slice(dout)[..rows * dims.width];
+        let reduction = Reduction { dims, slots, weights: Some(weights), y: slice(y) };
+        rows::reduce_weights_grad(&reduction, dout, &mut slice_mut(dweights)[..choices]);
+        rows::reduce_rows_grad(dims, (slots, weights), dout, slice_mut(dy));
+    }
+
+    fn scatter_choices(
+        &self,
+        rows: Rows<'_, Self>,
+        top_k: usize,
+        row_choice: View<'_, Self, i32>,
+        row_dweights: View<'_, Self, f32>,
+        dweights: ViewMut<'_, Self, f32>,
+    ) {
+        let choices = live(rows) * top_k;
+        check_at_least("row_choice", row_choice.len(), choices);
+        check_at_least("row_dweights", row_dweights.len(), choices);
+        rows::scatter(&slice(row_choice)[..choices], &slice(row_dweights)[..choices], slice_mut(dweights));
+    }
+
+    fn grouped_linear(
+        &self,
+        dims: GroupedDims,
+        offsets: View<'_, Self, i32>,
+        x: View<'_, Self, f32>,
+        w: View<'_, Self, f32>,
+        y: ViewMut<'_, Self, f32>,
+    ) {
+        check_grouped(dims, slice(offsets), w.len());
+        grouped::linear(dims, slice(offsets), slice(x), slice(w), slice_mut(y));
+    }
+
+    fn grouped_linear_grad_input(
+        &self,
+        dims: GroupedDims,
+        offsets: View<'_, Self, i32>,
+        dy: View<'_, Self, f32>,
+        w: View<'_, Self, f32>,
+        dx: ViewMut<'_, Self, f32>,
+    ) {
+        check_grouped(dims, slice(offsets), w.len());
+        grouped::grad_input(dims, slice(offsets), slice(dy), slice(w), slice_mut(dx));
+    }
+
+    fn grouped_linear_grad_weight(
+        &self,
+        dims: GroupedDims,
+        offsets: View<'_, Self, i32>,
+        dy: View<'_, Self, f32>,
+        x: View<'_, Self, f32>,
+        dw: ViewMut<'_, Self, f32>,
+    ) {
+        check_grouped(dims, slice(offsets), dw.len());
+        grouped::grad_weight(dims, slice(offsets), slice(dy), slice(x), slice_mut(dw));
+    }
+}

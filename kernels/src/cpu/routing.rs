@@ -1,0 +1,242 @@
+//! `RoutingOps` on the CPU: unpacks views and hands slices to the modules below.
+//!
+//! Owns the checks of shapes. It computes nothing itself, and nothing below it knows a view.
+
+mod capacity;
+mod columns;
+mod gate;
+mod noisy;
+mod normal;
+mod statistics;
+
+#[cfg(test)]
+mod fixture_tests;
+#[cfg(test)]
+mod gate_tests;
+#[cfg(test)]
+mod noisy_tests;
+
+use super::{slice, slice_mut};
+use crate::{BalanceGrad, BalanceSpec, Capacity, Cpu, GateDims, GateSpec, RoutingOps, View, ViewMut};
+
+/// T·E, after a check that k fits.
+fn logits_len(dims: GateDims) -> usize {
+    assert!(
+        1 <= dims.top_k && dims.top_k <= dims.experts,
+        "top-{} of {} experts: k must be between 1 and E",
+        dims.top_k,
+        dims.experts
+    );
+    dims.tokens * dims.experts
+}
+
+/// T·k.
+fn choices_len(dims: GateDims) -> usize {
+    dims.tokens * dims.top_k
+}
+
+fn check(what: &str, got: usize, want: usize) {
+    assert_eq!(got, want, "elements of `{what}`: got, and expected");
+}
+
+impl RoutingOps for Cpu {
+    fn gate(
+        &self,
+        spec: GateSpec,
+        logits: View<'_, Self, f32>,
+        bias: Option<View<'_, Self, f32>>,
+        scores: ViewMut<'_, Self, f32>,
+        ids: ViewMut<'_, Self, i32>,
+        weights: ViewMut<'_, Self, f32>,
+    ) {
+        check("logits", logits.len(), logits_len(spec.dims));
+        check("scores", scores.len(), logits.len());
+        check("ids", ids.len(), choices_len(spec.dims));
+        check("weights", weights.len(), ids.len());
+        if let Some(bias) = bias {
+            check("bias", bias.len(), spec.dims.experts);
+        }
+        gate::gate(spec, slice(logits), bias.map(slice), slice_mut(scores), slice_mut(ids), slice_mut(weights));
+    }
+
+    fn gate_grad(
+        &self,
+        spec: GateSpec,
+        logits: View<'_, Self, f32>,
+        scores: View<'_, Self, f32>,
+        ids: View<'_, Self, i32>,
+        dweights: View<'_, Self, f32>,
+        balance: Option<BalanceGrad<'_, Self>>,
+        z_scale: f32,
+        dlogits: ViewMut<'_, Self, f32>,
+    ) {
+        check("logits", logits.len(), logits_len(spec.dims));
+        check("scores", scores.len(), logits.len());
+        check("dlogits", dlogits.len(), logits.len());
+        check("ids", ids.len(), choices_len(spec.dims));
+        check("dweights", dweights.len(), ids.len());
+        let balance = balance.map(|balance| {
+            let tokens_per_group = balance.tokens_per_group.max(1);
+            let groups = spec.dims.tokens.div_ceil(tokens_per_group);
+            let given = balance.coefficients.len();
+            assert!(given >= groups * spec.dims.experts, "{given} coefficients for {groups} groups of {:?}", spec.dims);
+            (slice(balance.coefficients), tokens_per_group)
+        });
+        let given = gate::Given {
+            logits: slice(logits),
+            scores: slice(scores),
+            ids: slice(ids),
+            dweights: slice(dweights),
+            balance,
+            z_scale,
+        };
+        gate::gate_grad(spec, &given, slice_mut(dlogits));
+    }
+
+    fn gate_statistics(
+        &self,
+        spec: GateSpec,
+        tokens_per_group: usize,
+        logits: View<'_, Self, f32>,
+        scores: View<'_, Self, f32>,
+        ids: View<'_, Self, i32>,
+        counts: ViewMut<'_, Self, f32>,
+        prob_sums: ViewMut<'_, Self, f32>,
+        z_sum: ViewMut<'_, Self, f32>,
+    ) {
+        check("logits", logits.len(), logits_len(spec.dims));
+        check("scores", scores.len(), logits.len());
+        check("ids", ids.len(), choices_len(spec.dims));
+        check("prob_sums", prob_sums.len(), counts.len());
+        check("z_sum", z_sum.len(), 1);
+        let routed = statistics::Routed { spec, logits: slice(logits), scores: slice(scores), ids: slice(ids) };
+        let (counts, prob_sums) = (slice_mut(counts), slice_mut(prob_sums));
+        statistics::group_sums(&routed, tokens_per_group, counts, prob_sums);
+        slice_mut(z_sum)[0] = statistics::z_sum(&routed);
+    }
+
+    fn balance_loss(
+        &self,
+        spec: BalanceSpec,
+        counts: View<'_, Self, f32>,
+        prob_sums: View<'_, Self, f32>,
+        loss: ViewMut<'_, Self, f64>,
+        coefficients: ViewMut<'_, Self, f32>,
+    ) {
+        check("counts", counts.len(), spec.layers * spec.groups * spec.experts);
+        check("prob_sums", prob_sums.len(), counts.len());
+        check("coefficients", coefficients.len(), counts.len());
+        slice_mut(loss)[0] += statistics::balance_loss(spec, slice(counts), slice(prob_sums), slice_mut(coefficients));
+    }
+
+    fn apply_capacity(
+        &self,
+        dims: GateDims,
+        capacity: Capacity,
+        ids: View<'_, Self, i32>,
+        weights: View<'_, Self, f32>,
+        kept: ViewMut<'_, Self, i32>,
+        dropped: ViewMut<'_, Self, i32>,
+    ) {
+        check("ids", ids.len(), choices_len(dims));
+        check("weights", weights.len(), ids.len());
+        check("kept", kept.len(), ids.len());
+        let count = capacity::apply(dims, capacity, slice(ids), slice(weights), slice_mut(kept));
+        slice_mut(dropped)[0] = count as i32;
+    }
+
+    fn drop_second(
+        &self,
+        dims: GateDims,
+        uniform: View<'_, Self, f32>,
+        weights: View<'_, Self, f32>,
+        ids: ViewMut<'_, Self, i32>,
+    ) {
+        check("uniform", uniform.len(), dims.tokens);
+        check("ids", ids.len(), choices_len(dims));
+        check("weights", weights.len(), ids.len());
+        capacity::drop_second(dims, slice(uniform), slice(weights), slice_mut(ids));
+    }
+
+    fn noisy_logits(
+        &self,
+        dims: GateDims,
+        clean: View<'_, Self, f32>,
+        raw: View<'_, Self, f32>,
+        noise: View<'_, Self, f32>,
+        noisy: ViewMut<'_, Self, f32>,
+        load: ViewMut<'_, Self, f32>,
+    ) {
+        check("clean", clean.len(), logits_len(dims));
+        check("raw", raw.len(), clean.len());
+        check("noise", noise.len(), clean.len());
+        check("noisy", noisy.len(), clean.len());
+        check("load", load.len(), dims.experts);
+        let noisy = slice_mut(noisy);
+        let (clean, raw) = (slice(clean), slice(raw));
+        noisy::perturb(clean, raw, slice(noise), noisy);
+        noisy::load(&noisy::Perturbed { dims, clean, raw, noisy }, slice_mut(load));
+    }
+
+    fn noisy_logits_grad(
+        &self,
+        dims: GateDims,
+        clean: View<'_, Self, f32>,
+        raw: View<'_, Self, f32>,
+        noise: View<'_, Self, f32>,
+        noisy: View<'_, Self, f32>,
+        dnoisy: View<'_, Self, f32>,
+        dload: View<'_, Self, f32>,
+        dclean: ViewMut<'_, Self, f32>,
+        draw: ViewMut<'_, Self, f32>,
+    ) {
+        check("clean", clean.len(), logits_len(dims));
+        check("raw", raw.len(), clean.len());
+        check("noise", noise.len(), clean.len());
+        check("noisy", noisy.len(), clean.len());
+        check("dnoisy", dnoisy.len(), clean.len());
+        check("dload", dload.len(), dims.experts);
+        check("dclean", dclean.len(), clean.len());
+        check("draw", draw.len(), clean.len());
+        let saved = noisy::Perturbed { dims, clean: slice(clean), raw: slice(raw), noisy: slice(noisy) };
+        let incoming = noisy::Incoming { noise: slice(noise), dnoisy: slice(dnoisy), dload: slice(dload) };
+        noisy::grad(&saved, &incoming, slice_mut(dclean), slice_mut(draw));
+    }
+
+    fn importance(
+        &self,
+        dims: GateDims,
+        ids: View<'_, Self, i32>,
+        weights: View<'_, Self, f32>,
+        importance: ViewMut<'_, Self, f32>,
+    ) {
+        check("ids", ids.len(), choices_len(dims));
+        check("weights", weights.len(), ids.len());
+        check("importance", importance.len(), dims.experts);
+        statistics::importance(dims, slice(ids), slice(weights), slice_mut(importance));
+    }
+
+    fn importance_grad(
+        &self,
+        dims: GateDims,
+        ids: View<'_, Self, i32>,
+        dimportance: View<'_, Self, f32>,
+        dweights: ViewMut<'_, Self, f32>,
+    ) {
+        check("ids", ids.len(), choices_len(dims));
+        check("dweights", dweights.len(), ids.len());
+        check("dimportance", dimportance.len(), dims.experts);
+        statistics::importance_grad(slice(ids), slice(dimportance), slice_mut(dweights));
+    }
+
+    fn cv_squared(
+        &self,
+        coefficient: f32,
+        x: View<'_, Self, f32>,
+        loss: ViewMut<'_, Self, f64>,
+        dx: ViewMut<'_, Self, f32>,
+    ) {
+        check("dx", dx.len(), x.len());
+        slice_mut(loss)[0] += statistics::cv_squared(coefficient, slice(x), slice_mut(dx));
+    }
+}

@@ -1,0 +1,327 @@
+//! The gate against a reference in f64 that follows the definitions word by word, and its gradients against finite differences.
+
+use crate::cpu::testkit::{assert_close, finite_differences, on_threads, rng, uniform};
+use crate::{BalanceGrad, BalanceSpec, Cpu, GateDims, GateSpec, RoutingOps, Score, View, ViewMut};
+
+/// f32 relative error of a chain of exp, a sum over up to 128 experts and a few products, with room for the library's exp.
+const TOLERANCE: f64 = 64.0 * f32::EPSILON as f64;
+
+struct Output {
+    scores: Vec<f32>,
+    ids: Vec<i32>,
+    weights: Vec<f32>,
+}
+
+fn gate(spec: GateSpec, logits: &[f32], bias: Option<&[f32]>) -> Output {
+    let GateDims { tokens, experts, top_k } = spec.dims;
+    let mut scores = vec![f32::NAN; tokens * experts];
+    let mut ids = vec![-7; tokens * top_k];
+    let mut weights = vec![f32::NAN; tokens * top_k];
+    let bias = bias.map(<[f32]>::to_vec);
+    Cpu.gate(
+        spec,
+        View::of(&logits.to_vec()),
+        bias.as_ref().map(View::of),
+        ViewMut::of(&mut scores),
+        ViewMut::of(&mut ids),
+        ViewMut::of(&mut weights),
+    );
+    Output { scores, ids, weights }
+}
+
+fn specs(dims: GateDims) -> impl Iterator<Item = GateSpec> {
+    let kinds = [Score::Softmax, Score::Sigmoid].into_iter().flat_map(|score| [(score, false), (score, true)]);
+    kinds.map(move |(score, renormalize)| GateSpec { dims, score, renormalize, scale: 2.5 })
+}
+
+fn log_sum_exp(logits: &[f64]) -> f64 {
+    let max = logits.iter().copied().fold(f64::MIN, f64::max);
+    max + logits.iter().map(|l| (l - max).exp()).sum::<f64>().ln()
+}
+
+fn reference_scores(score: Score, logits: &[f64]) -> Vec<f64> {
+    let lse = log_sum_exp(logits);
+    let of = |l: &f64| match score {
+        Score::Softmax => (l - lse).exp(),
+        Score::Sigmoid => 1.0 / (1.0 + (-l).exp()),
+    };
+    logits.iter().map(of).collect()
+}
+
+fn reference_weights(spec: GateSpec, scores: &[f64], ids: &[i32]) -> Vec<f64> {
+    let chosen: Vec<f64> = ids.iter().map(|&id| scores[id as usize]).collect();
+    let sum = if spec.renormalize { chosen.iter().sum() } else { 1.0 };
+    chosen.iter().map(|s| s / sum * f64::from(spec.scale)).collect()
+}
+
+fn reference_probabilities(score: Score, scores: &[f64]) -> Vec<f64> {
+    let sum: f64 = match score {
+        Score::Softmax => 1.0,
+        Score::Sigmoid => scores.iter().sum(),
+    };
+    scores.iter().map(|s| s / sum).collect()
+}
+
+fn to_f64(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|&v| f64::from(v)).collect()
+}
+
+#[test]
+fn scores_choices_and_weights_follow_the_definition() {
+    for (tokens, experts, top_k) in [(0, 4, 2), (1, 1, 1), (37, 8, 2), (300, 64, 8), (5, 128, 128)] {
+        let dims = GateDims { tokens, experts, top_k };
+        let mut rng = rng(7);
+        let logits = uniform(&mut rng, tokens * experts, 4.0);
+        let bias = uniform(&mut rng, experts, 0.3);
+        for (spec, bias) in specs(dims).flat_map(|spec| [(spec, None), (spec, Some(bias.as_slice()))]) {
+            let got = gate(spec, &logits, bias);
+            for t in 0..tokens {
+                let row = t * experts..(t + 1) * experts;
+                let scores = reference_scores(spec.score, &to_f64(&logits[row.clone()]));
+                assert_close("scores", &got.scores[row.clone()], &scores, TOLERANCE);
+
+                let key = |e: usize| got.scores[row.start + e] + bias.map_or(0.0, |bias| bias[e]);
+                let mut order: Vec<usize> = (0..experts).collect();
+                order.sort_by(|&a, &b| key(b).total_cmp(&key(a)));
+                let want: Vec<i32> = order[..top_k].iter().map(|&e| e as i32).collect();
+                let choices = t * top_k..(t + 1) * top_k;
+                assert_eq!(got.ids[choices.clone()], want, "{spec:?}, token {t}");
+
+                let weights = reference_weights(spec, &scores, &want);
+                assert_close("weights", &got.weights[choices], &weights, 2.5 * TOLERANCE);
+            }
+        }
+    }
+}
+
+#[test]
+fn ties_go_to_the_lower_id_and_a_bias_decides_without_entering_a_weight() {
+    let dims = GateDims { tokens: 1, experts: 5, top_k: 3 };
+    let spec = GateSpec { dims, score: Score::Sigmoid, renormalize: false, scale: 1.0 };
+    assert_eq!(gate(spec, &[0.0, 1.0, 0.0, 1.0, 0.0], None).ids, [1, 3, 0]);
+    let biased = gate(spec, &[0.0; 5], Some(&[0.0, 0.0, 0.0, 0.0, 9.0]));
+    assert_eq!((biased.ids, biased.weights), (vec![4, 0, 1], vec![0.5; 3]));
+}
+
+#[test]
+fn nan_and_infinite_logits_still_give_valid_distinct_choices() {
+    let dims = GateDims { tokens: 4, experts: 4, top_k: 2 };
+    let (nan, inf) = (f32::NAN, f32::INFINITY);
+    let logits = [nan, 1.0, -nan, 2.0, nan, nan, nan, nan, inf, 0.0, inf, 0.0, -inf, 0.0, -inf, 1.0];
+    for spec in specs(dims) {
+        let got = gate(spec, &logits, None);
+        for ids in got.ids.chunks(2) {
+            assert!(ids.iter().all(|id| (0..4).contains(id)) && ids[0] != ids[1], "{spec:?}: {:?}", got.ids);
+        }
+        assert_eq!(got.ids[6..], [3, 1], "{spec:?}: a logit of minus infinity is never preferred");
+        if spec.score == Score::Sigmoid {
+            assert_eq!(got.ids[..2], [3, 1], "a NaN ranks below every number");
+        }
+    }
+}
+
+#[test]
+fn vanishing_scores_give_zero_weights_not_nan() {
+    let dims = GateDims { tokens: 1, experts: 3, top_k: 2 };
+    let spec = GateSpec { dims, score: Score::Sigmoid, renormalize: true, scale: 1.0 };
+    assert_eq!(gate(spec, &[-300.0; 3], None).weights, [0.0, 0.0]);
+}
+
+/// The loss whose gradient `gate_grad` is: weights against fixed gradients, probabilities against coefficients, z-loss.
+struct Losses {
+    spec: GateSpec,
+    ids: Vec<i32>,
+    dweights: Vec<f32>,
+    coefficients: Option<Vec<f32>>,
+    tokens_per_group: usize,
+    z_scale: f32,
+}
+
+impl Losses {
+    fn total(&self, logits: &[f64]) -> f64 {
+        let GateDims { tokens, experts, top_k } = self.spec.dims;
+        let dot = |a: &[f64], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * f64::from(*b)).sum::<f64>();
+        let token = |t: usize| {
+            let logits = &logits[t * experts..(t + 1) * experts];
+            let scores = reference_scores(self.spec.score, logits);
+            let choices = t * top_k..(t + 1) * top_k;
+            let weights = reference_weights(self.spec, &scores, &self.ids[choices.clone()]);
+            let balance = self.coefficients.as_ref().map_or(0.0, |coefficients| {
+                let group = t / self.tokens_per_group;
+                let coefficients = &coefficients[group * experts..(group + 1) * experts];
+                dot(&reference_probabilities(self.spec.score, &scores), coefficients)
+            });
+            dot(&weights, &self.dweights[choices]) + balance + f64::from(self.z_scale) * log_sum_exp(logits).powi(2)
+        };
+        (0..tokens).map(token).sum()
+    }
+
+    fn grad(&self, logits: &[f32], scores: &Vec<f32>, threads: usize) -> Vec<f32> {
+        let mut dlogits = vec![f32::NAN; logits.len()];
+        on_threads(threads, || {
+            Cpu.gate_grad(
+                self.spec,
+                View::of(&logits.to_vec()),
+                View::of(scores),
+                View::of(&self.ids),
+                View::of(&self.dweights),
+                self.coefficients.as_ref().map(|coefficients| BalanceGrad {
+                    coefficients: View::of(coefficients),
+                    tokens_per_group: self.tokens_per_group,
+                }),
+                self.z_scale,
+                ViewMut::of(&mut dlogits),
+            );
+        });
+        dlogits
+    }
+}
+
+#[test]
+fn gradients_agree_with_finite_differences() {
+    let dims = GateDims { tokens: 7, experts: 6, top_k: 3 };
+    let mut rng = rng(11);
+    let logits = uniform(&mut rng, 42, 2.0);
+    let coefficients = uniform(&mut rng, 4 * 6, 1.0);
+    for spec in specs(dims) {
+        for (balance, z_scale) in [(false, 0.0), (true, 0.0), (false, 0.1), (true, 0.1)] {
+            let forward = gate(spec, &logits, None);
+            let losses = Losses {
+                spec,
+                ids: forward.ids,
+                dweights: uniform(&mut rng, 21, 1.0),
+                coefficients: balance.then(|| coefficients.clone()),
+                tokens_per_group: 2,
+                z_scale,
+            };
+            let want = finite_differences(&logits, |logits| losses.total(logits));
+            let got = losses.grad(&logits, &forward.scores, 1);
+            assert_close(&format!("dlogits of {spec:?}, balance {balance}, z {z_scale}"), &got, &want, 5.0 * TOLERANCE);
+        }
+    }
+}
+
+#[test]
+fn a_dropped_second_expert_gets_no_gradient_of_its_own() {
+    let dims = GateDims { tokens: 1, experts: 3, top_k: 2 };
+    let spec = GateSpec { dims, score: Score::Softmax, renormalize: false, scale: 1.0 };
+    let forward = gate(spec, &[2.0, 1.0, 0.0], None);
+    let mut losses = Losses {
+        spec,
+        ids: vec![0, -1],
+        dweights: vec![1.0, f32::NAN],
+        coefficients: None,
+        tokens_per_group: 1,
+        z_scale: 0.0,
+    };
+    let dropped = losses.grad(&[2.0, 1.0, 0.0], &forward.scores, 1);
+    (losses.ids, losses.dweights) = (vec![0, 1], vec![1.0, 0.0]);
+    assert_eq!(dropped, losses.grad(&[2.0, 1.0, 0.0], &forward.scores, 1));
+}
+
+#[test]
+fn every_thread_count_gives_the_same_bits() {
+    let dims = GateDims { tokens: 3000, experts: 16, top_k: 4 };
+    let logits = uniform(&mut rng(3), 3000 * 16, 3.0);
+    for spec in specs(dims) {
+        let run = |threads| {
+            on_threads(threads, || {
+                let forward = gate(spec, &logits, None);
+                let sums = statistics(spec, 1024, 3, &logits, &forward);
+                (forward.weights, forward.ids, sums)
+            })
+        };
+        assert_eq!(run(1), run(2));
+        assert_eq!(run(3), run(3));
+    }
+}
+
+/// Counts, probability sums and z.
+fn statistics(
+    spec: GateSpec,
+    tokens_per_group: usize,
+    groups: usize,
+    logits: &[f32],
+    forward: &Output,
+) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
+    let mut counts = vec![f32::NAN; groups * spec.dims.experts];
+    let mut prob_sums = counts.clone();
+    let mut z_sum = vec![f32::NAN];
+    Cpu.gate_statistics(
+        spec,
+        tokens_per_group,
+        View::of(&logits.to_vec()),
+        View::of(&forward.scores),
+        View::of(&forward.ids),
+        ViewMut::of(&mut counts),
+        ViewMut::of(&mut prob_sums),
+        ViewMut::of(&mut z_sum),
+    );
+    (counts, prob_sums, z_sum)
+}
+
+#[test]
+fn statistics_are_sums_over_groups_of_tokens() {
+    // Groups that divide the tokens, that do not, one group, more experts than are summed in one pass, and a rank without tokens.
+    for (tokens, experts, top_k, length, groups) in
+        [(12, 8, 2, 4, 3), (11, 8, 2, 4, 3), (600, 100, 8, 600, 1), (0, 8, 2, 0, 2), (3, 4, 4, 9, 2)]
+    {
+        let dims = GateDims { tokens, experts, top_k };
+        let logits = uniform(&mut rng(5), tokens * experts, 3.0);
+        for spec in specs(dims) {
+            let mut forward = gate(spec, &logits, None);
+            if let Some(last) = forward.ids.last_mut() {
+                *last = -1;
+            }
+            let (counts, prob_sums, z_sum) = statistics(spec, length, groups, &logits, &forward);
+            let (mut want_counts, mut want_probs, mut want_z) = (vec![0.0; counts.len()], vec![0.0; counts.len()], 0.0);
+            for t in 0..tokens {
+                let logits = to_f64(&logits[t * experts..(t + 1) * experts]);
+                let first = t / length * experts;
+                let scores = reference_scores(spec.score, &logits);
+                for (e, p) in reference_probabilities(spec.score, &scores).into_iter().enumerate() {
+                    want_probs[first + e] += p;
+                }
+                for &id in forward.ids[t * top_k..(t + 1) * top_k].iter().filter(|&&id| id >= 0) {
+                    want_counts[first + id as usize] += 1.0;
+                }
+                want_z += log_sum_exp(&logits).powi(2);
+            }
+            assert_close("counts", &counts, &want_counts, 0.0);
+            assert_close("prob_sums", &prob_sums, &want_probs, TOLERANCE * length as f64);
+            assert_close("z_sum", &z_sum, &[want_z], TOLERANCE * want_z);
+        }
+    }
+}
+
+#[test]
+fn the_balance_loss_is_pooled_over_layers_or_not() {
+    let (layers, groups, experts) = (3, 2, 4);
+    let counts = uniform(&mut rng(1), 24, 1.0);
+    let prob_sums = uniform(&mut rng(2), 24, 1.0);
+    for pooled in [false, true] {
+        let spec = BalanceSpec { layers, groups, experts, pooled, f_scale: 0.25, p_scale: 0.5, coefficient: 0.01 };
+        let loss_of = |prob_sums: &[f64]| {
+            let sum = |x: &dyn Fn(usize) -> f64, layers: &[usize], g: usize, e: usize| {
+                layers.iter().map(|l| x((l * groups + g) * experts + e)).sum::<f64>()
+            };
+            let units: Vec<Vec<usize>> = if pooled { vec![vec![0, 1, 2]] } else { vec![vec![0], vec![1], vec![2]] };
+            let mut loss = 0.0;
+            for unit in &units {
+                for (g, e) in (0..groups).flat_map(|g| (0..experts).map(move |e| (g, e))) {
+                    let f = 0.25 * sum(&|i| f64::from(counts[i]), unit, g, e);
+                    let p = 0.5 * sum(&|i| prob_sums[i], unit, g, e);
+                    loss += experts as f64 * f * p;
+                }
+            }
+            loss
+        };
+        let mut loss = vec![1.5];
+        let mut coefficients = vec![f32::NAN; 24];
+        let (counts, sums) = (View::of(&counts), View::of(&prob_sums));
+        Cpu.balance_loss(spec, counts, sums, ViewMut::of(&mut loss), ViewMut::of(&mut coefficients));
+        assert!((loss[0] - 1.5 - loss_of(&to_f64(&prob_sums))).abs() < 1e-12, "pooled {pooled}: {}", loss[0]);
+        let want: Vec<f64> = finite_differences(&prob_sums, loss_of).iter().map(|d| d * 0.01).collect();
+        assert_close("coefficients", &coefficients, &want, TOLERANCE * 0.01);
+    }
+}
