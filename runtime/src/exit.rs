@@ -34,6 +34,12 @@ impl ExitCode {
         self as u8
     }
 
+    /// The code with this number, as another rank told it; an unknown one is an internal error.
+    pub fn of_number(number: u8) -> Self {
+        let all = [Self::Done, Self::Usage, Self::BadData, Self::Io, Self::Temporary, Self::Refused];
+        all.into_iter().find(|code| code.number() == number).unwrap_or(Self::Internal)
+    }
+
     /// Whether starting the same command again can help.
     pub fn is_retryable(self) -> bool {
         self == Self::Temporary
@@ -64,12 +70,24 @@ impl Classified for InvalidValue {
 pub struct Failure {
     code: ExitCode,
     error: Box<dyn Error + Send + Sync>,
+    told_elsewhere: bool,
 }
 
 impl Failure {
     /// A failure of class `code`, where no error type stands behind it.
     pub fn new(code: ExitCode, error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
-        Self { code, error: error.into() }
+        Self { code, error: error.into(), told_elsewhere: false }
+    }
+
+    /// A failure that another rank met and tells the user about: this one only leaves with the same code.
+    pub fn of_another_rank(number: u8) -> Self {
+        let code = ExitCode::of_number(number);
+        Self { code, error: "another rank could not go on".into(), told_elsewhere: true }
+    }
+
+    /// Whether another rank tells the user.
+    pub fn is_told_elsewhere(&self) -> bool {
+        self.told_elsewhere
     }
 
     /// The code to end with.
@@ -85,7 +103,7 @@ impl Failure {
 
 impl<E: Classified + Send + Sync + 'static> From<E> for Failure {
     fn from(error: E) -> Self {
-        Self { code: error.exit_code(), error: Box::new(error) }
+        Self::new(error.exit_code(), error)
     }
 }
 
