@@ -5,7 +5,10 @@
 
 mod error;
 pub mod hf_config;
+pub mod import;
 pub mod names;
+mod tensor_file;
 
-pub use error::CheckpointError;
+pub use error::{CheckpointError, TensorFault, TensorFaults};
 pub use hf_config::HfConfig;
+pub use import::HfFolder;
