@@ -6,6 +6,7 @@
 // Shape letters (x_TH, y_NH) stand in names throughout.
 #![allow(non_snake_case)]
 
+pub mod checkpoint;
 pub mod collectives;
 pub mod config;
 pub mod data;

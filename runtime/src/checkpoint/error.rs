@@ -1,0 +1,203 @@
+//! What can be wrong with a model on disk: one variant for each way.
+//!
+//! Owns the wording and the class of each error. It decides nothing.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::tensor_file::READABLE;
+use crate::invalid::InvalidValue;
+
+/// Why a model could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// The operating system refused.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// A verb: "read", "write"…
+        action: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// A file that should hold JSON of a known form does not.
+    #[error("{}: not valid: {source}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Where and why parsing stopped.
+        source: serde_json::Error,
+    },
+    /// A folder that should hold a model does not.
+    #[error("no model in {}: {reason}", dir.display())]
+    NoModel {
+        /// The folder.
+        dir: PathBuf,
+        /// What is not there.
+        reason: String,
+    },
+    /// A file that should be in the safetensors format is not.
+    #[error("{}: not a safetensors file: {reason}", path.display())]
+    NotSafetensors {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A file is longer or shorter than it says of itself.
+    #[error("{}: {found_bytes} bytes long where {expected_bytes} were expected", path.display())]
+    Length {
+        /// The file.
+        path: PathBuf,
+        /// Its length by its own header or by the manifest.
+        expected_bytes: u64,
+        /// Its length.
+        found_bytes: u64,
+    },
+    /// A tensor has a type that the safetensors format does not have.
+    #[error("{}: {tensor} is of the unknown type {found}; accepted: {READABLE}", path.display())]
+    UnknownDtype {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its type as written.
+        found: String,
+    },
+    /// An index or a manifest names a file that cannot be used.
+    #[error("{}: names the file {name:?}: {reason}", path.display())]
+    FileName {
+        /// The index or manifest.
+        path: PathBuf,
+        /// What it names.
+        name: String,
+        /// Why that is no file of the folder.
+        reason: &'static str,
+    },
+    /// The tensors in the files are not those of the model.
+    #[error("{}: {faults}", dir.display())]
+    Tensors {
+        /// The folder.
+        dir: PathBuf,
+        /// Each tensor that is wrong.
+        faults: TensorFaults,
+    },
+    /// A config.json asks for what does not exist here, or is not of the form it should have.
+    #[error("{}: {key} = {value}: {reason}", path.display())]
+    Config {
+        /// The config.json.
+        path: PathBuf,
+        /// The key; dotted where it is nested.
+        key: String,
+        /// What it says; "absent" where it is not there.
+        value: String,
+        /// Why not, and what is accepted.
+        reason: String,
+    },
+    /// The sizes of a config.json do not fit each other.
+    #[error("{}: {source}", path.display())]
+    ConfigSizes {
+        /// The config.json.
+        path: PathBuf,
+        /// The size, by our name for it.
+        source: InvalidValue,
+    },
+}
+
+impl CheckpointError {
+    /// The exit code of a process that ends with this error: 64 wrong usage, 65 bad input data, 74 input or output failed.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::NoModel { .. } => 64,
+            Self::Json { .. }
+            | Self::NotSafetensors { .. }
+            | Self::Length { .. }
+            | Self::UnknownDtype { .. }
+            | Self::FileName { .. }
+            | Self::Tensors { .. }
+            | Self::Config { .. }
+            | Self::ConfigSizes { .. } => 65,
+            Self::Io { .. } => 74,
+        }
+    }
+
+    /// For `map_err`: the system's refusal to `action` on `path`.
+    pub(super) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { action, path: path.to_owned(), source }
+    }
+}
+
+/// What is wrong with one tensor on disk.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TensorFault {
+    /// The model has it, the files do not.
+    #[error("{name} {expected:?} is missing{}", promised.as_ref().map_or(String::new(), |file| format!(" (the index says it is in {file})")))]
+    Missing {
+        /// The tensor.
+        name: String,
+        /// The shape it would have.
+        expected: Vec<usize>,
+        /// The file that an index names for it.
+        promised: Option<String>,
+    },
+    /// A file has it, the model does not.
+    #[error("{name} {shape:?} in {file} is no tensor of this model")]
+    Extra {
+        /// The tensor.
+        name: String,
+        /// The file that has it.
+        file: String,
+        /// Its shape.
+        shape: Vec<usize>,
+    },
+    /// Its shape is not the model's.
+    #[error("{name} in {file} has the shape {found:?}, the model needs {expected:?}")]
+    Shape {
+        /// The tensor.
+        name: String,
+        /// The file that has it.
+        file: String,
+        /// The shape on disk.
+        found: Vec<usize>,
+        /// The shape that the configuration gives it.
+        expected: Vec<usize>,
+    },
+    /// Its type cannot be read.
+    #[error("{name} in {file} is of the type {found}; accepted: {READABLE}")]
+    Dtype {
+        /// The tensor.
+        name: String,
+        /// The file that has it.
+        file: String,
+        /// The type on disk.
+        found: String,
+    },
+    /// Two files have it.
+    #[error("{name} is in two files, {} and {}", files[0], files[1])]
+    Twice {
+        /// The tensor.
+        name: String,
+        /// The first two files that have it.
+        files: [String; 2],
+    },
+}
+
+/// All tensors that are wrong. Its text lists the first ones and counts the rest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorFaults(pub Vec<TensorFault>);
+
+/// The most tensors that one message lists; a folder of another model would fill the screen.
+const MOST_LISTED: usize = 12;
+
+impl fmt::Display for TensorFaults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shown: Vec<String> = self.0.iter().take(MOST_LISTED).map(TensorFault::to_string).collect();
+        f.write_str(&shown.join("; "))?;
+        match self.0.len() - shown.len() {
+            0 => Ok(()),
+            more => write!(f, "; and {more} more tensors that are wrong"),
+        }
+    }
+}
