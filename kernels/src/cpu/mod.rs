@@ -2,7 +2,18 @@
 //!
 //! Owns memory and the queue, which runs each operation at once; the op families are in the modules beside this one.
 
+mod activation;
+mod attention;
+mod attention_grad;
+mod dense;
+mod embedding;
 mod gemm;
+mod loss;
+mod norm;
+mod optimizer;
+mod panel;
+mod parallel;
+mod simd;
 
 use crate::{Buffer, Device, DeviceError, Element, View, ViewMut};
 
