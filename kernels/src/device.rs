@@ -160,12 +160,12 @@ impl<'a, D: Device, T: Element> View<'a, D, T> {
 
     /// A range of the buffer. Panics if it reaches beyond the end.
     pub fn range(buffer: &'a D::Buffer<T>, range: Range<usize>) -> Self {
-        Self::of(buffer).sub(range)
+        Self::of(buffer).slice(range)
     }
 
     /// A range of this view. Panics if it reaches beyond the end.
     #[must_use]
-    pub fn sub(self, range: Range<usize>) -> Self {
+    pub fn slice(self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.len, "view {range:?} of {} elements", self.len);
         Self { buffer: self.buffer, offset: self.offset + range.start, len: range.end - range.start }
     }
@@ -202,12 +202,12 @@ impl<'a, D: Device, T: Element> ViewMut<'a, D, T> {
 
     /// A range of the buffer. Panics if it reaches beyond the end.
     pub fn range(buffer: &'a mut D::Buffer<T>, range: Range<usize>) -> Self {
-        Self::of(buffer).sub(range)
+        Self::of(buffer).slice(range)
     }
 
     /// A range of this view. Panics if it reaches beyond the end.
     #[must_use]
-    pub fn sub(self, range: Range<usize>) -> Self {
+    pub fn slice(self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.len, "view {range:?} of {} elements", self.len);
         Self { buffer: self.buffer, offset: self.offset + range.start, len: range.end - range.start }
     }

@@ -350,7 +350,7 @@ impl<B: Backend> Shuffle<B> {
 
 /// The number of expanded rows on the device: the last offset.
 fn last<B: Backend>(offsets: &Slot<B, i32>, local_experts: usize) -> View<'_, B, i32> {
-    offsets.view(local_experts + 1).sub(local_experts..local_experts + 1)
+    offsets.view(local_experts + 1).slice(local_experts..local_experts + 1)
 }
 
 /// Tensors of [`Shuffle::combine_backward`].

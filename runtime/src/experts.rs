@@ -126,12 +126,12 @@ impl<B: Backend> Experts<B> {
             offsets,
             dy_NH,
             self.a.view(n * f),
-            gradients.reborrow().sub(down_range),
+            gradients.reborrow().slice(down_range),
         );
         let (da, h) = (scratch.da.view(n * f), self.h.view(n * 2 * f));
         device.swiglu_grad(grouped.rows, f, da, h, scratch.dh.view_mut(n * 2 * f));
         let dh = scratch.dh.view(n * 2 * f);
-        device.grouped_linear_grad_weight(up, offsets, dh, x_NH, gradients.sub(gate_up));
+        device.grouped_linear_grad_weight(up, offsets, dh, x_NH, gradients.slice(gate_up));
         device.grouped_linear_grad_input(up, offsets, dh, weights.gate_up, dx_NH);
         Ok(())
     }

@@ -2,12 +2,23 @@
 //!
 //! Owns memory and the queue, which runs each operation at once; the op families are in the modules beside this one.
 
+mod activation;
+mod attention;
+mod attention_grad;
+mod dense;
+mod embedding;
 mod expert;
 mod gemm;
 mod grouped;
+mod loss;
+mod norm;
+mod optimizer;
+mod panel;
+mod parallel;
 mod routing;
 mod rows;
 mod shuffle;
+mod simd;
 #[cfg(test)]
 mod testkit;
 

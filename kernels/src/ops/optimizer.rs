@@ -6,19 +6,19 @@ use crate::{Device, View, ViewMut};
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamW {
     /// Learning rate of this step.
-    pub lr: f32,
+    pub lr: f64,
     /// Decay of the first moment.
-    pub beta1: f32,
+    pub beta1: f64,
     /// Decay of the second moment.
-    pub beta2: f32,
+    pub beta2: f64,
     /// Added to the root of the second moment.
-    pub eps: f32,
+    pub eps: f64,
     /// Decoupled weight decay: weights are multiplied by `1 − lr · weight_decay` first.
-    pub weight_decay: f32,
+    pub weight_decay: f64,
     /// Number of this step, from 1, for the bias corrections.
     pub step: u64,
     /// Every gradient is multiplied by this first: the clipping factor.
-    pub grad_scale: f32,
+    pub grad_scale: f64,
 }
 
 /// Updates of flat parameter buffers.

@@ -146,6 +146,13 @@ fn refuse_unsupported(keys: &Keys<'_>, traits: &FamilyTraits) -> Result<(), Chec
     }
 }
 
+/// The token whose embedding transformers never trains; null: none.
+fn padding_token(keys: &Keys<'_>) -> Result<Option<usize>, CheckpointError> {
+    let Some(value) = keys.get("pad_token_id") else { return Ok(None) };
+    let token = value.as_u64().and_then(|token| usize::try_from(token).ok());
+    token.map(Some).ok_or_else(|| keys.refuse("pad_token_id", "accepted: a token id, or null"))
+}
+
 fn model_config(keys: &Keys<'_>, traits: &FamilyTraits) -> Result<ModelConfig, CheckpointError> {
     let heads = keys.size("num_attention_heads")?;
     let kv_heads = match keys.optional_size("num_key_value_heads")? {
@@ -166,6 +173,7 @@ fn model_config(keys: &Keys<'_>, traits: &FamilyTraits) -> Result<ModelConfig, C
         expert_ffn_size: 0,
         qk_norm: traits.qk_norm,
         rope_theta: rope_theta(keys, traits)?,
+        padding_token: padding_token(keys)?,
         norm_eps: keys.number("rms_norm_eps")?.unwrap_or(traits.norm_eps) as f32,
         max_positions: keys.size("max_position_embeddings")?,
         init_std: keys.number("initializer_range")?.unwrap_or(0.02) as f32,

@@ -146,7 +146,7 @@ impl<B: Backend> Attention<B> {
                 let (raw, normed) = (self.raw.view(width), self.qkv.view_mut(width));
                 let range = norm.start.min(width)..width;
                 let w = weights.get(norm.weight);
-                device.rms_norm(norm.dims, raw.sub(range.clone()), w, normed.sub(range), rstd.view_mut(rows));
+                device.rms_norm(norm.dims, raw.slice(range.clone()), w, normed.slice(range), rstd.view_mut(rows));
             }
         } else {
             device.linear(project, x_TH, weights.get(tensors.qkv), bias, self.qkv.view_mut(width));
@@ -190,11 +190,11 @@ impl<B: Backend> Attention<B> {
                 let range = norm.start.min(width)..width;
                 device.rms_norm_grad(
                     norm.dims,
-                    scratch.dqkv.view(width).sub(range.clone()),
-                    self.raw.view(width).sub(range.clone()),
+                    scratch.dqkv.view(width).slice(range.clone()),
+                    self.raw.view(width).slice(range.clone()),
                     weights.get(norm.weight),
                     rstd.view(t * norm.dims.groups),
-                    scratch.draw.view_mut(width).sub(range),
+                    scratch.draw.view_mut(width).slice(range),
                     gradients.get(norm.weight),
                     Accumulate::Overwrite,
                 );

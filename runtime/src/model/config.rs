@@ -81,6 +81,8 @@ pub struct ModelConfig {
     pub norm_eps: f32,
     /// Longest sequence the model is meant for.
     pub max_positions: usize,
+    /// A token whose embedding gets no gradient (`pad_token_id` of Hugging Face); absent: none.
+    pub padding_token: Option<usize>,
     /// Standard deviation of initial weights; output projections get it divided by √(2·layers), as in GPT-2.
     pub init_std: f32,
 }
@@ -108,6 +110,7 @@ impl Default for ModelConfig {
             rope_theta: 10_000.0,
             norm_eps: 1e-5,
             max_positions: 4096,
+            padding_token: None,
             init_std: 0.02,
         }
     }
@@ -186,6 +189,10 @@ impl ModelConfig {
         if let Some(&layer) = self.dense_layers.iter().find(|&&layer| layer >= self.layers) {
             let reason = format!("there is no block {layer}: blocks are numbered 0 to {}", self.layers - 1);
             return Err(InvalidValue::new("model.dense_layers", format!("{:?}", self.dense_layers), reason));
+        }
+        if let Some(token) = self.padding_token.filter(|&token| token >= self.vocab_size) {
+            let reason = format!("must be a token below model.vocab_size = {}", self.vocab_size);
+            return Err(InvalidValue::new("model.padding_token", token, reason));
         }
         if self.moe_layers().next().is_some() {
             self.validate_experts()?;

@@ -65,12 +65,12 @@ impl<B: Backend> Head<B> {
         let weight = weights.get(self.weight);
         for range in self.chunks(targets.len()) {
             let (dims, n) = (self.dims(range.len()), range.len() * self.vocab);
-            let x = x_TH.sub(range.start * h..range.end * h);
+            let x = x_TH.slice(range.start * h..range.end * h);
             device.linear(dims, x, weight, None, self.logits.view_mut(n));
-            let wanted = self.targets.view(targets.len()).sub(range.clone());
-            let losses = self.losses.view_mut(targets.len()).sub(range.clone());
+            let wanted = self.targets.view(targets.len()).slice(range.clone());
+            let losses = self.losses.view_mut(targets.len()).slice(range.clone());
             device.cross_entropy(self.vocab, scale, wanted, self.logits.view_mut(n), losses);
-            let (dlogits, dx) = (self.logits.view(n), dx_TH.reborrow().sub(range.start * h..range.end * h));
+            let (dlogits, dx) = (self.logits.view(n), dx_TH.reborrow().slice(range.start * h..range.end * h));
             device.linear_grad_input(dims, dlogits, weight, dx, Accumulate::Overwrite);
             device.linear_grad_weight(dims, dlogits, x, gradients.get(self.weight));
         }
@@ -91,10 +91,10 @@ impl<B: Backend> Head<B> {
         self.reserve(device, targets)?;
         for range in self.chunks(targets.len()) {
             let n = range.len() * self.vocab;
-            let x = x_TH.sub(range.start * h..range.end * h);
+            let x = x_TH.slice(range.start * h..range.end * h);
             device.linear(self.dims(range.len()), x, weights.get(self.weight), None, self.logits.view_mut(n));
-            let wanted = self.targets.view(targets.len()).sub(range.clone());
-            let losses = self.losses.view_mut(targets.len()).sub(range);
+            let wanted = self.targets.view(targets.len()).slice(range.clone());
+            let losses = self.losses.view_mut(targets.len()).slice(range);
             device.cross_entropy_loss(self.vocab, wanted, self.logits.view(n), losses);
         }
         device.sum(self.losses.view(targets.len()), total);

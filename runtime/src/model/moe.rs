@@ -156,9 +156,9 @@ impl<B: Backend> MoeLayer<B> {
             let tokens = self.chunk_tokens(t, index);
             let Chunk { shuffle, experts } = &mut self.chunks[index];
             let routed = RoutedTokens {
-                x_TH: x_TH.sub(tokens.start * h..tokens.end * h),
-                kept: self.router.kept(t).sub(tokens.start * k..tokens.end * k),
-                weights: self.router.weights(t).sub(tokens.start * k..tokens.end * k),
+                x_TH: x_TH.slice(tokens.start * h..tokens.end * h),
+                kept: self.router.kept(t).slice(tokens.start * k..tokens.end * k),
+                weights: self.router.weights(t).slice(tokens.start * k..tokens.end * k),
             };
             shuffle.dispatch(device, pass.group, &mut scratch.shuffle, routed)?;
             clock.lap(Stage::Dispatch);
@@ -166,7 +166,7 @@ impl<B: Backend> MoeLayer<B> {
             experts.forward(device, grouped, shuffle.expanded(), expert_weights(pass))?;
             clock.lap(Stage::Experts);
             let y = experts.y.view(grouped.rows.bound * h);
-            let out = out_TH.reborrow().sub(tokens.start * h..tokens.end * h);
+            let out = out_TH.reborrow().slice(tokens.start * h..tokens.end * h);
             shuffle.combine(device, pass.group, &mut scratch.shuffle, y, out)?;
             clock.lap(Stage::Combine);
         }
@@ -220,10 +220,10 @@ impl<B: Backend> MoeLayer<B> {
             scratch.dy.reserve(device, n * h)?;
             scratch.dx.reserve(device, n * h)?;
             let combine = CombineBackward {
-                dout_TH: dout_TH.sub(rows.clone()),
+                dout_TH: dout_TH.slice(rows.clone()),
                 y_NH: experts.y.view(n * h),
                 dy_NH: scratch.dy.view_mut(n * h),
-                dweights: scratch.dweights.view_mut(t * k).sub(tokens.start * k..tokens.end * k),
+                dweights: scratch.dweights.view_mut(t * k).slice(tokens.start * k..tokens.end * k),
             };
             shuffle.combine_backward(device, pass.group, &mut scratch.shuffle, combine)?;
             clock.lap(Stage::Combine);
@@ -239,7 +239,7 @@ impl<B: Backend> MoeLayer<B> {
             };
             experts.backward(device, &mut scratch.experts, grouped, tensors)?;
             clock.lap(Stage::Experts);
-            let (dx_NH, dx) = (scratch.dx.view(n * h), dx_TH.reborrow().sub(rows));
+            let (dx_NH, dx) = (scratch.dx.view(n * h), dx_TH.reborrow().slice(rows));
             shuffle.dispatch_backward(device, pass.group, &mut scratch.shuffle, dx_NH, dx)?;
             clock.lap(Stage::Dispatch);
         }

@@ -155,7 +155,7 @@ impl<B: Device> Gradients<'_, B> {
     /// A tensor's gradient, to add to.
     pub fn get(&mut self, id: TensorId) -> ViewMut<'_, B, f32> {
         let range = self.layout.range(id);
-        self.flat.reborrow().sub(range)
+        self.flat.reborrow().slice(range)
     }
 
     /// The whole flat buffer with the ranges of some of its tensors, for operations that add to several.

@@ -209,6 +209,9 @@ impl<B: Backend> Transformer<B> {
         let (_, mut gradients) = self.parameters.split();
         let dstream = self.scratch.dstream.view(t * h);
         self.device.embedding_grad(h, self.ids.view(t), dstream, gradients.get(embedding));
+        if let Some(token) = self.setup.model.padding_token {
+            self.device.fill(gradients.get(embedding).slice(token * h..(token + 1) * h), 0.0);
+        }
         clock.lap(Stage::Embedding);
         Ok(())
     }
@@ -220,12 +223,12 @@ impl<B: Backend> Transformer<B> {
         tokens: PassTokens<'_>,
     ) -> Result<f64, ModelError> {
         self.forward(groups, &mut StageClock::default(), tokens.inputs, tokens.route(false))?;
-        self.device.fill(self.totals.view_mut(2).sub(LOSS), 0.0);
+        self.device.fill(self.totals.view_mut(2).slice(LOSS), 0.0);
         let x = self.final_norm.out.view(tokens.inputs.len() * self.setup.model.hidden_size);
-        let total = self.totals.view_mut(2).sub(LOSS);
+        let total = self.totals.view_mut(2).slice(LOSS);
         self.head.loss(&self.device, self.parameters.weights(), tokens.targets, x, total)?;
         let mut loss = [0.0];
-        self.device.read_to_host(self.totals.view(2).sub(LOSS), &mut loss)?;
+        self.device.read_to_host(self.totals.view(2).slice(LOSS), &mut loss)?;
         Ok(loss[0])
     }
 
@@ -247,7 +250,7 @@ impl<B: Backend> Transformer<B> {
             LogitsOf::Last => (sequence_length..=inputs.len()).step_by(sequence_length).map(|n| n - 1..n).collect(),
         };
         for range in rows {
-            let x = x.sub(range.start * h..range.end * h);
+            let x = x.slice(range.start * h..range.end * h);
             logits.extend(self.head.read_logits(&self.device, self.parameters.weights(), x)?);
         }
         Ok(logits.into_iter().map(B::Act::to_f32).collect())
@@ -317,7 +320,7 @@ impl<B: Backend> Transformer<B> {
             let context = BlockContext { device, setup, weights, rotary: &self.rotary, group: &groups.expert, route };
             block.forward(&context, &mut self.balance, &mut self.scratch.moe, clock, (x, y))?;
             if let Second::Moe(moe) = &block.second {
-                device.sum(moe.router.dropped(), self.totals.view_mut(2).sub(DROPPED));
+                device.sum(moe.router.dropped(), self.totals.view_mut(2).slice(DROPPED));
             }
         }
         let last = self.stream[self.blocks.len()].view(t * h);
@@ -352,7 +355,7 @@ impl<B: Backend> Transformer<B> {
         scratch.dbranch.reserve(device, n)?;
         let (weights, mut gradients) = parameters.split();
         let x = self.final_norm.out.view(n);
-        let total = self.totals.view_mut(2).sub(LOSS);
+        let total = self.totals.view_mut(2).slice(LOSS);
         let dx = scratch.dbranch.view_mut(n);
         self.head.loss_and_gradients(device, (weights, &mut gradients), (targets, scale), (x, dx), total)?;
         let (last, dnormed) = (self.stream[self.blocks.len()].view(n), scratch.dbranch.view(n));

@@ -59,8 +59,8 @@ impl<B: Backend> Optimizer<B> {
         device.fill(self.squares.view_mut(2), 0.0);
         let Regions { replicated, replicated_vectors, experts } = parameters.layout().regions.clone();
         let dense = replicated.start..replicated_vectors.end;
-        device.sum_of_squares(parameters.grads().sub(dense), self.squares.view_mut(2).sub(0..1));
-        device.sum_of_squares(parameters.grads().sub(experts), self.squares.view_mut(2).sub(1..2));
+        device.sum_of_squares(parameters.grads().slice(dense), self.squares.view_mut(2).slice(0..1));
+        device.sum_of_squares(parameters.grads().slice(experts), self.squares.view_mut(2).slice(1..2));
         self.squares.view_mut(2)
     }
 
@@ -74,13 +74,13 @@ impl<B: Backend> Optimizer<B> {
     pub fn update(&mut self, device: &B, parameters: &mut Parameters<B>, lr: f64, grad_scale: f64) {
         self.updates += 1;
         let settings = AdamW {
-            lr: lr as f32,
-            beta1: self.config.beta1 as f32,
-            beta2: self.config.beta2 as f32,
-            eps: self.config.eps as f32,
-            weight_decay: self.config.weight_decay as f32,
+            lr,
+            beta1: self.config.beta1,
+            beta2: self.config.beta2,
+            eps: self.config.eps,
+            weight_decay: self.config.weight_decay,
             step: self.updates,
-            grad_scale: grad_scale as f32,
+            grad_scale,
         };
         for (range, decays) in self.groups(&parameters.layout().regions) {
             let settings = AdamW { weight_decay: if decays { settings.weight_decay } else { 0.0 }, ..settings };

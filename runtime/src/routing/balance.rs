@@ -131,7 +131,7 @@ impl<B: Backend> Balance<B> {
     /// Where MoE layer `index` puts its `counts` and `prob_sums`.
     pub fn layer_mut(&mut self, index: usize) -> (ViewMut<'_, B, f32>, ViewMut<'_, B, f32>) {
         let (range, len) = (self.layer_range(index), self.len());
-        (self.counts.view_mut(len).sub(range.clone()), self.prob_sums.view_mut(len).sub(range))
+        (self.counts.view_mut(len).slice(range.clone()), self.prob_sums.view_mut(len).slice(range))
     }
 
     /// Forms the balance loss of all layers and its coefficients, once every layer has left its statistics.
@@ -149,8 +149,8 @@ impl<B: Backend> Balance<B> {
         for layer in 0..self.layers {
             let start = layer * self.max_groups * self.experts;
             let range = self.layer_range(layer);
-            let total = self.step_counts.view_mut(start + range.len()).sub(start..start + range.len());
-            device.add_f32(self.counts.view(len).sub(range), total);
+            let total = self.step_counts.view_mut(start + range.len()).slice(start..start + range.len());
+            device.add_f32(self.counts.view(len).slice(range), total);
         }
         let counted = match self.config.balance_scope {
             BalanceScope::Sequence => pass.sequence_length,
@@ -169,7 +169,7 @@ impl<B: Backend> Balance<B> {
             coefficient: self.config.balance_coefficient,
         };
         let counts = if self.loads_are_global() { self.step_counts.view(len) } else { self.counts.view(len) };
-        let loss = self.losses.view_mut(3).sub(BALANCE..BALANCE + 1);
+        let loss = self.losses.view_mut(3).slice(BALANCE..BALANCE + 1);
         device.balance_loss(spec, counts, self.prob_sums.view(len), loss, self.coefficients.view_mut(len));
         Ok(())
     }
@@ -196,7 +196,7 @@ impl<B: Backend> Balance<B> {
         for (coefficient, x, dx) in
             [(self.config.importance_coefficient, importance, dimportance), (self.config.load_coefficient, load, dload)]
         {
-            let loss = self.losses.view_mut(3).sub(NOISY..NOISY + 1);
+            let loss = self.losses.view_mut(3).slice(NOISY..NOISY + 1);
             device.cv_squared(coefficient * weight, x.view(e), loss, dx.view_mut(e));
         }
         Ok(())
@@ -204,12 +204,12 @@ impl<B: Backend> Balance<B> {
 
     /// Adds one layer's Σ lse² to the report.
     pub fn add_z(&mut self, device: &B, statistics: &RouterStatistics<B>) {
-        device.sum(statistics.z_sum.view(1), self.losses.view_mut(3).sub(Z..Z + 1));
+        device.sum(statistics.z_sum.view(1), self.losses.view_mut(3).slice(Z..Z + 1));
     }
 
     /// `[G, E]` of MoE layer `index`: the balance loss's gradient; None: the loss is switched off.
     pub fn coefficients(&self, index: usize) -> Option<View<'_, B, f32>> {
-        (self.config.balance_coefficient > 0.0).then(|| self.coefficients.view(self.len()).sub(self.layer_range(index)))
+        (self.config.balance_coefficient > 0.0).then(|| self.coefficients.view(self.len()).slice(self.layer_range(index)))
     }
 
     /// Factor of Σ_t lse² in the objective: the mean over the global batch.
@@ -219,6 +219,9 @@ impl<B: Backend> Balance<B> {
 
     /// Reads the step's sums back.
     pub fn report(&self, device: &B) -> Result<BalanceReport, DeviceError> {
+        if self.layers == 0 {
+            return Ok(BalanceReport::default());
+        }
         let mut losses = [0.0; 3];
         device.read_to_host(self.losses.view(3), &mut losses)?;
         let mut counts = vec![0.0f32; self.layers * self.max_groups * self.experts];

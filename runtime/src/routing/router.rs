@@ -312,11 +312,11 @@ impl<B: Backend> Router<B> {
                 self.draw.view_mut(te),
             );
             device.linear_f32_grad_input(gemm, self.draw.view(te), noise_weight, dx_TH.reborrow(), Accumulate::Add);
-            device.linear_f32_grad_weight(gemm, self.draw.view(te), x_TH, flat.reborrow().sub(noise));
+            device.linear_f32_grad_weight(gemm, self.draw.view(te), x_TH, flat.reborrow().slice(noise));
         }
         let dlogits = if self.form.noisy { self.dclean.view(te) } else { self.dlogits.view(te) };
         device.linear_f32_grad_input(gemm, dlogits, weights.router, dx_TH, Accumulate::Add);
-        device.linear_f32_grad_weight(gemm, dlogits, x_TH, flat.sub(router));
+        device.linear_f32_grad_weight(gemm, dlogits, x_TH, flat.slice(router));
     }
 
     /// The choices that are carried out, `[T, k]`, −1: dropped.

@@ -293,14 +293,14 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         let regions = self.model.parameters().layout().regions.clone();
         let dense = regions.replicated.start..regions.replicated_vectors.end;
         let parameters = self.model.parameters_mut();
-        let world = self.groups.world.all_reduce(&device, parameters.grads_mut().sub(dense), ReduceOp::Sum)?;
-        let experts = parameters.grads_mut().sub(regions.experts);
+        let world = self.groups.world.all_reduce(&device, parameters.grads_mut().slice(dense), ReduceOp::Sum)?;
+        let experts = parameters.grads_mut().slice(regions.experts);
         let replica = self.groups.replica.all_reduce(&device, experts, ReduceOp::Sum)?;
         device.wait(&world);
         device.wait(&replica);
         let mut squares = self.optimizer.squared_norms(&device, self.model.parameters());
         // An expert group holds every expert once, so its sum is the norm of all experts, whatever DP is.
-        let experts = squares.reborrow().sub(1..2);
+        let experts = squares.reborrow().slice(1..2);
         device.wait(&self.groups.expert.all_reduce(&device, experts, ReduceOp::Sum)?);
         let [dense, experts] = read_squares(&device, squares.as_view())?;
         Ok((dense + experts).sqrt())

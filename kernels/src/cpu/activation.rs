@@ -1,0 +1,119 @@
+//! Element-wise layers: SwiGLU, residual sums, the shared expert's gate.
+//!
+//! Owns their arithmetic, row by row. Rows beyond the number it is given are never touched.
+
+use multiversion::multiversion;
+
+use super::parallel::{for_parts, parts, rows_mut};
+use super::simd::{dot, sigmoid};
+
+pub(super) fn swiglu(rows: usize, f: usize, h: &[f32], a: &mut [f32]) {
+    assert!(h.len() >= rows * 2 * f, "h has {} elements for {rows} rows x 2·{f}", h.len());
+    assert!(a.len() >= rows * f, "a has {} elements for {rows} rows x {f}", a.len());
+    for_parts(rows, parts(rows * f), rows_mut(&mut a[..rows * f], f), |range, a| {
+        swiglu_rows(f, &h[range.start * 2 * f..range.end * 2 * f], a.data);
+    });
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma"))]
+fn swiglu_rows(f: usize, h: &[f32], a: &mut [f32]) {
+    if f == 0 {
+        return;
+    }
+    for (h, a) in h.chunks_exact(2 * f).zip(a.chunks_exact_mut(f)) {
+        let (gate, up) = h.split_at(f);
+        for ((a, g), u) in a.iter_mut().zip(gate).zip(up) {
+            *a = g * sigmoid(*g) * u;
+        }
+    }
+}
+
+pub(super) fn swiglu_grad(rows: usize, f: usize, da: &[f32], h: &[f32], dh: &mut [f32]) {
+    assert!(da.len() >= rows * f, "da has {} elements for {rows} rows x {f}", da.len());
+    assert!(h.len() >= rows * 2 * f, "h has {} elements for {rows} rows x 2·{f}", h.len());
+    assert!(dh.len() >= rows * 2 * f, "dh has {} elements for {rows} rows x 2·{f}", dh.len());
+    for_parts(rows, parts(rows * f), rows_mut(&mut dh[..rows * 2 * f], 2 * f), |range, dh| {
+        let h = &h[range.start * 2 * f..range.end * 2 * f];
+        swiglu_grad_rows(f, &da[range.start * f..range.end * f], h, dh.data);
+    });
+}
+
+/// With s = sigmoid(g): d(g·s)/dg = s·(1 + g·(1 − s)).
+#[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma"))]
+fn swiglu_grad_rows(f: usize, da: &[f32], h: &[f32], dh: &mut [f32]) {
+    if f == 0 {
+        return;
+    }
+    for ((da, h), dh) in da.chunks_exact(f).zip(h.chunks_exact(2 * f)).zip(dh.chunks_exact_mut(2 * f)) {
+        let (gate, up) = h.split_at(f);
+        let (dgate, dup) = dh.split_at_mut(f);
+        for ((((dg, du), da), g), u) in dgate.iter_mut().zip(dup).zip(da).zip(gate).zip(up) {
+            let s = sigmoid(*g);
+            *du = da * g * s;
+            *dg = da * u * s * (1.0 + g * (1.0 - s));
+        }
+    }
+}
+
+pub(super) fn add(x: &[f32], y: &mut [f32]) {
+    assert_eq!(x.len(), y.len(), "lengths of a sum");
+    for_parts(y.len(), parts(y.len()), rows_mut(y, 1), |range, y| add_part(&x[range], y.data));
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma"))]
+fn add_part(x: &[f32], y: &mut [f32]) {
+    for (y, x) in y.iter_mut().zip(x) {
+        *y += x;
+    }
+}
+
+pub(super) fn sigmoid_gate(h: usize, gate: &[f32], shared: &[f32], out: &mut [f32]) {
+    let tokens = gate.len();
+    assert!(shared.len() >= tokens * h, "shared has {} elements for {tokens} tokens x {h}", shared.len());
+    assert!(out.len() >= tokens * h, "out has {} elements for {tokens} tokens x {h}", out.len());
+    for_parts(tokens, parts(tokens * h), rows_mut(&mut out[..tokens * h], h), |range, out| {
+        gate_rows(h, &gate[range.clone()], &shared[range.start * h..range.end * h], out.data);
+    });
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma"))]
+fn gate_rows(h: usize, gate: &[f32], shared: &[f32], out: &mut [f32]) {
+    for (t, g) in gate.iter().enumerate() {
+        let (s, row) = (sigmoid(*g), t * h..(t + 1) * h);
+        for (out, x) in out[row.clone()].iter_mut().zip(&shared[row]) {
+            *out += s * x;
+        }
+    }
+}
+
+pub(super) fn sigmoid_gate_grad(
+    h: usize,
+    dout: &[f32],
+    gate: &[f32],
+    shared: &[f32],
+    dshared: &mut [f32],
+    dgate: &mut [f32],
+) {
+    let tokens = gate.len();
+    for (name, len) in [("dout", dout.len()), ("shared", shared.len()), ("dshared", dshared.len())] {
+        assert!(len >= tokens * h, "{name} has {len} elements for {tokens} tokens x {h}");
+    }
+    assert!(dgate.len() >= tokens, "dgate has {} elements for {tokens} tokens", dgate.len());
+    let outputs = (rows_mut(&mut dshared[..tokens * h], h), rows_mut(&mut dgate[..tokens], 1));
+    for_parts(tokens, parts(tokens * h), outputs, |range, (dshared, dgate)| {
+        let row = range.start * h..range.end * h;
+        gate_grad_rows(&dout[row.clone()], &gate[range], &shared[row], dshared.data, dgate.data);
+    });
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma"))]
+fn gate_grad_rows(dout: &[f32], gate: &[f32], shared: &[f32], dshared: &mut [f32], dgate: &mut [f32]) {
+    let Some(h) = dout.len().checked_div(gate.len()) else { return };
+    for (t, (g, dg)) in gate.iter().zip(dgate).enumerate() {
+        let (s, row) = (sigmoid(*g), t * h..(t + 1) * h);
+        for (dx, dy) in dshared[row.clone()].iter_mut().zip(&dout[row.clone()]) {
+            *dx = s * dy;
+        }
+        *dg = dot(&dout[row.clone()], &shared[row]) * s * (1.0 - s);
+    }
+}

@@ -1,0 +1,317 @@
+//! The runtime against Hugging Face transformers: logits, gradients and a trajectory of AdamW steps of tiny models, on several
+//! numbers of ranks and every legal expert-parallel size.
+//!
+//! Walks every folder of `MOE_FIXTURES` (default: `shared/fixtures` beside the workspace); what a folder holds is said in its
+//! README. A folder without a model is a gate of its own (`noisy-topk`).
+
+#![allow(non_snake_case)]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use moe_kernels::Cpu;
+use moe_runtime::checkpoint::HfFolder;
+use moe_runtime::checkpoint::names::tensor_name;
+use moe_runtime::collectives::{Groups, HostCommunicator, local};
+use moe_runtime::config::{Config, DecayGroups, OptimizerConfig, ScheduleConfig, ScheduleKind};
+use moe_runtime::data::Batch;
+use moe_runtime::model::layout::{PartId, PartKind};
+use moe_runtime::model::{Family, LogitsOf, ModelSetup, PassTokens, Transformer};
+use moe_runtime::routing::BatchShare;
+use moe_runtime::stages::StageClock;
+use moe_runtime::topology::{Grid, Rank, share};
+use moe_runtime::training::{Requests, Trainer, TrainingData};
+use safetensors::{Dtype, SafeTensors};
+
+const WORLDS: [usize; 3] = [1, 2, 4];
+
+/// The folders to walk; empty: there are none here, which is a failure where they were promised.
+fn folders() -> Vec<PathBuf> {
+    let named = std::env::var_os("MOE_FIXTURES").map(PathBuf::from);
+    let root = named.clone().unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/fixtures"));
+    let mut folders: Vec<PathBuf> = std::fs::read_dir(&root)
+        .map(|entries| entries.flatten().map(|entry| entry.path()).filter(|path| path.is_dir()).collect())
+        .unwrap_or_default();
+    folders.sort();
+    if folders.is_empty() {
+        let promised = named.is_some() || std::env::var("CI").is_ok_and(|ci| ci == "true");
+        assert!(!promised, "{} holds no fixtures", root.display());
+        eprintln!("notice: {} holds no fixtures: parity with peers was not tested", root.display());
+    }
+    folders
+}
+
+/// The numbers a peer computed.
+struct Reference {
+    bytes: Vec<u8>,
+}
+
+impl Reference {
+    fn open(folder: &Path) -> Self {
+        Self { bytes: std::fs::read(folder.join("reference.safetensors")).unwrap() }
+    }
+
+    fn f32(&self, name: &str) -> Option<Vec<f32>> {
+        let file = SafeTensors::deserialize(&self.bytes).unwrap();
+        let tensor = file.tensor(name).ok()?;
+        assert_eq!(tensor.dtype(), Dtype::F32, "{name}");
+        Some(tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect())
+    }
+
+    /// `input_ids`: (steps, sequences, tokens of a sequence, ids).
+    fn ids(&self) -> (usize, usize, usize, Vec<i32>) {
+        let file = SafeTensors::deserialize(&self.bytes).unwrap();
+        let tensor = file.tensor("input_ids").unwrap();
+        let ids = tensor.data().chunks_exact(4).map(|b| i32::from_le_bytes(b.try_into().unwrap())).collect();
+        let &[steps, sequences, length] = tensor.shape() else { panic!("input_ids has three dimensions") };
+        (steps, sequences, length, ids)
+    }
+
+    fn names(&self) -> Vec<String> {
+        SafeTensors::deserialize(&self.bytes).unwrap().names().iter().map(|name| name.to_string()).collect()
+    }
+}
+
+/// The batches of a fixture: step i is batch i, one pass.
+struct FixtureData {
+    ids: Vec<i32>,
+    sequences: usize,
+    length: usize,
+    rank: usize,
+    world: usize,
+}
+
+impl TrainingData for FixtureData {
+    fn passes(&self) -> usize {
+        1
+    }
+
+    fn train_pass(&self, steps_done: u64, _: usize, batch: &mut Batch) {
+        let mine = share(self.sequences, self.world, self.rank);
+        let first = steps_done as usize * self.sequences;
+        let rows = (first + mine.start) * self.length..(first + mine.end) * self.length;
+        batch.sequences = mine.len();
+        batch.sequence_length = self.length;
+        batch.first_sample = (first + mine.start) as u64;
+        batch.inputs = self.ids[rows].to_vec();
+        batch.targets = batch.inputs.chunks(self.length).flat_map(|row| row[1..].iter().copied().chain([-1])).collect();
+    }
+
+    fn eval_passes(&self) -> usize {
+        0
+    }
+
+    fn eval_pass(&self, _: usize, _: &mut Batch) {}
+}
+
+struct Fixture {
+    name: String,
+    folder: PathBuf,
+    reference: Reference,
+}
+
+impl Fixture {
+    fn data(&self, rank: usize, world: usize) -> FixtureData {
+        let (_, sequences, length, ids) = self.reference.ids();
+        FixtureData { ids, sequences, length, rank, world }
+    }
+
+    /// The model on this rank of a grid, with its groups and data.
+    fn model(&self, world: HostCommunicator, ep: usize) -> (Transformer<Cpu>, Groups<HostCommunicator>, FixtureData) {
+        let hf = HfFolder::open(&self.folder).unwrap();
+        let (model, router) = (hf.model_config().clone(), hf.router_config().clone());
+        let (rank, size) = place(&world);
+        let grid = Grid::new(size, ep, model.experts).unwrap();
+        let data = self.data(rank, size);
+        let setup = ModelSetup {
+            model,
+            router,
+            grid,
+            rank: Rank(rank),
+            seed: 0,
+            chunks: 1,
+            max_sequences: data.sequences,
+            sequence_length: data.length,
+        };
+        let mut transformer = Transformer::new(Cpu, setup).unwrap();
+        hf.load_into(&Cpu, transformer.parameters_mut()).unwrap();
+        let groups = Groups::of_grid::<Cpu>(world, &grid).unwrap();
+        (transformer, groups, data)
+    }
+
+    /// Every number of ranks with every legal expert-parallel size.
+    fn layouts(&self) -> Vec<(usize, usize)> {
+        let experts = HfFolder::open(&self.folder).unwrap().model_config().experts;
+        let legal = |world: usize| (1..=world).filter(move |&ep| Grid::new(world, ep, experts).is_ok());
+        WORLDS.into_iter().flat_map(|world| legal(world).map(move |ep| (world, ep))).collect()
+    }
+}
+
+fn place(world: &HostCommunicator) -> (usize, usize) {
+    use moe_runtime::collectives::Communicator;
+    (Communicator::<Cpu>::rank(world), Communicator::<Cpu>::size(world))
+}
+
+fn models() -> Vec<Fixture> {
+    folders()
+        .into_iter()
+        .filter(|folder| folder.join("config.json").exists())
+        .map(|folder| Fixture {
+            name: folder.file_name().unwrap().to_string_lossy().into_owned(),
+            reference: Reference::open(&folder),
+            folder,
+        })
+        .collect()
+}
+
+#[test]
+fn logits_are_the_peers() {
+    for fixture in models() {
+        let expected = fixture.reference.f32("logits_step0").unwrap();
+        for (world, ep) in fixture.layouts() {
+            let found: Vec<f32> = local::run(world, |comm| {
+                let (mut model, groups, data) = fixture.model(comm, ep);
+                let mut batch = Batch::default();
+                data.train_pass(0, 0, &mut batch);
+                model.read_logits(&groups, &batch.inputs, data.length, LogitsOf::All).unwrap()
+            })
+            .concat();
+            assert_eq!(found.len(), expected.len());
+            let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            println!("{} W={world} EP={ep}: largest difference of a logit {worst:.2e}", fixture.name);
+            assert!(worst <= 1e-4, "{} W={world} EP={ep}: a logit differs by {worst}", fixture.name);
+        }
+    }
+}
+
+/// The name of a part's gradient in transformers' memory, and where in a stacked tensor it stands.
+fn gradient_name(family: Family, id: PartId) -> (String, usize) {
+    let experts = |name: &str| format!("grad.model.layers.{}.mlp.experts.{name}", id.layer.unwrap());
+    match id.kind {
+        PartKind::ExpertGate => (experts("gate_up_proj"), 2 * id.expert.unwrap()),
+        PartKind::ExpertUp => (experts("gate_up_proj"), 2 * id.expert.unwrap() + 1),
+        PartKind::ExpertDown => (experts("down_proj"), id.expert.unwrap()),
+        _ => {
+            let family = if family == Family::Mixtral { Family::Qwen3Moe } else { family };
+            (format!("grad.{}", tensor_name(family, id)), 0)
+        }
+    }
+}
+
+#[test]
+fn gradients_are_the_peers() {
+    for fixture in models() {
+        for (world, ep) in fixture.layouts() {
+            let parts = local::run(world, |comm| {
+                let (mut model, groups, data) = fixture.model(comm, ep);
+                let mut batch = Batch::default();
+                data.train_pass(0, 0, &mut batch);
+                let tokens = PassTokens {
+                    inputs: &batch.inputs,
+                    targets: &batch.targets,
+                    sequence_length: data.length,
+                    first_token: 0,
+                };
+                let all = data.sequences * data.length;
+                let share = BatchShare { global_tokens: all, tokens_so_far: all, pass_tokens: all };
+                let scale = 1.0 / (data.sequences * (data.length - 1)) as f32;
+                model.begin_step();
+                model.train_pass(&groups, &mut StageClock::default(), tokens, share, scale).unwrap();
+                let family = model.setup().model.family;
+                let parameters = model.parameters();
+                let read = |id: PartId, part| (gradient_name(family, id), parameters.read_grad(&Cpu, part).unwrap());
+                parameters.layout().parts().map(|(part, _)| read(part.id, part)).collect::<Vec<_>>()
+            });
+            // Sums over ranks: replicated gradients over all, an expert's over the ranks that hold it.
+            let mut sums: BTreeMap<(String, usize), Vec<f64>> = BTreeMap::new();
+            for (key, gradient) in parts.into_iter().flatten() {
+                let sum = sums.entry(key).or_insert_with(|| vec![0.0; gradient.len()]);
+                sum.iter_mut().zip(gradient).for_each(|(sum, value)| *sum += f64::from(value));
+            }
+            let mut found: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+            for ((name, _), gradient) in sums {
+                found.entry(name).or_default().extend(gradient);
+            }
+            let expected = fixture.reference.names().into_iter().filter(|name| name.starts_with("grad."));
+            assert_eq!(expected.clone().collect::<std::collections::BTreeSet<_>>(), found.keys().cloned().collect());
+            let mut worst = 0.0f64;
+            for name in expected {
+                let error = relative_error(&found[&name], &fixture.reference.f32(&name).unwrap());
+                assert!(error <= 1e-4, "{} W={world} EP={ep}: {name} differs by {error:.2e}", fixture.name);
+                worst = worst.max(error);
+            }
+            println!("{} W={world} EP={ep}: largest relative difference of a gradient {worst:.2e}", fixture.name);
+        }
+    }
+}
+
+/// ‖found − expected‖ / ‖expected‖.
+fn relative_error(found: &[f64], expected: &[f32]) -> f64 {
+    assert_eq!(found.len(), expected.len());
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
+    let difference = norm(&mut found.iter().zip(expected).map(|(a, &b)| a - f64::from(b)));
+    difference / norm(&mut expected.iter().map(|&b| f64::from(b))).max(1e-30)
+}
+
+#[test]
+fn twenty_steps_of_adamw_follow_the_peers() {
+    for fixture in models() {
+        let text = std::fs::read_to_string(fixture.folder.join("reference.json")).unwrap();
+        let reference: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let series = |key: &str| -> Option<Vec<f64>> {
+            Some(reference.get(key)?.as_array()?.iter().map(|x| x.as_f64().unwrap()).collect())
+        };
+        let optimizer = &reference["optimizer"];
+        let setting = |key: &str| optimizer[key].as_f64().unwrap();
+        assert_eq!(optimizer["decay"], "every parameter");
+        let coefficient = reference["router_aux_loss_coef"].as_f64().unwrap();
+        for (world, ep) in fixture.layouts() {
+            let trajectory = local::run(world, |comm| {
+                let (model, groups, data) = fixture.model(comm, ep);
+                let mut config = Config::default();
+                config.model = model.setup().model.clone();
+                config.router = model.setup().router.clone();
+                config.train.global_batch = data.sequences;
+                config.train.micro_batch = Some(data.sequences);
+                config.train.sequence_length = data.length;
+                config.schedule =
+                    ScheduleConfig { kind: ScheduleKind::Constant, warmup_steps: 0, ..ScheduleConfig::default() };
+                config.optimizer = OptimizerConfig {
+                    lr: setting("lr"),
+                    beta1: optimizer["betas"][0].as_f64().unwrap(),
+                    beta2: optimizer["betas"][1].as_f64().unwrap(),
+                    eps: setting("eps"),
+                    weight_decay: setting("weight_decay"),
+                    decay: DecayGroups::All,
+                    clip_grad_norm: setting("clip_grad_norm"),
+                };
+                let steps = data.ids.len() / (data.sequences * data.length);
+                let mut trainer = Trainer::new(model, groups, &config, data).unwrap();
+                (1..=steps as u64).map(|step| trainer.step(step, Requests::default()).unwrap().0).collect::<Vec<_>>()
+            });
+            let steps = &trajectory[0];
+            let at = |step: usize| format!("{} W={world} EP={ep} step {}", fixture.name, step + 1);
+            for (step, expected) in series("loss").unwrap().into_iter().enumerate() {
+                // The peer's loss is the objective: cross-entropy and weighted balance loss together.
+                let found = steps[step].loss + coefficient * steps[step].balance_loss;
+                assert!((found - expected).abs() <= 2e-4, "{}: loss {found}, expected {expected}", at(step));
+            }
+            for (step, expected) in series("aux_loss").unwrap_or_default().into_iter().enumerate() {
+                let found = steps[step].balance_loss;
+                assert!((found - expected).abs() <= 1e-4, "{}: balance loss {found}, expected {expected}", at(step));
+            }
+            for (step, expected) in series("grad_norm_before_clip").unwrap().into_iter().enumerate() {
+                let found = steps[step].grad_norm;
+                let error = (found - expected).abs() / expected;
+                assert!(error <= 1e-3, "{}: gradient norm {found}, expected {expected}", at(step));
+            }
+            for other in &trajectory[1..] {
+                let losses = |steps: &[moe_runtime::telemetry::StepMetrics]| {
+                    steps.iter().map(|m| (m.loss.to_bits(), m.grad_norm.to_bits())).collect::<Vec<_>>()
+                };
+                assert_eq!(losses(other), losses(steps), "ranks of {} W={world} EP={ep} disagree", fixture.name);
+            }
+            println!("{} W={world} EP={ep}: {} steps follow the peer", fixture.name, steps.len());
+        }
+    }
+}
