@@ -1,1 +1,3 @@
+//! Distributed expert-parallel training of Mixture-of-Experts models.
 
+pub mod coordination;
