@@ -59,10 +59,10 @@ pub(super) async fn connect(mut dial: Dial, patience: Duration) -> Result<Connec
             },
             Err(_) => "no answer".to_owned(),
         };
-        if started.elapsed().saturating_add(pause) >= patience {
+        tokio::time::sleep(pause.min(patience.saturating_sub(started.elapsed()))).await;
+        if started.elapsed() >= patience {
             return Err(CoordinationError::Unreachable { addr: dial.addr, waited: patience, last });
         }
-        tokio::time::sleep(pause).await;
         pause = (pause * 2).min(PAUSES.1);
     }
 }

@@ -65,6 +65,19 @@ pub enum Activity {
     Finishing,
 }
 
+impl Activity {
+    /// The word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Training => "training",
+            Self::Evaluating => "evaluating",
+            Self::Checkpointing => "checkpointing",
+            Self::Finishing => "finishing",
+        }
+    }
+}
+
 /// How far a worker is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, serde::Serialize)]
 pub struct Progress {
