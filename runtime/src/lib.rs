@@ -9,6 +9,7 @@
 pub mod checkpoint;
 pub mod collectives;
 pub mod config;
+pub mod coordination;
 pub mod data;
 pub mod dispatch;
 pub mod exit;
