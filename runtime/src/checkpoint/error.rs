@@ -6,8 +6,12 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use moe_kernels::DeviceError;
+
 use super::tensor_file::READABLE;
+use crate::collectives::CollectiveError;
 use crate::invalid::InvalidValue;
+use crate::topology::Rank;
 
 /// Why a model could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -96,6 +100,70 @@ pub enum CheckpointError {
         /// Why not, and what is accepted.
         reason: String,
     },
+    /// A directory that should be a checkpoint has no manifest, so it was never completed.
+    #[error("{} is no checkpoint: it has no manifest.json", dir.display())]
+    NoCheckpoint {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// A checkpoint was written by a later version of this program.
+    #[error("{}: format {found}; this version reads formats up to {known}: use a later one", path.display())]
+    FutureFormat {
+        /// The manifest.
+        path: PathBuf,
+        /// Its format.
+        found: u64,
+        /// The newest that is read.
+        known: u64,
+    },
+    /// A file is not what was written.
+    #[error("{}: damaged: its sha256 is {found}, {expected} was written", path.display())]
+    Hash {
+        /// The file.
+        path: PathBuf,
+        /// The hash of what was written.
+        expected: String,
+        /// The hash of what is there.
+        found: String,
+    },
+    /// A checkpoint is of another model than the run.
+    #[error("{} is of another model: {}", dir.display(), listed(differences, "differences"))]
+    OtherModel {
+        /// The checkpoint.
+        dir: PathBuf,
+        /// Each key that differs, with both values.
+        differences: Vec<String>,
+    },
+    /// The run directory is not on storage that all ranks see.
+    #[error(
+        "{} is not the same directory on all ranks: what rank 0 writes there is not seen by {}; use storage that all share",
+        dir.display(), listed(ranks, "ranks")
+    )]
+    NotShared {
+        /// The directory.
+        dir: PathBuf,
+        /// The ranks that do not see it, ascending.
+        ranks: Vec<Rank>,
+    },
+    /// Another rank failed.
+    #[error("rank {rank}: {message}")]
+    Peer {
+        /// World rank.
+        rank: Rank,
+        /// The class of its error.
+        exit_code: u8,
+        /// Its error.
+        message: String,
+    },
+    /// Ranks of one world do not understand each other's reports.
+    #[error("ranks cannot read each other's reports; are all of the same version? {0}")]
+    Exchange(serde_json::Error),
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// Another rank or the way to it failed.
+    #[error(transparent)]
+    Collective(#[from] CollectiveError),
     /// The sizes of a config.json do not fit each other.
     #[error("{}: {source}", path.display())]
     ConfigSizes {
@@ -107,11 +175,17 @@ pub enum CheckpointError {
 }
 
 impl CheckpointError {
-    /// The exit code of a process that ends with this error: 64 wrong usage, 65 bad input data, 74 input or output failed.
+    /// The exit code of a process that ends with this error: 64 wrong usage, 65 bad input data, 70
+    /// internal error, 74 input or output failed, 75 temporary failure (a lost peer).
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::NoModel { .. } => 64,
-            Self::Json { .. }
+            Self::NoModel { .. } | Self::NoCheckpoint { .. } | Self::OtherModel { .. } | Self::NotShared { .. } => 64,
+            Self::Peer { exit_code, .. } => *exit_code,
+            Self::Exchange(_) | Self::Device(_) => 70,
+            Self::Collective(_) => 75,
+            Self::FutureFormat { .. }
+            | Self::Hash { .. }
+            | Self::Json { .. }
             | Self::NotSafetensors { .. }
             | Self::Length { .. }
             | Self::UnknownDtype { .. }
@@ -188,16 +262,20 @@ pub enum TensorFault {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorFaults(pub Vec<TensorFault>);
 
-/// The most tensors that one message lists; a folder of another model would fill the screen.
+/// The most entries that one message lists; a folder of another model would fill the screen.
 const MOST_LISTED: usize = 12;
 
 impl fmt::Display for TensorFaults {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let shown: Vec<String> = self.0.iter().take(MOST_LISTED).map(TensorFault::to_string).collect();
-        f.write_str(&shown.join("; "))?;
-        match self.0.len() - shown.len() {
-            0 => Ok(()),
-            more => write!(f, "; and {more} more tensors that are wrong"),
-        }
+        f.write_str(&listed(&self.0, "tensors that are wrong"))
     }
+}
+
+/// The first entries, and how many more there are.
+fn listed<T: ToString>(list: &[T], what: &str) -> String {
+    let mut shown: Vec<String> = list.iter().take(MOST_LISTED).map(T::to_string).collect();
+    if list.len() > shown.len() {
+        shown.push(format!("and {} more {what}", list.len() - shown.len()));
+    }
+    shown.join("; ")
 }

@@ -4,14 +4,14 @@
 //! nothing, and initialises nothing: what it does not find is an error.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use moe_kernels::Device;
 use serde::Deserialize;
 
 use super::error::{TensorFault, TensorFaults};
 use super::hf_config::HfConfig;
-use super::tensor_file::{TensorFile, readable};
+use super::tensor_file::{TensorFile, plain_file, readable};
 use super::{CheckpointError, names};
 use crate::model::layout::{Layout, Part};
 use crate::model::{ModelConfig, Parameters};
@@ -169,16 +169,7 @@ fn read_index(path: &Path) -> Result<(BTreeSet<PathBuf>, BTreeMap<String, String
         serde_json::from_str(&text).map_err(|source| CheckpointError::Json { path: path.to_owned(), source })?;
     let mut files = BTreeSet::new();
     for name in index.weight_map.values() {
-        let wrong = |reason| CheckpointError::FileName { path: path.to_owned(), name: name.clone(), reason };
-        // An index is data from elsewhere: it does not choose what is read outside its folder.
-        if !matches!(Path::new(name).components().collect::<Vec<_>>()[..], [Component::Normal(_)]) {
-            return Err(wrong("not the plain name of a file in the same folder"));
-        }
-        let file = path.with_file_name(name);
-        if !file.is_file() {
-            return Err(wrong("there is no such file in the folder"));
-        }
-        files.insert(file);
+        files.insert(plain_file(path, name)?);
     }
     Ok((files, index.weight_map))
 }

@@ -3,12 +3,21 @@
 //! Owns names, file formats, and the rule that a checkpoint is either complete and verified or does not exist. It decides
 //! neither when to save nor what to resume.
 
+mod agree;
 mod error;
 pub mod hf_config;
 pub mod import;
+mod load;
+pub mod manifest;
 pub mod names;
+mod save;
+mod store;
 mod tensor_file;
 
 pub use error::{CheckpointError, TensorFault, TensorFaults};
 pub use hf_config::HfConfig;
 pub use import::HfFolder;
+pub use load::{Checkpoint, MomentsMut, Restored, Target};
+pub use manifest::{Manifest, Progress};
+pub use save::{Moments, TrainingState};
+pub use store::{Store, probe_shared};

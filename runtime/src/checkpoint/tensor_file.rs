@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
@@ -98,6 +98,20 @@ impl TensorFile {
         self.file.read_exact_at(&mut bytes, at).map_err(CheckpointError::io("read", &self.path))?;
         Ok(decode(info.dtype, &bytes))
     }
+}
+
+/// The file that `list`, an index or a manifest, names as being beside it.
+///
+/// # Errors
+/// The name leads elsewhere, or there is no such file.
+pub(super) fn plain_file(list: &Path, name: &str) -> Result<PathBuf, CheckpointError> {
+    let wrong = |reason| CheckpointError::FileName { path: list.to_owned(), name: name.to_owned(), reason };
+    // A list is data from elsewhere: it does not choose what is read outside its folder.
+    if !matches!(Path::new(name).components().collect::<Vec<_>>()[..], [Component::Normal(_)]) {
+        return Err(wrong("not the plain name of a file in the same folder"));
+    }
+    let file = list.with_file_name(name);
+    if file.is_file() { Ok(file) } else { Err(wrong("there is no such file in the folder")) }
 }
 
 /// Whether values of a type can be read as f32 without loss.

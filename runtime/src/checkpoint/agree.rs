@@ -1,0 +1,85 @@
+//! How the ranks of a world come to one outcome of work on files.
+//!
+//! Owns the exchange of results: when one rank fails, all do, with the failing rank's reason. It touches no file itself.
+
+use std::time::Duration;
+
+use moe_kernels::Device;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::CheckpointError;
+use crate::collectives::{Communicator, Context};
+
+/// What a collective waits for peers that write or hash gigabytes, each at the speed of its own storage. A rank that dies
+/// meanwhile is noticed by other means than this deadline.
+const DEADLINE: Duration = Duration::from_secs(30 * 60);
+
+/// Lets collectives wait longer, until it is dropped.
+pub(super) struct SlowPhase<'a> {
+    context: &'a Context,
+    before: Duration,
+}
+
+impl<'a> SlowPhase<'a> {
+    pub(super) fn begin(context: &'a Context) -> Self {
+        let before = context.deadline();
+        context.set_deadline(before.max(DEADLINE));
+        Self { context, before }
+    }
+}
+
+impl Drop for SlowPhase<'_> {
+    fn drop(&mut self) {
+        self.context.set_deadline(self.before);
+    }
+}
+
+/// What one rank tells the others.
+#[derive(Serialize, Deserialize)]
+enum Report<T> {
+    Done(T),
+    Failed { exit_code: u8, message: String },
+}
+
+/// What every rank brought, in rank order; where any rank failed, an error on all of them: its own on a rank that failed, that of
+/// the first that did on the others. All ranks of the world call this, whether they failed or not.
+///
+/// # Errors
+/// Any rank's, or the collective's.
+pub(super) fn gather<B, C, T>(world: &C, mine: Result<T, CheckpointError>) -> Result<Vec<T>, CheckpointError>
+where
+    B: Device,
+    C: Communicator<B>,
+    T: Serialize + DeserializeOwned,
+{
+    let (report, own_error) = match mine {
+        Ok(value) => (Report::Done(value), None),
+        Err(error) => (Report::Failed { exit_code: error.exit_code(), message: error.to_string() }, Some(error)),
+    };
+    let bytes = serde_json::to_vec(&report).map_err(CheckpointError::Exchange)?;
+    let gathered = world.all_gather_bytes(&bytes);
+    // Its own reason tells a rank more than that the others are gone.
+    if let Some(error) = own_error {
+        return Err(error);
+    }
+    let mut values = Vec::with_capacity(world.size());
+    for (bytes, &rank) in gathered?.iter().zip(world.members()) {
+        match serde_json::from_slice(bytes).map_err(CheckpointError::Exchange)? {
+            Report::Done(value) => values.push(value),
+            Report::Failed { exit_code, message } => return Err(CheckpointError::Peer { rank, exit_code, message }),
+        }
+    }
+    Ok(values)
+}
+
+/// [`gather`] of an outcome without a value.
+///
+/// # Errors
+/// As [`gather`].
+pub(super) fn agree<B: Device, C: Communicator<B>>(
+    world: &C,
+    mine: Result<(), CheckpointError>,
+) -> Result<(), CheckpointError> {
+    gather(world, mine).map(|_: Vec<()>| ())
+}
