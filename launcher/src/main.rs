@@ -1,26 +1,70 @@
 //! `moe-launch`: starts, watches and inspects training runs.
 #![forbid(unsafe_code)]
 
+mod bench;
+mod generate;
+mod run;
 mod status;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
+use moe_runtime::exit::Failure;
 
-#[derive(Debug, Parser)]
-#[command(name = "moe-launch", version, about)]
-enum Cli {
-    /// Show how a running job stands
+const EXAMPLES: &str = "\
+Examples:
+  moe-launch run -n 4 -- --preset shakespeare --data input.txt --run-dir runs/a
+  moe-launch status --run-dir runs/a
+  moe-launch generate --checkpoint runs/a --prompt \"ROMEO:\"
+  moe-launch bench train --preset moe-15m --device cpu --json
+
+Exit codes: 0 done, 64 wrong usage or configuration, 65 bad input data, 70 internal error, 74 input/output error,
+75 temporary failure, 77 refused.";
+
+/// Starts, watches and inspects training runs of moe-worker.
+#[derive(Parser)]
+#[command(name = "moe-launch", version, after_long_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Start moe-worker on several ranks with mpirun, and pass a graceful stop on.
+    Run(run::RunArgs),
+    /// Show the ranks, step and loss of a running job.
     Status(status::StatusArgs),
+    /// Let a trained model write.
+    Generate(generate::GenerateArgs),
+    /// Measure speed, as a fraction of what the machine can do.
+    Bench(bench::BenchArgs),
 }
 
 fn main() -> ExitCode {
-    let Cli::Status(args) = Cli::parse();
-    match status::run(&args, &mut std::io::stdout().lock()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            error.exit_code().into()
+    let result = match Cli::try_parse() {
+        Err(error) => return usage(&error),
+        Ok(Cli { command: Command::Run(args) }) => run::run(&args),
+        Ok(Cli { command: Command::Status(args) }) => status::run(&args, &mut std::io::stdout()).map(|()| ExitCode::SUCCESS).map_err(Failure::from),
+        Ok(Cli { command: Command::Generate(args) }) => generate::run(&args),
+        Ok(Cli { command: Command::Bench(args) }) => bench::run(&args),
+    };
+    match result {
+        Ok(code) => code,
+        Err(failure) => {
+            report(&failure);
+            failure.exit_code().into()
         }
     }
+}
+
+fn report(failure: &Failure) {
+    eprintln!("error: {failure}");
+}
+
+/// Help and version go to stdout and end with 0; wrong usage ends with 64.
+fn usage(error: &clap::Error) -> ExitCode {
+    // Nothing more can be done where the terminal is gone.
+    let _ = error.print();
+    if error.use_stderr() { moe_runtime::exit::ExitCode::Usage.into() } else { ExitCode::SUCCESS }
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use moe_runtime::coordination::{
     BadToken, ContactError, ContactFile, CoordinationError, JobStatus, JoinToken, Operator, RankStatus,
 };
+use moe_runtime::exit::{Classified, ExitCode};
 
 /// Options of `moe-launch status`.
 #[derive(Debug, clap::Args)]
@@ -57,13 +58,12 @@ impl From<BadToken> for StatusError {
     }
 }
 
-impl StatusError {
-    /// The exit code of `moe-launch`.
-    pub(crate) fn exit_code(&self) -> u8 {
+impl Classified for StatusError {
+    fn exit_code(&self) -> ExitCode {
         match self {
             Self::Coordination(error) => error.exit_code(),
-            Self::NoJob => 64,
-            Self::Output(_) => 74,
+            Self::NoJob => ExitCode::Usage,
+            Self::Output(_) => ExitCode::Io,
         }
     }
 }
@@ -265,7 +265,7 @@ rank  host     pid  state           step    loss  tokens/s  last heartbeat
         ];
         for (args, exit_code, message) in table {
             let error = run(&parse(args).unwrap(), &mut Vec::new()).unwrap_err();
-            assert_eq!(error.exit_code(), exit_code, "{error}");
+            assert_eq!(error.exit_code().number(), exit_code, "{error}");
             assert!(error.to_string().contains(message), "{error}");
         }
     }

@@ -23,3 +23,4 @@ pub mod stages;
 pub mod telemetry;
 pub mod topology;
 pub mod training;
+pub mod worker;

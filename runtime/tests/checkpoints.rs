@@ -9,6 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use moe_kernels::{Cpu, Device, ViewMut};
+use moe_runtime::exit::Classified;
 use moe_runtime::checkpoint::{
     Checkpoint, CheckpointError, Moments, MomentsMut, Progress, Restored, Store, Target, TrainingState, probe_shared,
 };
@@ -264,7 +265,7 @@ fn each_kind_of_damage_has_its_own_error_and_names_the_file() {
         let saved = save(dir.path(), (1, 1), 5, 1);
         damage(&saved);
         let error = load_error(&saved);
-        assert_eq!((kind(&error), error.exit_code()), (expected, exit_code), "{error}");
+        assert_eq!((kind(&error), error.exit_code().number()), (expected, exit_code), "{error}");
         assert!(error.to_string().contains(named), "{error}");
     }
 }
@@ -280,7 +281,7 @@ fn every_rank_refuses_what_one_rank_finds_damaged() {
     let mut found = 0;
     for loaded in load(&saved, (4, 4), &model()) {
         let error = loaded.err().unwrap();
-        assert_eq!(error.exit_code(), 65);
+        assert_eq!(error.exit_code().number(), 65);
         assert!(error.to_string().contains("optimizer.expert-00003.safetensors"), "{error}");
         found += usize::from(matches!(error, CheckpointError::Hash { .. }));
     }
@@ -315,7 +316,7 @@ fn a_rank_that_fails_leaves_no_checkpoint_and_nothing_else() {
     });
     for (rank, result) in results.into_iter().enumerate() {
         let error = result.unwrap_err();
-        assert_eq!(error.exit_code(), 74, "{error}");
+        assert_eq!(error.exit_code().number(), 74, "{error}");
         match error {
             CheckpointError::Io { .. } => assert_eq!(rank, 2),
             CheckpointError::Peer { rank: culprit, .. } => assert_eq!(culprit, Rank(2)),
@@ -332,7 +333,7 @@ fn a_place_that_cannot_be_taken_leaves_nothing_unfinished() {
     let grid = Grid::new(2, 2, 4).unwrap();
     let store = Store::new(dir.path().join("checkpoints"), 0);
     let results = local::run(2, |world| save_on(&world, &store, &grid, 5, 1));
-    assert!(results.into_iter().all(|result| result.is_err_and(|error| error.exit_code() == 74)));
+    assert!(results.into_iter().all(|result| result.is_err_and(|error| error.exit_code().number() == 74)));
     assert_eq!(names(dir.path()), ["checkpoints"]);
 }
 

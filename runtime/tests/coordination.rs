@@ -11,6 +11,7 @@ use moe_runtime::coordination::{
     Abort, AbortKind, Activity, CoordinationError, CoordinatorHandle, Epoch, ErrorReport, Identity, JobSpec, JoinToken,
     Operator, Order, Phase, Progress, RankState, Session, SessionConfig,
 };
+use moe_runtime::exit::Classified;
 use tonic::transport::Channel;
 use tonic::{Code, Request};
 
@@ -194,7 +195,7 @@ fn a_session_that_vanishes_is_named_to_the_others_when_its_lease_has_run_out() {
         assert!(abort.reason.contains("rank 1") && abort.reason.contains("did not come back"), "{abort}");
         assert_eq!(session.aborted(), Some(abort.clone()));
         let error = session.barrier("after", PATIENCE).unwrap_err();
-        assert_eq!(error.exit_code(), 75);
+        assert_eq!(error.exit_code().number(), 75);
         session.leave(75).unwrap();
         assert!(aborts.recv_timeout(PATIENCE).is_err(), "told once, then the callback is gone");
     }
@@ -230,7 +231,7 @@ fn a_barrier_that_is_not_met_names_the_missing_ranks_and_may_be_tried_again() {
     let sessions = join_all(&host, 2);
     let error = sessions[0].0.barrier("save", Duration::from_millis(50)).unwrap_err();
     assert!(matches!(&error, CoordinationError::BarrierTimeout { missing, .. } if *missing == [1]), "{error}");
-    assert_eq!(error.exit_code(), 75);
+    assert_eq!(error.exit_code().number(), 75);
     thread::scope(|scope| {
         for (session, _) in &sessions {
             scope.spawn(|| session.barrier("save", PATIENCE).unwrap());
@@ -257,7 +258,7 @@ fn a_job_that_does_not_form_ends_with_the_names_of_who_never_came() {
     let host = host(JobSpec { forming_deadline: Duration::from_millis(100), ..patient(3) });
     let (config, _aborts) = config(&host, 1, 3);
     let error = Session::join(config).unwrap_err();
-    assert_eq!(error.exit_code(), 75);
+    assert_eq!(error.exit_code().number(), 75);
     assert!(error.to_string().contains("2 of 3 ranks did not arrive within 100ms: [0, 2]"), "{error}");
 }
 
@@ -289,7 +290,7 @@ fn workers_that_do_not_fit_end_with_the_exit_code_for_it() {
         let (mut config, _aborts) = config(&host, 0, 2);
         change(&mut config);
         let error = Session::join(config).unwrap_err();
-        assert_eq!(error.exit_code(), exit_code, "{error}");
+        assert_eq!(error.exit_code().number(), exit_code, "{error}");
         assert!(error.to_string().contains(message), "{error}");
     }
     assert!(host.status().ranks.iter().all(|rank| rank.state == RankState::Awaited), "none of them took a rank");

@@ -10,6 +10,7 @@ use moe_kernels::DeviceError;
 
 use super::tensor_file::READABLE;
 use crate::collectives::CollectiveError;
+use crate::exit::{Classified, ExitCode};
 use crate::invalid::InvalidValue;
 use crate::topology::Rank;
 
@@ -174,15 +175,13 @@ pub enum CheckpointError {
     },
 }
 
-impl CheckpointError {
-    /// The exit code of a process that ends with this error: 64 wrong usage, 65 bad input data, 70
-    /// internal error, 74 input or output failed, 75 temporary failure (a lost peer).
-    pub fn exit_code(&self) -> u8 {
+impl Classified for CheckpointError {
+    fn exit_code(&self) -> ExitCode {
         match self {
-            Self::NoModel { .. } | Self::NoCheckpoint { .. } | Self::OtherModel { .. } | Self::NotShared { .. } => 64,
-            Self::Peer { exit_code, .. } => *exit_code,
-            Self::Exchange(_) | Self::Device(_) => 70,
-            Self::Collective(_) => 75,
+            Self::NoModel { .. } | Self::NoCheckpoint { .. } | Self::OtherModel { .. } | Self::NotShared { .. } => ExitCode::Usage,
+            Self::Peer { exit_code, .. } => ExitCode::of_number(*exit_code),
+            Self::Exchange(_) | Self::Device(_) => ExitCode::Internal,
+            Self::Collective(error) => error.exit_code(),
             Self::FutureFormat { .. }
             | Self::Hash { .. }
             | Self::Json { .. }
@@ -192,11 +191,13 @@ impl CheckpointError {
             | Self::FileName { .. }
             | Self::Tensors { .. }
             | Self::Config { .. }
-            | Self::ConfigSizes { .. } => 65,
-            Self::Io { .. } => 74,
+            | Self::ConfigSizes { .. } => ExitCode::BadData,
+            Self::Io { .. } => ExitCode::Io,
         }
     }
+}
 
+impl CheckpointError {
     /// For `map_err`: the system's refusal to `action` on `path`.
     pub(super) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { action, path: path.to_owned(), source }

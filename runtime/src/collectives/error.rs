@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use moe_kernels::DeviceError;
 
+use crate::exit::{Classified, ExitCode};
 use crate::topology::Rank;
 
 /// Why a collective did not finish. After any of these the group is out of step with its peers: every later collective on it
@@ -101,6 +102,19 @@ pub enum CollectiveError {
     /// The MPI library failed, in its own words.
     #[error("MPI: {0}")]
     Mpi(String),
+}
+
+impl Classified for CollectiveError {
+    fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Timeout { .. } | Self::PeerLost { .. } | Self::Aborted { .. } => ExitCode::Temporary,
+            Self::Disagreement { .. }
+            | Self::Counts { .. }
+            | Self::TooManyGroups { .. }
+            | Self::Device(_)
+            | Self::Mpi(_) => ExitCode::Internal,
+        }
+    }
 }
 
 /// The most ranks one message lists; a world of thousands would fill the screen.

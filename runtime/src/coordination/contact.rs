@@ -7,6 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::token::JoinToken;
+use crate::exit::{Classified, ExitCode};
 
 /// Who coordinates a run, and how to be let in.
 #[derive(Debug, Clone)]
@@ -48,10 +49,9 @@ pub enum ContactError {
     },
 }
 
-impl ContactError {
-    /// 65 for a file with wrong content, else 74.
-    pub fn exit_code(&self) -> u8 {
-        if matches!(self, Self::Malformed { .. }) { 65 } else { 74 }
+impl Classified for ContactError {
+    fn exit_code(&self) -> ExitCode {
+        if matches!(self, Self::Malformed { .. }) { ExitCode::BadData } else { ExitCode::Io }
     }
 }
 
@@ -139,7 +139,7 @@ mod tests {
     fn each_way_a_contact_file_can_be_wrong_has_its_message_and_none_repeats_the_token() {
         let dir = tempfile::tempdir().unwrap();
         let missing = ContactFile::read(dir.path()).unwrap_err();
-        assert!(matches!(missing, ContactError::Missing { .. }) && missing.exit_code() == 74);
+        assert!(matches!(missing, ContactError::Missing { .. }) && missing.exit_code() == ExitCode::Io);
         let secret = "00112233445566778899aabbccddee";
         let table = [
             ("{".to_owned(), "line 1"),
@@ -150,7 +150,7 @@ mod tests {
         for (text, expected) in table {
             std::fs::write(dir.path().join(ContactFile::NAME), &text).unwrap();
             let error = ContactFile::read(dir.path()).unwrap_err();
-            assert_eq!(error.exit_code(), 65);
+            assert_eq!(error.exit_code(), ExitCode::BadData);
             let message = error.to_string();
             assert!(message.contains(expected) && !message.contains(secret), "{message}");
         }

@@ -6,6 +6,7 @@ use super::contact::ContactError;
 use super::job::JobError;
 use super::session::Abort;
 use super::token::BadToken;
+use crate::exit::{Classified, ExitCode};
 
 /// Each text says what failed, where, and what can be done about it.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -104,21 +105,19 @@ pub enum CoordinationError {
     },
 }
 
-impl CoordinationError {
-    /// The exit code of a process that ends because of this: 64 wrong usage or configuration, 65 bad file, 70 internal, 74
-    /// input/output, 75 temporary, 77 refused.
-    pub fn exit_code(&self) -> u8 {
+impl Classified for CoordinationError {
+    fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Job(_) | Self::Token(_) | Self::BadAddress { .. } | Self::Refused { .. } => 64,
+            Self::Job(_) | Self::Token(_) | Self::BadAddress { .. } | Self::Refused { .. } => ExitCode::Usage,
             Self::Contact(error) => error.exit_code(),
-            Self::Start { .. } => 74,
+            Self::Start { .. } => ExitCode::Io,
             Self::Unreachable { .. }
             | Self::Precondition { .. }
             | Self::Aborted(_)
             | Self::BarrierTimeout { .. }
-            | Self::LeaveUnconfirmed { .. } => 75,
-            Self::Unauthenticated { .. } => 77,
-            Self::Protocol { .. } => 70,
+            | Self::LeaveUnconfirmed { .. } => ExitCode::Temporary,
+            Self::Unauthenticated { .. } => ExitCode::Refused,
+            Self::Protocol { .. } => ExitCode::Internal,
         }
     }
 }

@@ -10,6 +10,7 @@ use moe_kernels::{Backend, DeviceError};
 use crate::collectives::{CollectiveError, Communicator, Groups, ReduceOp};
 use crate::config::Config;
 use crate::data::{Batch, Loader};
+use crate::exit::{Classified, ExitCode};
 use crate::memory::Slot;
 use crate::model::{ModelError, PassTokens, StepSums, Transformer};
 use crate::optimizer::{Optimizer, Schedule, read_squares};
@@ -44,6 +45,15 @@ impl From<ModelError> for StepError {
         match error {
             ModelError::Device(error) => Self::Device(error),
             ModelError::Collective(error) => Self::Collective(error),
+        }
+    }
+}
+
+impl Classified for StepError {
+    fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Device(_) | Self::NotFinite { .. } => ExitCode::Internal,
+            Self::Collective(error) => error.exit_code(),
         }
     }
 }
@@ -93,12 +103,13 @@ pub struct Trainer<B: Backend, C, D> {
     pub model: Transformer<B>,
     /// Its optimizer.
     pub optimizer: Optimizer<B>,
-    groups: Groups<C>,
+    pub(super) groups: Groups<C>,
     schedule: Schedule,
     config: Config,
     data: D,
     batch: Batch,
     clock: StageClock,
+    stage_times: Vec<(Stage, f64)>,
     sums: Slot<B, f64>,
 }
 
@@ -119,6 +130,7 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
             data,
             batch: Batch::default(),
             clock: StageClock::default(),
+            stage_times: Vec::new(),
             groups,
             model,
         })
@@ -213,15 +225,16 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         Ok((sums[1] > 0.0).then(|| sums[0] / sums[1]))
     }
 
-    /// Time by stage since it was last asked for, in ms.
-    pub fn stage_times(&mut self) -> Vec<(Stage, f64)> {
-        self.clock.take().map(|(stage, time)| (stage, time.as_secs_f64() * 1e3)).collect()
+    /// Time in each stage of the last step on this rank, in ms.
+    pub fn stage_times(&self) -> &[(Stage, f64)] {
+        &self.stage_times
     }
 
     fn stage_ms(&mut self) -> StageMs {
+        self.stage_times.clear();
+        self.stage_times.extend(self.clock.take().map(|(stage, time)| (stage, time.as_secs_f64() * 1e3)));
         let mut ms = StageMs::default();
-        for (stage, time) in self.clock.take() {
-            let time = time.as_secs_f64() * 1e3;
+        for &(stage, time) in &self.stage_times {
             match stage {
                 Stage::Route => ms.route = time,
                 Stage::Dispatch => ms.dispatch = time,

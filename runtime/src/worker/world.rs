@@ -16,7 +16,7 @@ pub struct World {
     /// What the launcher says, where there is one.
     pub facts: Option<LauncherFacts>,
     #[cfg(feature = "mpi")]
-    mpi: Option<crate::collectives::MpiWorld>,
+    mpi: Option<crate::collectives::mpi::MpiWorld>,
 }
 
 impl World {
@@ -36,7 +36,7 @@ impl World {
 
     #[cfg(feature = "mpi")]
     fn launched(facts: LauncherFacts, context: Context) -> Result<Self, Failure> {
-        let (mpi, communicator) = crate::collectives::MpiWorld::init(&facts, context, Default::default())?;
+        let (mpi, communicator) = crate::collectives::mpi::MpiWorld::init(&facts, context, Default::default())?;
         Ok(Self { communicator, facts: Some(facts), mpi: Some(mpi) })
     }
 

@@ -1,0 +1,135 @@
+//! The worker's side of coordination: rank 0 hosts the coordinator, every rank joins it.
+//!
+//! Owns the host and the session of this process, and turns the coordinator's abort into the end of every collective's wait.
+
+use std::net::{IpAddr, Ipv4Addr, TcpListener};
+use std::path::Path;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::settle::from_rank_0;
+use super::world::World;
+use crate::collectives::{AbortHandle, CollectiveError};
+use crate::coordination::{
+    ContactFile, CoordinatorHandle, ErrorReport, Identity, JobSpec, JoinToken, Order, Session, SessionConfig,
+};
+use crate::exit::{ExitCode, Failure};
+use crate::topology::{Grid, Rank};
+use crate::training::Requests;
+
+/// How long a host waits for the others to say good-bye.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// This process's part in the coordination of its job.
+pub struct Coordination {
+    session: Session,
+    host: Option<CoordinatorHandle>,
+}
+
+/// Where the coordinator is.
+#[derive(Serialize, Deserialize)]
+struct Contact {
+    addr: String,
+    token: String,
+}
+
+impl Coordination {
+    /// Hosts on rank 0 and joins on every rank.
+    pub fn start(
+        world: &World,
+        grid: &Grid,
+        fingerprint: &str,
+        run_dir: &Path,
+        abort: AbortHandle,
+    ) -> Result<Self, Failure> {
+        let (rank, size) = world.place();
+        let mut host = None;
+        let contact = from_rank_0(&world.communicator, || {
+            let handle = serve(world, grid, fingerprint)?;
+            let addr = reachable(world, handle.addr().port());
+            let token = handle.token().clone();
+            let contact = Contact { addr: addr.clone(), token: token.expose() };
+            ContactFile { addr, token, pid: std::process::id() }.write(run_dir)?;
+            host = Some(handle);
+            Ok(contact)
+        })??;
+        let token = contact.token.parse::<JoinToken>().map_err(|e| Failure::new(ExitCode::Internal, e.to_string()))?;
+        let session = Session::join(SessionConfig {
+            addr: contact.addr,
+            token,
+            identity: Identity::of_this_process(rank as u32, size as u32, fingerprint.to_owned()),
+            connect_timeout: Duration::from_secs(30),
+            on_abort: Box::new(move |order| {
+                abort.abort(order.culprit.map(|rank| Rank(rank as usize)), order.reason.clone());
+            }),
+        })?;
+        Ok(Self { session, host })
+    }
+
+    /// What the coordinator asks of this rank.
+    pub fn requests(&self) -> Requests {
+        let mut requests = Requests::default();
+        for order in self.session.commands() {
+            match order {
+                Order::Drain { .. } => requests.stop = true,
+                Order::Checkpoint { .. } => requests.checkpoint = true,
+            }
+        }
+        requests
+    }
+
+    /// The session.
+    pub fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// Tells the coordinator of a collective that failed, so that the others learn who is missing.
+    pub fn report(&self, step: u64, error: &CollectiveError) {
+        let (collective, missing) = match error {
+            CollectiveError::Timeout { collective, missing, .. } => (*collective, missing.clone()),
+            CollectiveError::PeerLost { collective, rank, .. } => (*collective, vec![*rank]),
+            // Who aborted this rank knows already.
+            CollectiveError::Aborted { .. } => return,
+            _ => ("", Vec::new()),
+        };
+        self.session.report_error(ErrorReport {
+            step,
+            collective: collective.to_owned(),
+            message: error.to_string(),
+            missing: missing.into_iter().map(|rank| rank.0 as u32).collect(),
+        });
+    }
+
+    /// Says good-bye; the host waits for the others to do so.
+    pub fn leave(self, code: ExitCode) {
+        if let Err(error) = self.session.leave(i32::from(code.number())) {
+            tracing::debug!(%error, "leaving without the coordinator");
+        }
+        if let Some(host) = self.host {
+            host.wait_over(FAREWELL);
+        }
+    }
+}
+
+fn serve(world: &World, grid: &Grid, fingerprint: &str) -> Result<CoordinatorHandle, Failure> {
+    let ip = if world.is_one_machine() { Ipv4Addr::LOCALHOST } else { Ipv4Addr::UNSPECIFIED };
+    let listener = TcpListener::bind((IpAddr::V4(ip), 0))
+        .map_err(|error| Failure::new(ExitCode::Io, format!("cannot listen on {ip} for the coordinator: {error}")))?;
+    let spec = JobSpec {
+        world_size: grid.world() as u32,
+        ep_size: grid.ep() as u32,
+        config_fingerprint: Some(fingerprint.to_owned()),
+        ..JobSpec::default()
+    };
+    Ok(CoordinatorHandle::serve(listener, spec, JoinToken::generate())?)
+}
+
+/// How other ranks reach a port of this machine: by loopback where they are all here, else by its name.
+fn reachable(world: &World, port: u16) -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    match name.trim() {
+        name if !world.is_one_machine() && !name.is_empty() => format!("{name}:{port}"),
+        _ => format!("127.0.0.1:{port}"),
+    }
+}

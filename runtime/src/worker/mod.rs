@@ -1,0 +1,218 @@
+//! `moe-worker`: one rank of a run, from its command line to its exit code.
+//!
+//! Owns the order in which everything is started and ended. What a step is, is `training`'s; what files are, is `checkpoint`'s.
+
+mod args;
+mod coordinate;
+mod run_dir;
+mod run_loop;
+mod settle;
+mod signals;
+mod world;
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use clap::Parser;
+use moe_kernels::{Cpu, Device};
+
+pub use args::{DeviceChoice, Resume, WorkerArgs};
+pub use run_dir::{RunDir, RunDirError};
+pub use settle::read_corpus;
+pub use world::World;
+
+use crate::checkpoint::{Checkpoint, HfFolder, Store, probe_shared};
+use crate::collectives::{Communicator, Groups, HostCommunicator};
+use crate::config::Config;
+use crate::data::{Corpus, Loader};
+use crate::exit::{ExitCode, Failure};
+use crate::model::layout::parameter_counts;
+use crate::model::{ModelSetup, Transformer};
+use crate::telemetry::{Console, Progress, ProgressMode, ProgressSpec, init_logs, log_filter};
+use crate::topology::{Grid, Rank};
+use crate::training::Trainer;
+use coordinate::Coordination;
+use run_loop::{Ending, RunLoop, Surroundings};
+use settle::{Plan, decide, from_rank_0, share_corpus};
+use signals::StopRequest;
+
+/// Waiting for peers before the configuration, which has its own figure, is known.
+const START_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Runs the worker of this process and ends the process.
+pub fn main() -> ! {
+    let args = match WorkerArgs::try_parse() {
+        Ok(args) => args,
+        Err(error) => {
+            // Help and version are not errors; where the terminal is gone nothing more can be said.
+            let _ = error.print();
+            let code = if error.use_stderr() { ExitCode::Usage } else { ExitCode::Done };
+            std::process::exit(i32::from(code.number()));
+        }
+    };
+    let world = match World::join(START_DEADLINE) {
+        Ok(world) => world,
+        Err(failure) => {
+            eprintln!("error: {failure}");
+            std::process::exit(i32::from(failure.exit_code().number()));
+        }
+    };
+    let (rank, size) = world.place();
+    let code = match train(&args, &world) {
+        Ok(Ending::Done) => ExitCode::Done,
+        Ok(Ending::Stopped) => ExitCode::Temporary,
+        Err(failure) => {
+            if !failure.is_told_elsewhere() {
+                let who = if size > 1 { format!("rank {rank}: ") } else { String::new() };
+                eprintln!("error: {who}{failure}");
+            }
+            failure.exit_code()
+        }
+    };
+    world.leave(code)
+}
+
+/// Everything between the start and the end of MPI.
+fn train(args: &WorkerArgs, world: &World) -> Result<Ending, Failure> {
+    let (rank, size) = world.place();
+    let console = Console::new();
+    let rust_log = std::env::var("RUST_LOG").ok();
+    init_logs(rank, &log_filter(rank, args.verbose, rust_log.as_deref()), &console)?;
+    let mut held = None;
+    let plan: Plan = from_rank_0(&world.communicator, || decide(args, size, &mut held))??;
+    let config = &plan.config;
+    let run_dir = RunDir::at(&plan.run_dir);
+    let grid = grid_of(config, size)?;
+    set_threads(config, world)?;
+    let context = Communicator::<Cpu>::context(&world.communicator);
+    context.set_deadline(config.run.collective_timeout());
+    let stop = StopRequest::listen(context.abort_handle())
+        .map_err(|error| Failure::new(ExitCode::Io, format!("cannot listen to signals: {error}")))?;
+    probe_shared::<Cpu, _>(&world.communicator, run_dir.path())?;
+    let fingerprint = config.fingerprint()?;
+    let coordination = Coordination::start(world, &grid, &fingerprint, run_dir.path(), context.abort_handle())?;
+    let corpus = share_corpus(&world.communicator, config)?;
+    let loader = Loader::new(&corpus, config.loader_spec(rank, size))?;
+    let groups = Groups::of_grid::<Cpu>(duplicate(&world.communicator)?, &grid)?;
+    let mut trainer = build(config, &grid, Rank(rank), groups, loader)?;
+    let done = start_values(&mut trainer, &plan)?;
+    let mode = ProgressMode::choose(rank, args.json, std::io::stdout().is_terminal() && std::io::stderr().is_terminal());
+    let spec = ProgressSpec { mode, done, steps: config.train.steps, log_every: config.train.log_every };
+    let mut progress = Progress::new(spec, Box::new(std::io::stdout()), &console);
+    for line in introduction(&plan, &grid, &corpus, done) {
+        // A reader that went away does not end a run.
+        let _ = progress.message(&line);
+    }
+    let store = Store::new(run_dir.checkpoints(), config.train.keep_checkpoints);
+    let surroundings = Surroundings { config, run_dir: &run_dir, store, coordination: &coordination, stop: &stop };
+    let ending = RunLoop::new(&mut trainer, surroundings, &mut progress).run(done);
+    progress.finish();
+    if let Err(failure) = &ending {
+        tracing::debug!(%failure, "the run ends");
+    }
+    coordination.leave(match &ending {
+        Ok(Ending::Done) => ExitCode::Done,
+        Ok(Ending::Stopped) => ExitCode::Temporary,
+        Err(failure) => failure.exit_code(),
+    });
+    ending
+}
+
+/// A group of the same ranks, so that the world stays this process's own.
+fn duplicate(world: &HostCommunicator) -> Result<HostCommunicator, Failure> {
+    Ok(Communicator::<Cpu>::split(world, "world", 0, Communicator::<Cpu>::rank(world))?)
+}
+
+/// The grid that a configuration asks for, or the automatic one.
+pub fn grid_of(config: &Config, world: usize) -> Result<Grid, Failure> {
+    let experts = if config.model.moe_layers().next().is_some() { config.model.experts } else { 0 };
+    let grid = match config.parallel.ep {
+        Some(ep) => Grid::new(world, ep, experts),
+        None => Grid::automatic(world, experts),
+    };
+    grid.map_err(|error| Failure::new(ExitCode::Usage, format!("parallel.ep: {error}")))
+}
+
+/// Gives this rank its share of the machine's cores.
+pub fn set_threads(config: &Config, world: &World) -> Result<(), Failure> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = match config.run.threads {
+        0 => (cores / world.ranks_here()).max(1),
+        threads => threads,
+    };
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .map_err(|error| Failure::new(ExitCode::Internal, format!("cannot start {threads} threads: {error}")))
+}
+
+/// The model and its trainer on this rank, with initial weights.
+pub fn build<D: crate::training::TrainingData>(
+    config: &Config,
+    grid: &Grid,
+    rank: Rank,
+    groups: Groups<HostCommunicator>,
+    data: D,
+) -> Result<Trainer<Cpu, HostCommunicator, D>, Failure> {
+    let setup = ModelSetup {
+        model: config.model.clone(),
+        router: config.router.clone(),
+        grid: *grid,
+        rank,
+        seed: config.train.seed,
+        chunks: config.parallel.chunks,
+        max_sequences: config.train.micro_batch_for(grid.world()),
+        sequence_length: config.train.sequence_length,
+    };
+    let no_memory = |error: moe_kernels::DeviceError| Failure::new(ExitCode::Usage, error);
+    let model = Transformer::new(Cpu, setup).map_err(no_memory)?;
+    Trainer::new(model, groups, config, data).map_err(no_memory)
+}
+
+/// Loads what the run starts from and returns the steps that are done.
+fn start_values<D: crate::training::TrainingData>(
+    trainer: &mut Trainer<Cpu, HostCommunicator, D>,
+    plan: &Plan,
+) -> Result<u64, Failure> {
+    if let Some(folder) = &plan.weights {
+        HfFolder::open(folder)?.load_into(&Cpu, trainer.model.parameters_mut())?;
+    }
+    match &plan.resume {
+        Some(checkpoint) => Ok(trainer.restore(&Checkpoint::open(checkpoint)?)?),
+        None => Ok(0),
+    }
+}
+
+/// What a reader should know before the first step.
+fn introduction(plan: &Plan, grid: &Grid, corpus: &Corpus, done: u64) -> Vec<String> {
+    let Config { model, router, train, .. } = &plan.config;
+    let (all, active) = parameter_counts(model, router);
+    let millions = |n: usize| format!("{:.1} M", n as f64 / 1e6);
+    let experts = match model.moe_layers().count() {
+        0 => "dense".to_owned(),
+        layers => format!("{} experts in {layers} layers, top {}", model.experts, model.top_k),
+    };
+    let mut lines = vec![
+        format!("run directory  {}", plan.run_dir.display()),
+        format!("model          {} parameters, {} active a token, {experts}", millions(all), millions(active)),
+        format!(
+            "ranks          {} = {} expert-parallel x {} data-parallel, on {}",
+            grid.world(),
+            grid.ep(),
+            grid.dp(),
+            Cpu.describe()
+        ),
+        format!("text           {}, sha256 {}", corpus.description, corpus.sha256),
+        format!(
+            "batch          {} sequences of {} tokens, {} steps",
+            train.global_batch, train.sequence_length, train.steps
+        ),
+    ];
+    if let Some(entropy) = corpus.entropy {
+        lines.push(format!("entropy        {entropy:.4} nats per token: the loss cannot stay below"));
+    }
+    if done > 0 {
+        lines.push(format!("resuming       after step {done}"));
+    }
+    lines
+}

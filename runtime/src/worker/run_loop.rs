@@ -1,0 +1,144 @@
+//! The loop around the steps: metrics, evaluation, checkpoints, requests to stop.
+//!
+//! Owns when things happen. All ranks take the same turns: what one rank alone has heard is agreed on inside the step.
+
+use std::path::PathBuf;
+
+use moe_kernels::Cpu;
+
+use super::coordinate::Coordination;
+use super::run_dir::RunDir;
+use super::signals::StopRequest;
+use crate::checkpoint::Store;
+use crate::collectives::{CollectiveError, Communicator, HostCommunicator};
+use crate::config::Config;
+use crate::coordination::{Activity, Progress as Reading};
+use crate::exit::{Classified, ExitCode, Failure};
+use crate::telemetry::{MetricsFile, Progress, StepMetrics};
+use crate::data::Loader;
+use crate::training::{Requests, StepError, Trainer};
+
+/// How a run ended without a failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The last step is done.
+    Done,
+    /// It was asked to stop, and can be resumed.
+    Stopped,
+}
+
+/// What surrounds the steps.
+pub struct Surroundings<'a> {
+    /// The configuration.
+    pub config: &'a Config,
+    /// Where the run writes.
+    pub run_dir: &'a RunDir,
+    /// Its checkpoints.
+    pub store: Store,
+    /// Who may ask for something.
+    pub coordination: &'a Coordination,
+    /// What signals asked.
+    pub stop: &'a StopRequest,
+}
+
+/// One run of steps.
+pub struct RunLoop<'a> {
+    trainer: &'a mut Trainer<Cpu, HostCommunicator, Loader>,
+    surroundings: Surroundings<'a>,
+    progress: &'a mut Progress,
+    metrics: Option<MetricsFile>,
+    last_checkpoint: Option<PathBuf>,
+}
+
+impl<'a> RunLoop<'a> {
+    /// A run of `trainer`.
+    pub fn new(
+        trainer: &'a mut Trainer<Cpu, HostCommunicator, Loader>,
+        surroundings: Surroundings<'a>,
+        progress: &'a mut Progress,
+    ) -> Self {
+        Self { trainer, surroundings, progress, metrics: None, last_checkpoint: None }
+    }
+
+    /// Takes the steps after `done`.
+    pub fn run(&mut self, done: u64) -> Result<Ending, Failure> {
+        let run_dir = self.surroundings.run_dir;
+        if Communicator::<Cpu>::rank(&self.trainer.groups().world) == 0 {
+            // What an interrupted run wrote after its checkpoint will be written again.
+            MetricsFile::truncate_after(&run_dir.metrics(), done)?;
+            self.metrics = Some(MetricsFile::open(run_dir.metrics())?);
+        }
+        if done > 0 {
+            self.last_checkpoint = Some(self.surroundings.store.step_dir(done));
+        }
+        let train = &self.surroundings.config.train;
+        for step in done + 1..=train.steps {
+            let mut wishes = self.surroundings.coordination.requests();
+            wishes.stop |= self.surroundings.stop.graceful();
+            let (mut metrics, agreed) = self.trainer.step(step, wishes).map_err(|error| self.failed(step, error))?;
+            let last = step == train.steps;
+            if due(step, train.eval_every) || last {
+                self.tell(&metrics, Activity::Evaluating);
+                metrics.val_loss = self.trainer.evaluate().map_err(|error| self.failed(step, error))?;
+            }
+            self.record(&metrics)?;
+            if due(step, train.checkpoint_every) || last || agreed != Requests::default() {
+                self.tell(&metrics, Activity::Checkpointing);
+                self.save(step)?;
+            }
+            if agreed.stop && !last {
+                // A reader that went away does not end a run.
+                let _ = self.progress.message(&format!("stopped after step {step}; start again to go on"));
+                return Ok(Ending::Stopped);
+            }
+        }
+        Ok(Ending::Done)
+    }
+
+    fn record(&mut self, metrics: &StepMetrics) -> Result<(), Failure> {
+        self.tell(metrics, Activity::Training);
+        if let Some(file) = &mut self.metrics {
+            file.append(metrics)?;
+        }
+        // A reader that went away does not end a run; the metrics file has everything.
+        let _ = self.progress.step(metrics);
+        Ok(())
+    }
+
+    fn save(&mut self, step: u64) -> Result<(), Failure> {
+        let cursor = serde_json::to_value(self.trainer.data().cursor(step))
+            .map_err(|error| Failure::new(ExitCode::Internal, format!("the data cursor: {error}")))?;
+        let path = self.trainer.save(&self.surroundings.store, step, cursor)?;
+        tracing::debug!(path = %path.display(), step, "checkpoint written");
+        self.last_checkpoint = Some(path);
+        Ok(())
+    }
+
+    fn tell(&self, metrics: &StepMetrics, activity: Activity) {
+        let StepMetrics { step, loss, tokens_per_s, .. } = *metrics;
+        self.surroundings.coordination.session().progress(Reading { step, loss, tokens_per_s, activity });
+    }
+
+    /// Why the run ends at `step`, with what a reader needs to go on.
+    fn failed(&self, step: u64, error: StepError) -> Failure {
+        if let StepError::Collective(error) = &error {
+            self.surroundings.coordination.report(step, error);
+        }
+        let remedy = match &self.last_checkpoint {
+            Some(path) => format!("the last checkpoint is {}", path.display()),
+            None => "there is no checkpoint yet".to_owned(),
+        };
+        let message = match &error {
+            StepError::Collective(CollectiveError::Aborted { .. }) if self.surroundings.stop.immediate() => {
+                format!("step {step} was given up: {error}; {remedy}")
+            }
+            _ => format!("{error}; {remedy}"),
+        };
+        Failure::new(error.exit_code(), message)
+    }
+}
+
+/// Whether something that happens every `every` steps (0: never) happens after `step`.
+fn due(step: u64, every: u64) -> bool {
+    every > 0 && step.is_multiple_of(every)
+}

@@ -1,0 +1,142 @@
+//! What all ranks agree on before anything is built: configuration, run directory, what is resumed, the text.
+//!
+//! Owns the agreement: rank 0 reads and decides, the others are told, so that no two ranks can see different files. A refusal is
+//! shared as well, so that every rank leaves with the same exit code and only rank 0 speaks.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use moe_kernels::Cpu;
+use serde::{Deserialize, Serialize};
+
+use super::args::{Resume, WorkerArgs};
+use super::run_dir::{RunDir, RunDirError};
+use crate::checkpoint::{HfFolder, Store};
+use crate::collectives::{Communicator, HostCommunicator};
+use crate::config::{Config, ConfigBuilder};
+use crate::data::{Corpus, Tokenizer, cargo_registry, default_corpus, tokenizer};
+use crate::exit::{ExitCode, Failure};
+
+/// What rank 0 decided.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    /// The configuration as resolved.
+    pub config: Config,
+    /// The run directory.
+    pub run_dir: PathBuf,
+    /// The checkpoint to go on from.
+    pub resume: Option<PathBuf>,
+    /// The Hugging Face folder whose weights a fresh run starts from.
+    pub weights: Option<PathBuf>,
+}
+
+/// What a rank is told: a value, or that rank 0 was refused and with which exit code.
+#[derive(Serialize, Deserialize)]
+enum Told<T> {
+    Value(T),
+    Refused(u8),
+}
+
+/// Has rank 0 `decide` and tells every rank. Where it was refused, rank 0 gets its failure and the others a silent one of the same
+/// class.
+pub fn from_rank_0<T>(
+    world: &HostCommunicator,
+    decide: impl FnOnce() -> Result<T, Failure>,
+) -> Result<Result<T, Failure>, Failure>
+where
+    T: Serialize + for<'a> Deserialize<'a>,
+{
+    let malformed = |error: serde_json::Error| Failure::new(ExitCode::Internal, format!("rank 0's decision: {error}"));
+    if Communicator::<Cpu>::rank(world) == 0 {
+        let decided = decide();
+        let told = match &decided {
+            Ok(value) => Told::Value(value),
+            Err(failure) => Told::Refused(failure.exit_code().number()),
+        };
+        let mut bytes = serde_json::to_vec(&told).map_err(malformed)?;
+        Communicator::<Cpu>::broadcast_bytes(world, &mut bytes, 0)?;
+        return Ok(decided);
+    }
+    let mut bytes = Vec::new();
+    Communicator::<Cpu>::broadcast_bytes(world, &mut bytes, 0)?;
+    Ok(match serde_json::from_slice(&bytes).map_err(malformed)? {
+        Told::Value(value) => Ok(value),
+        Told::Refused(code) => Err(Failure::of_another_rank(code)),
+    })
+}
+
+/// Decides on rank 0: resolves and checks the configuration, claims the run directory, finds what to resume.
+pub fn decide(args: &WorkerArgs, world: usize, held: &mut Option<File>) -> Result<Plan, Failure> {
+    let given = args.run_dir.as_ref().map(RunDir::at);
+    let saved = given.as_ref().map(RunDir::saved_config).transpose()?.flatten();
+    let newest = match &given {
+        Some(dir) => Store::new(dir.checkpoints(), 0).latest()?.map(|checkpoint| checkpoint.dir().to_owned()),
+        None => None,
+    };
+    let occupied = given.as_ref().filter(|_| saved.is_some() && args.resume == Resume::Never);
+    if let Some(dir) = occupied {
+        return Err(RunDirError::Occupied { path: dir.path().into() }.into());
+    }
+    // Without a checkpoint there is nothing to continue: the directory is used again from the start.
+    let base = saved.filter(|_| newest.is_some());
+    let mut builder = args.configure(ConfigBuilder::new());
+    if let (Some(base), Some(dir)) = (&base, &given) {
+        builder = builder.resume_from(base.clone(), dir.config());
+    }
+    if let Some(folder) = &args.model {
+        let folder_read = HfFolder::open(folder)?;
+        builder = builder.model(folder_read.model_config().clone(), folder_read.router_config().clone(), folder);
+    }
+    let mut resolved = builder.build()?;
+    absolute_paths(&mut resolved.config.data.paths)?;
+    resolved.validate(world)?;
+    if let (Some(base), Some(dir)) = (&base, &given) {
+        resolved.config.check_resumes(base, &dir.config())?;
+    }
+    let run_dir = given.map_or_else(RunDir::fresh, Ok)?;
+    *held = Some(run_dir.claim()?);
+    run_dir.save_config(&resolved.config)?;
+    Ok(Plan {
+        config: resolved.config,
+        run_dir: run_dir.path().into(),
+        weights: args.model.clone().filter(|_| newest.is_none()),
+        resume: newest,
+    })
+}
+
+/// Relative paths mean another place in the next start's working directory.
+fn absolute_paths(paths: &mut [PathBuf]) -> Result<(), Failure> {
+    for path in paths {
+        *path = std::path::absolute(&*path)
+            .map_err(|error| Failure::new(ExitCode::Io, format!("{}: {error}", path.display())))?;
+    }
+    Ok(())
+}
+
+/// The text: read by rank 0, shared out.
+pub fn share_corpus(world: &HostCommunicator, config: &Config) -> Result<Corpus, Failure> {
+    let tokenizer = tokenizer(&config.data.tokenizer)?;
+    let mut read = None;
+    from_rank_0(world, || {
+        let corpus = read_corpus(&config.data.paths, tokenizer.as_ref())?;
+        read = Some(corpus);
+        Ok(())
+    })??;
+    let mut bytes = read.as_ref().map(Corpus::to_bytes).unwrap_or_default();
+    if Communicator::<Cpu>::size(world) > 1 {
+        Communicator::<Cpu>::broadcast_bytes(world, &mut bytes, 0)?;
+    }
+    match read {
+        Some(corpus) => Ok(corpus),
+        None => Ok(Corpus::from_bytes(&bytes)?),
+    }
+}
+
+/// The text that `paths` hold; where there are none, the default.
+pub fn read_corpus(paths: &[PathBuf], tokenizer: &dyn Tokenizer) -> Result<Corpus, Failure> {
+    if paths.is_empty() {
+        let registry = cargo_registry();
+        return Ok(default_corpus(registry.as_deref().map(Path::new), tokenizer));
+    }
+    Ok(Corpus::from_paths(paths, tokenizer)?)
+}
