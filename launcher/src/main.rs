@@ -2,17 +2,23 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod doctor;
 mod generate;
+mod machine;
+mod pages;
+mod plan;
 mod run;
 mod status;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use moe_runtime::exit::Failure;
 
 const EXAMPLES: &str = "\
 Examples:
+  moe-launch doctor
+  moe-launch plan --preset shakespeare -n 4
   moe-launch run -n 4 -- --preset shakespeare --data input.txt --run-dir runs/a
   moe-launch status --run-dir runs/a
   moe-launch generate --checkpoint runs/a --prompt \"ROMEO:\"
@@ -31,7 +37,11 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Start moe-worker on several ranks with mpirun, and pass a graceful stop on.
+    /// Say what this machine has, what would fail, and the mend.
+    Doctor(doctor::DoctorArgs),
+    /// Say what a run will need: groups, memory, traffic, time.
+    Plan(plan::PlanArgs),
+    /// Start moe-worker on several ranks, see them through, and restart them if asked.
     Run(run::RunArgs),
     /// Show the ranks, step and loss of a running job.
     Status(status::StatusArgs),
@@ -39,17 +49,27 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Measure speed, as a fraction of what the machine can do.
     Bench(bench::BenchArgs),
+    /// Write completions for a shell.
+    Completions(pages::CompletionArgs),
+    /// Write man pages.
+    Man(pages::ManArgs),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::try_parse() {
         Err(error) => return usage(&error),
+        Ok(Cli { command: Command::Doctor(args) }) => doctor::run(&args),
+        Ok(Cli { command: Command::Plan(args) }) => plan::run(&args, &mut std::io::stdout()),
         Ok(Cli { command: Command::Run(args) }) => run::run(&args),
         Ok(Cli { command: Command::Status(args) }) => {
             status::run(&args, &mut std::io::stdout()).map(|()| ExitCode::SUCCESS).map_err(Failure::from)
         }
         Ok(Cli { command: Command::Generate(args) }) => generate::run(&args),
         Ok(Cli { command: Command::Bench(args) }) => bench::run(&args),
+        Ok(Cli { command: Command::Completions(args) }) => {
+            pages::completions(&args, Cli::command(), &mut std::io::stdout())
+        }
+        Ok(Cli { command: Command::Man(args) }) => pages::man(&args, Cli::command()),
     };
     match result {
         Ok(code) => code,

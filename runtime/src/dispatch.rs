@@ -11,9 +11,11 @@ use moe_kernels::{
     Accumulate, Backend, CombineDims, DeviceError, ExpandPlan, Rows, ShuffleDims, ShufflePlan, View, ViewMut,
 };
 
+use serde::{Deserialize, Serialize};
+
 use crate::collectives::{CollectiveError, Communicator};
 use crate::experts::GroupedRows;
-use crate::memory::Slot;
+use crate::memory::{Kind, Slot, Tally};
 
 /// Why a shuffle stopped.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +37,14 @@ pub struct ShuffleScratch<B: Backend> {
 }
 
 impl<B: Backend> ShuffleScratch<B> {
+    /// Counts its buffers.
+    pub fn tally(&self, tally: &mut Tally) {
+        tally.add(
+            Kind::Communication,
+            [self.outbound.bytes(), self.arrived.bytes(), self.row_dweights.bytes(), self.home_dweights.bytes()],
+        );
+    }
+
     /// Empty scratch.
     pub fn new(device: &B) -> Result<Self, DeviceError> {
         Ok(Self {
@@ -66,7 +76,24 @@ pub struct Shuffle<B: Backend> {
     source: Slot<B, i32>,
     x: Slot<B, B::Act>,
     bounds: Bounds,
+    crossed: ShuffledRows,
     host_counts: Vec<i32>,
+}
+
+/// Rows of forward passes that crossed from one rank to another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShuffledRows {
+    /// Left this rank.
+    pub sent: u64,
+    /// Came to it.
+    pub received: u64,
+}
+
+impl std::ops::AddAssign for ShuffledRows {
+    fn add_assign(&mut self, other: Self) {
+        self.sent += other.sent;
+        self.received += other.received;
+    }
 }
 
 /// What the host knows of the numbers of rows: enough to size buffers.
@@ -78,6 +105,30 @@ struct Bounds {
 }
 
 impl<B: Backend> Shuffle<B> {
+    /// Counts its buffers.
+    pub fn tally(&self, tally: &mut Tally) {
+        tally.add(Kind::Activations, [self.x.bytes()]);
+        tally.add(
+            Kind::Communication,
+            [
+                self.send_counts.bytes(),
+                self.recv_counts.bytes(),
+                self.row_token.bytes(),
+                self.row_experts.bytes(),
+                self.row_choice.bytes(),
+                self.row_weights.bytes(),
+                self.token_rows.bytes(),
+                self.sent.bytes(),
+                self.recv_experts.bytes(),
+                self.recv_weights.bytes(),
+                self.received.bytes(),
+                self.offsets.bytes(),
+                self.slots.bytes(),
+                self.source.bytes(),
+            ],
+        );
+    }
+
     /// An empty handle. `dims.tokens` is set by each dispatch.
     pub fn new(device: &B, dims: ShuffleDims, hidden_size: usize) -> Result<Self, DeviceError> {
         let ints = |what, len| {
@@ -104,6 +155,7 @@ impl<B: Backend> Shuffle<B> {
             source: ints("arrived rows of expanded rows", 0)?,
             x: Slot::new(device, "expanded rows")?,
             bounds: Bounds::default(),
+            crossed: ShuffledRows::default(),
             host_counts: vec![0; dims.ranks],
         })
     }
@@ -121,7 +173,7 @@ impl<B: Backend> Shuffle<B> {
         self.plan(device, kept, weights)?;
         let (send, recv) = (self.send_counts.view(w), self.recv_counts.view_mut(w));
         device.wait(&group.all_to_all(device, send, recv)?);
-        self.learn_counts(device)?;
+        self.learn_counts(device, group.rank())?;
         let Bounds { sent, received, .. } = self.bounds;
         scratch.outbound.reserve(device, sent * h)?;
         scratch.arrived.reserve(device, received * h)?;
@@ -174,14 +226,22 @@ impl<B: Backend> Shuffle<B> {
     }
 
     /// Reads the exchanged counts: a dropless layer must know how much memory its rows need.
-    fn learn_counts(&mut self, device: &B) -> Result<(), DeviceError> {
+    fn learn_counts(&mut self, device: &B, me: usize) -> Result<(), DeviceError> {
         let mut total = |counts: &Slot<B, i32>| {
             device.read_to_host(counts.view(self.dims.ranks), &mut self.host_counts)?;
-            Ok::<_, DeviceError>(self.host_counts.iter().map(|&n| n as usize).sum())
+            let all: usize = self.host_counts.iter().map(|&n| n as usize).sum();
+            Ok::<_, DeviceError>((all, (all - self.host_counts[me] as usize) as u64))
         };
-        self.bounds.sent = total(&self.send_counts)?;
-        self.bounds.received = total(&self.recv_counts)?;
+        let (sent, received);
+        (self.bounds.sent, sent) = total(&self.send_counts)?;
+        (self.bounds.received, received) = total(&self.recv_counts)?;
+        self.crossed += ShuffledRows { sent, received };
         Ok(())
+    }
+
+    /// Rows exchanged with other ranks so far.
+    pub fn shuffled_rows(&self) -> ShuffledRows {
+        self.crossed
     }
 
     fn expand(&mut self, device: &B, scratch: &ShuffleScratch<B>) -> Result<(), DeviceError> {

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use moe_kernels::{Backend, DeviceError, GroupedDims, Rows, View, ViewMut};
 
-use crate::memory::Slot;
+use crate::memory::{Kind, Slot, Tally};
 
 /// Sizes of this rank's experts.
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +44,11 @@ pub struct ExpertScratch<B: Backend> {
 }
 
 impl<B: Backend> ExpertScratch<B> {
+    /// Counts its buffers.
+    pub fn tally(&self, tally: &mut Tally) {
+        tally.add(Kind::Activations, [self.da.bytes(), self.dh.bytes()]);
+    }
+
     /// Empty scratch.
     pub fn new(device: &B) -> Result<Self, DeviceError> {
         Ok(Self {
@@ -69,6 +74,11 @@ impl<B: Backend> Clone for GroupedRows<'_, B> {
 impl<B: Backend> Copy for GroupedRows<'_, B> {}
 
 impl<B: Backend> Experts<B> {
+    /// Counts its buffers.
+    pub fn tally(&self, tally: &mut Tally) {
+        tally.add(Kind::Activations, [self.h.bytes(), self.a.bytes(), self.y.bytes()]);
+    }
+
     /// Empty activations.
     pub fn new(device: &B, shape: ExpertShape) -> Result<Self, DeviceError> {
         Ok(Self {

@@ -18,6 +18,7 @@ pub mod invalid;
 pub mod memory;
 pub mod model;
 pub mod optimizer;
+pub mod plan;
 pub mod routing;
 pub mod stages;
 pub mod telemetry;

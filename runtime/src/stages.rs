@@ -62,16 +62,28 @@ impl Stage {
     }
 }
 
-/// Sums of time by stage: each lap is the time since the last.
+/// One lap: a stage at work once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// The stage.
+    pub stage: Stage,
+    /// When it began.
+    pub begin: Instant,
+    /// When it ended.
+    pub end: Instant,
+}
+
+/// Sums of time by stage: each lap is the time since the last. Laps themselves are kept where they are asked for.
 #[derive(Clone, Debug)]
 pub struct StageClock {
     last: Instant,
     sums: [Duration; Stage::ALL.len()],
+    spans: Option<Vec<Span>>,
 }
 
 impl Default for StageClock {
     fn default() -> Self {
-        Self { last: Instant::now(), sums: Default::default() }
+        Self { last: Instant::now(), sums: Default::default(), spans: None }
     }
 }
 
@@ -85,7 +97,20 @@ impl StageClock {
     pub fn lap(&mut self, stage: Stage) {
         let now = Instant::now();
         self.sums[stage as usize] += now - self.last;
+        if let Some(spans) = &mut self.spans {
+            spans.push(Span { stage, begin: self.last, end: now });
+        }
         self.last = now;
+    }
+
+    /// Keeps laps from now on, until they are taken.
+    pub fn keep_spans(&mut self) {
+        self.spans.get_or_insert_default();
+    }
+
+    /// The laps since they were last taken; none where they are not kept.
+    pub fn take_spans(&mut self) -> Vec<Span> {
+        self.spans.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     /// The sums since they were last taken.

@@ -12,6 +12,7 @@ use moe_runtime::collectives::{Communicator, Groups, HostCommunicator, ReduceOp}
 use moe_runtime::config::{Config, ConfigBuilder};
 use moe_runtime::data::Batch;
 use moe_runtime::exit::{ExitCode as Code, Failure};
+use moe_runtime::plan::Flops;
 use moe_runtime::stages::Stage;
 use moe_runtime::topology::{Grid, Rank, share};
 use moe_runtime::training::{Requests, TrainingData};
@@ -143,7 +144,7 @@ fn report(
 ) -> Report {
     let tokens = (config.train.global_batch * config.train.sequence_length) as f64;
     let flops = Flops::of(config);
-    let total = flops.attention + flops.experts + flops.route + flops.head + flops.dense;
+    let total = flops.total();
     let stage = |(index, stage): (usize, Stage)| {
         let mut ms: Vec<f64> = stages.iter().map(|step| step[index].1).collect();
         let ms = median(&mut ms);
@@ -169,45 +170,6 @@ fn report(
         gemm_gflops: gemm,
         fraction_of_gemm: model_gflops / gemm,
         stages: Stage::ALL.into_iter().enumerate().map(stage).collect(),
-    }
-}
-
-/// FLOPs of a token, forward and backward.
-struct Flops {
-    attention: f64,
-    route: f64,
-    experts: f64,
-    dense: f64,
-    head: f64,
-}
-
-impl Flops {
-    fn of(config: &Config) -> Self {
-        let c = &config.model;
-        let (h, layers) = (c.hidden_size as f64, c.layers as f64);
-        let moe = c.moe_layers().count() as f64;
-        let projections = h * c.qkv_width() as f64 + h * c.attention_width() as f64;
-        // Scores and their use, 2 · 2 · S/2 · width each way; the backward pass does twice as much.
-        let scores = 6.0 * config.train.sequence_length as f64 * c.attention_width() as f64;
-        let feed_forward = |f: usize| 18.0 * h * f as f64;
-        Self {
-            attention: layers * (6.0 * projections + scores),
-            route: moe * 6.0 * h * c.experts as f64,
-            experts: moe * c.top_k as f64 * feed_forward(c.expert_ffn_size),
-            dense: moe * feed_forward(c.shared_expert_ffn_size) + (layers - moe) * feed_forward(c.ffn_size),
-            head: 6.0 * h * c.vocab_size as f64,
-        }
-    }
-
-    fn of_stage(&self, stage: Stage) -> f64 {
-        match stage {
-            Stage::Attention => self.attention,
-            Stage::Route => self.route,
-            Stage::Experts => self.experts,
-            Stage::Aggregate => self.dense,
-            Stage::Head => self.head,
-            _ => 0.0,
-        }
     }
 }
 

@@ -18,9 +18,9 @@ type Result<T> = std::result::Result<T, CollectiveError>;
 
 /// Bytes that one rank has under way at a time in collectives whose sizes all ranks know: long enough that the wait at a
 /// segment's end does not count, short enough that staging a model's gradients takes no memory to speak of.
-const SEGMENT_BYTES: usize = 4 << 20;
+pub const SEGMENT_BYTES: usize = 4 << 20;
 /// Up to this, one round of whole buffers is faster than two rounds of parts: latency is all that counts.
-const SHORT_BYTES: usize = 16 << 10;
+pub(super) const SHORT_BYTES: usize = 16 << 10;
 /// Elements summed at a time: all ranks' contributions to them fit the first-level cache.
 const FOLD: usize = 1024;
 

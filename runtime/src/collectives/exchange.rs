@@ -3,7 +3,7 @@
 //! Owns the state of a group on this rank and every wait in it. It never looks into a message; `algorithms` decides who sends
 //! what to whom.
 
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -28,6 +28,19 @@ pub(super) enum Collective {
 }
 
 impl Collective {
+    const ALL: [Self; 10] = [
+        Self::AllToAll,
+        Self::AllToAllV,
+        Self::AllReduce,
+        Self::ReduceScatter,
+        Self::AllGather,
+        Self::AllGatherBytes,
+        Self::Broadcast,
+        Self::BroadcastBytes,
+        Self::Barrier,
+        Self::Split,
+    ];
+
     fn name(self) -> &'static str {
         match self {
             Self::AllToAll => "all_to_all",
@@ -78,6 +91,8 @@ pub(super) struct Group {
     pub(super) name: Arc<str>,
     pub(super) members: Vec<Rank>,
     pub(super) rank: usize,
+    /// Bytes this rank has sent to others, by collective.
+    sent: [AtomicU64; Collective::ALL.len()],
     state: Mutex<State>,
 }
 
@@ -102,7 +117,16 @@ impl Group {
     pub(super) fn new(worker: Arc<Worker>, id: u32, name: &str, members: Vec<Rank>, rank: usize) -> Self {
         let arrived = members.iter().map(|_| None).collect();
         let state = State { round: 0, broken: None, flights: Vec::new(), arrived, sent: Vec::new() };
-        Self { worker, id, name: name.into(), members, rank, state: Mutex::new(state) }
+        Self { worker, id, name: name.into(), members, rank, sent: Default::default(), state: Mutex::new(state) }
+    }
+
+    /// Bytes this rank has sent to others so far: (collective, bytes), of those that sent any.
+    pub(super) fn sent_bytes(&self) -> Vec<(&'static str, u64)> {
+        let counted = Collective::ALL.into_iter().zip(&self.sent);
+        counted
+            .map(|(which, sent)| (which.name(), sent.load(Ordering::Relaxed)))
+            .filter(|(_, sent)| *sent > 0)
+            .collect()
     }
 
     /// Begins a collective; another one on the same group has to wait for its end.
@@ -177,7 +201,10 @@ impl Call<'_> {
             let to = self.group.members[peer].0;
             let sent = lock(&self.group.worker.engine).transport.send(to, tag, Arc::clone(&parcel));
             match sent {
-                Ok(ticket) => self.state.flights.push(Flight { peer, ticket, expected: None }),
+                Ok(ticket) => {
+                    self.group.sent[self.collective as usize].fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                    self.state.flights.push(Flight { peer, ticket, expected: None });
+                }
                 Err(error) => return Err(self.failed_with(peer, None, error)),
             }
         }

@@ -11,7 +11,7 @@ use moe_kernels::cpu::{slice, slice_mut};
 use moe_kernels::{Cpu, Element, View, ViewMut};
 
 use super::algorithms;
-use super::exchange::{Call, Collective, Group, Worker};
+use super::exchange::{Call, Collective, Group, Worker, lock};
 use super::transport::Tag;
 use super::{CollectiveError, Communicator, Context, ReduceOp, Reducible};
 use crate::topology::Rank;
@@ -149,6 +149,14 @@ impl Communicator<Cpu> for HostCommunicator {
 
     fn barrier(&self) -> Result<()> {
         algorithms::barrier(&mut self.begin(Collective::Barrier)?)
+    }
+
+    fn sent_bytes(&self) -> Vec<(&'static str, u64)> {
+        self.group.sent_bytes()
+    }
+
+    fn staging_bytes(&self) -> u64 {
+        lock(&self.group.worker.engine).pool.bytes()
     }
 
     fn split(&self, name: &str, color: usize, key: usize) -> Result<Self> {

@@ -23,6 +23,7 @@ pub mod local;
 #[cfg(feature = "mpi")]
 pub mod mpi;
 mod transport;
+pub mod volume;
 
 use moe_kernels::{Device, Element, View, ViewMut};
 
@@ -170,6 +171,12 @@ pub trait Communicator<D: Device>: Send + Sync + Sized {
 
     /// Returns once every rank has called it. Says nothing about what is still queued on a device.
     fn barrier(&self) -> Result<(), CollectiveError>;
+
+    /// Bytes this rank has sent to the others of the group so far: (collective, bytes), of those that sent any.
+    fn sent_bytes(&self) -> Vec<(&'static str, u64)>;
+
+    /// Bytes of messages that this worker keeps for reuse, over all its groups.
+    fn staging_bytes(&self) -> u64;
 
     /// Splits the group: ranks that give the same `color` form a new one, ordered by `key` and then by their rank here. `name`
     /// is what messages call it. A worker splits its groups on one thread, and can make about a thousand in its life.

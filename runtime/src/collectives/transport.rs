@@ -67,6 +67,11 @@ impl Pool {
         parcel
     }
 
+    /// Bytes of the parcels that are kept.
+    pub(super) fn bytes(&self) -> u64 {
+        self.parcels.iter().map(|parcel| parcel.storage.len() as u64).sum()
+    }
+
     /// Keeps a parcel that was taken from here; peers may still be reading it.
     pub(super) fn put_back(&mut self, parcel: Arc<Parcel>) {
         self.parcels.push(parcel);

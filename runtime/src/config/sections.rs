@@ -17,11 +17,13 @@ pub struct ParallelConfig {
     pub ep: Option<usize>,
     /// Parts a layer's tokens are cut into, so that one part's shuffle overlaps another's experts.
     pub chunks: usize,
+    /// Whether the ranks that replicate a tensor share its optimizer state out (ZeRO stage 1) instead of each holding all of it.
+    pub shard_optimizer: bool,
 }
 
 impl Default for ParallelConfig {
     fn default() -> Self {
-        Self { ep: None, chunks: 1 }
+        Self { ep: None, chunks: 1, shard_optimizer: false }
     }
 }
 
@@ -188,10 +190,12 @@ pub struct RunConfig {
     pub threads: usize,
     /// Seconds a collective waits for its peers before it names who is missing.
     pub collective_timeout_s: f64,
+    /// Whether readings are also written as TensorBoard event files, under `tensorboard/` of the run directory.
+    pub tensorboard: bool,
 }
 
 impl Default for RunConfig {
     fn default() -> Self {
-        Self { threads: 0, collective_timeout_s: 60.0 }
+        Self { threads: 0, collective_timeout_s: 60.0, tensorboard: false }
     }
 }

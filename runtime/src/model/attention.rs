@@ -9,7 +9,7 @@ use moe_kernels::{
 use super::config::{ModelConfig, QkNorm};
 use super::layout::{BlockTensors, TensorId};
 use super::parameters::{Gradients, Weights};
-use crate::memory::Slot;
+use crate::memory::{Kind, Slot, Tally};
 
 /// Rotary tables `[S, D/2]`, shared by all blocks.
 pub(super) struct RotaryTables<B: Backend> {
@@ -20,6 +20,11 @@ pub(super) struct RotaryTables<B: Backend> {
 }
 
 impl<B: Backend> RotaryTables<B> {
+    /// Counts its buffers.
+    pub(super) fn tally(&self, tally: &mut Tally) {
+        tally.add(Kind::Activations, [self.cos.bytes(), self.sin.bytes()]);
+    }
+
     /// Tables for `positions` positions: angle of pair i at position s is `s · theta^(−2i/D)`.
     pub(super) fn new(device: &B, config: &ModelConfig, positions: usize) -> Result<Self, DeviceError> {
         let half = config.head_width() / 2;
@@ -63,6 +68,11 @@ pub(super) struct AttentionScratch<B: Backend> {
 }
 
 impl<B: Backend> AttentionScratch<B> {
+    /// Counts its buffers.
+    pub(super) fn tally(&self, tally: &mut Tally) {
+        tally.add(Kind::Activations, [self.dout.bytes(), self.dqkv.bytes(), self.draw.bytes()]);
+    }
+
     /// Empty scratch.
     pub(super) fn new(device: &B) -> Result<Self, DeviceError> {
         Ok(Self {
@@ -81,6 +91,21 @@ struct HeadNorm {
 }
 
 impl<B: Backend> Attention<B> {
+    /// Counts its buffers.
+    pub(super) fn tally(&self, tally: &mut Tally) {
+        tally.add(
+            Kind::Activations,
+            [
+                self.raw.bytes(),
+                self.qkv.bytes(),
+                self.q_rstd.bytes(),
+                self.k_rstd.bytes(),
+                self.out.bytes(),
+                self.lse.bytes(),
+            ],
+        );
+    }
+
     /// Empty activations.
     pub(super) fn new(device: &B, config: &ModelConfig) -> Result<Self, DeviceError> {
         Ok(Self {

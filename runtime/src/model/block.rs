@@ -12,7 +12,7 @@ use super::layout::{BlockTensors, FeedForward, MoeTensors, TensorId};
 use super::moe::{MoeBackward, MoeLayer, MoePass, MoeScratch};
 use super::parameters::{Gradients, Weights};
 use crate::collectives::Communicator;
-use crate::memory::Slot;
+use crate::memory::{Kind, Slot, Tally};
 use crate::routing::{Balance, RoutePass, RouterLosses};
 use crate::stages::{Stage, StageClock};
 
@@ -80,6 +80,18 @@ impl<'a, B: Backend, C> BlockContext<'a, B, C> {
 }
 
 impl<B: Backend> Block<B> {
+    /// Counts its buffers.
+    pub(super) fn tally(&self, tally: &mut Tally) {
+        tally.add(Kind::Activations, [self.middle.bytes()]);
+        self.first_norm.tally(tally);
+        self.attention.tally(tally);
+        self.second_norm.tally(tally);
+        match &self.second {
+            Second::Dense(dense) => dense.tally(tally),
+            Second::Moe(moe) => moe.tally(tally),
+        }
+    }
+
     /// A block with these tensors and this second half.
     pub(super) fn new(
         device: &B,
@@ -178,6 +190,11 @@ type Through<'a, B> =
     (View<'a, B, <B as Device>::Act>, View<'a, B, <B as Device>::Act>, ViewMut<'a, B, <B as Device>::Act>);
 
 impl<B: Backend> Norm<B> {
+    /// Counts its buffers.
+    pub(super) fn tally(&self, tally: &mut Tally) {
+        tally.add(Kind::Activations, [self.rstd.bytes(), self.out.bytes()]);
+    }
+
     pub(super) fn new(device: &B, weight: TensorId) -> Result<Self, DeviceError> {
         Ok(Self { weight, rstd: Slot::new(device, "norm statistics")?, out: Slot::new(device, "normed activations")? })
     }

@@ -6,7 +6,7 @@ use moe_kernels::{Accumulate, Backend, DeviceError, GemmDims, Rows, View, ViewMu
 
 use super::layout::FeedForwardTensors;
 use super::parameters::{Gradients, Weights};
-use crate::memory::Slot;
+use crate::memory::{Kind, Slot, Tally};
 
 /// SwiGLU feed-forward `down · (silu(gate · x) ∘ up · x)` with what its backward pass needs.
 pub(super) struct DenseFeedForward<B: Backend> {
@@ -19,6 +19,11 @@ pub(super) struct DenseFeedForward<B: Backend> {
 }
 
 impl<B: Backend> DenseFeedForward<B> {
+    /// Counts its buffers.
+    pub(super) fn tally(&self, tally: &mut Tally) {
+        tally.add(Kind::Activations, [self.h.bytes(), self.a.bytes(), self.da.bytes(), self.dh.bytes()]);
+    }
+
     /// Empty activations for sizes H and F.
     pub(super) fn new(device: &B, hidden_size: usize, ffn_size: usize) -> Result<Self, DeviceError> {
         Ok(Self {

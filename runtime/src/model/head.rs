@@ -4,10 +4,15 @@ use moe_kernels::{Accumulate, Backend, DeviceError, GemmDims, View, ViewMut};
 
 use super::layout::TensorId;
 use super::parameters::{Gradients, Weights};
-use crate::memory::Slot;
+use crate::memory::{Kind, Slot, Tally};
 
 /// Elements of logits held at once (16 MiB of f32): wide enough to keep matrix products efficient, small enough for caches.
 const LOGITS_AT_ONCE: usize = 1 << 22;
+
+/// Tokens whose logits are held at once, of `tokens`.
+pub fn logits_rows(vocab: usize, tokens: usize) -> usize {
+    (LOGITS_AT_ONCE / vocab.max(1)).clamp(1, tokens.max(1))
+}
 
 /// The head with its scratch.
 pub(super) struct Head<B: Backend> {
@@ -20,6 +25,11 @@ pub(super) struct Head<B: Backend> {
 }
 
 impl<B: Backend> Head<B> {
+    /// Counts its buffers.
+    pub(super) fn tally(&self, tally: &mut Tally) {
+        tally.add(Kind::Activations, [self.logits.bytes(), self.losses.bytes(), self.targets.bytes()]);
+    }
+
     /// The head with weight `[V, H]`.
     pub(super) fn new(device: &B, vocab: usize, hidden_size: usize, weight: TensorId) -> Result<Self, DeviceError> {
         Ok(Self {
@@ -33,7 +43,7 @@ impl<B: Backend> Head<B> {
     }
 
     fn chunks(&self, tokens: usize) -> impl Iterator<Item = std::ops::Range<usize>> + use<B> {
-        let rows = (LOGITS_AT_ONCE / self.vocab).clamp(1, tokens.max(1));
+        let rows = logits_rows(self.vocab, tokens);
         (0..tokens).step_by(rows).map(move |start| start..tokens.min(start + rows))
     }
 

@@ -14,6 +14,7 @@ pub mod parameters;
 mod transformer;
 
 pub use config::{Family, ModelConfig, QkNorm};
+pub use head::logits_rows;
 pub use parameters::Parameters;
 pub use transformer::{LogitsOf, ModelSetup, PassTokens, StepSums, Transformer};
 

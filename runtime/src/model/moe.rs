@@ -13,9 +13,9 @@ use super::feed_forward::DenseFeedForward;
 use super::layout::MoeTensors;
 use super::parameters::{Gradients, Weights};
 use crate::collectives::Communicator;
-use crate::dispatch::{CombineBackward, RoutedTokens, Shuffle, ShuffleScratch};
+use crate::dispatch::{CombineBackward, RoutedTokens, Shuffle, ShuffleScratch, ShuffledRows};
 use crate::experts::{ExpertBackward, ExpertScratch, ExpertShape, ExpertWeights, Experts};
-use crate::memory::Slot;
+use crate::memory::{Kind, Slot, Tally};
 use crate::routing::{
     Balance, BatchShare, RoutePass, Router, RouterGradients, RouterLosses, RouterShape, RouterWeights,
 };
@@ -47,6 +47,13 @@ pub(super) struct MoeScratch<B: Backend> {
 }
 
 impl<B: Backend> MoeScratch<B> {
+    /// Counts its buffers.
+    pub(super) fn tally(&self, tally: &mut Tally) {
+        tally.add(Kind::Activations, [self.dy.bytes(), self.dx.bytes(), self.dweights.bytes()]);
+        self.shuffle.tally(tally);
+        self.experts.tally(tally);
+    }
+
     /// Empty scratch.
     pub(super) fn new(device: &B) -> Result<Self, DeviceError> {
         Ok(Self {
@@ -96,6 +103,18 @@ pub(super) struct MoePass<'a, B: Backend, C> {
 }
 
 impl<B: Backend> MoeLayer<B> {
+    /// Counts its buffers.
+    pub(super) fn tally(&self, tally: &mut Tally) {
+        self.router.tally(tally);
+        for chunk in &self.chunks {
+            chunk.shuffle.tally(tally);
+            chunk.experts.tally(tally);
+        }
+        if let Some(shared) = &self.shared {
+            shared.tally(tally);
+        }
+    }
+
     /// The layer at `layer`, number `index` of the MoE layers.
     pub(super) fn new(
         device: &B,
@@ -131,6 +150,15 @@ impl<B: Backend> MoeLayer<B> {
             chunks: (0..shape.chunks).map(chunk).collect::<Result<_, DeviceError>>()?,
             shared: shared.transpose()?,
         })
+    }
+
+    /// Rows exchanged with other ranks so far.
+    pub(super) fn shuffled_rows(&self) -> ShuffledRows {
+        let mut rows = ShuffledRows::default();
+        for chunk in &self.chunks {
+            rows += chunk.shuffle.shuffled_rows();
+        }
+        rows
     }
 
     /// The tokens of a chunk.
@@ -290,6 +318,12 @@ pub(super) struct MoeBackward<'a, B: Backend> {
 }
 
 impl<B: Backend> SharedExpert<B> {
+    /// Counts its buffers.
+    fn tally(&self, tally: &mut Tally) {
+        tally.add(Kind::Activations, [self.out.bytes(), self.gate.bytes(), self.dout.bytes(), self.dgate.bytes()]);
+        self.feed_forward.tally(tally);
+    }
+
     /// Adds the shared expert's output to `out_TH`.
     fn forward<C>(
         &mut self,

@@ -11,6 +11,7 @@ use rand_distr::{Distribution, Normal};
 use sha2::{Digest, Sha256};
 
 use super::layout::{Init, Layout, Part, TensorId};
+use crate::memory::{Kind, Tally, bytes_of};
 
 /// Flat buffers of one rank's parameters, with views per tensor.
 pub struct Parameters<B: Device> {
@@ -88,6 +89,16 @@ impl<B: Device> Parameters<B> {
         }
     }
 
+    /// What the layers compute with, of a range of the flat buffer, to read.
+    pub fn compute(&self, range: Range<usize>) -> View<'_, B, B::Act> {
+        View::range(&self.compute, range)
+    }
+
+    /// The f32 masters of a range of the flat buffer, where there are any.
+    pub fn master(&self, range: Range<usize>) -> Option<View<'_, B, f32>> {
+        self.master.as_ref().map(|master| View::range(master, range))
+    }
+
     /// Replaces the values of a part. `values` has the part's length.
     pub fn set(&mut self, device: &B, part: &Part, values: &[f32]) {
         if let Some(master) = &mut self.master {
@@ -112,6 +123,13 @@ impl<B: Device> Parameters<B> {
     /// The gradient of a part.
     pub fn read_grad(&self, device: &B, part: &Part) -> Result<Vec<f32>, DeviceError> {
         read(device, &self.grad, part)
+    }
+
+    /// Counts its buffers.
+    pub fn tally(&self, tally: &mut Tally) {
+        let master = self.master.as_ref().map_or(0, bytes_of::<B, f32>);
+        tally.add(Kind::Parameters, [bytes_of::<B, B::Act>(&self.compute), master]);
+        tally.add(Kind::Gradients, [bytes_of::<B, f32>(&self.grad)]);
     }
 
     /// Elements of the flat buffer.

@@ -15,7 +15,8 @@ use super::layout::{BlockTensors, FeedForward, Layout};
 use super::moe::{MoeLayer, MoeScratch, MoeShape};
 use super::parameters::Parameters;
 use crate::collectives::{Communicator, Groups};
-use crate::memory::Slot;
+use crate::dispatch::ShuffledRows;
+use crate::memory::{Kind, Slot, Tally};
 use crate::routing::{Balance, BalanceReport, BatchShare, RoutePass, RouterConfig, RouterLosses, RouterShape};
 use crate::stages::{Stage, StageClock};
 use crate::topology::{Grid, Rank};
@@ -148,6 +149,36 @@ impl<B: Backend> Transformer<B> {
     /// Values and gradients, to update or load.
     pub fn parameters_mut(&mut self) -> &mut Parameters<B> {
         &mut self.parameters
+    }
+
+    /// Counts its buffers.
+    pub fn tally(&self, tally: &mut Tally) {
+        self.parameters.tally(tally);
+        self.rotary.tally(tally);
+        tally.add(Kind::Activations, [self.ids.bytes(), self.totals.bytes()]);
+        tally.add(Kind::Activations, self.stream.iter().map(Slot::bytes));
+        for block in &self.blocks {
+            block.tally(tally);
+        }
+        self.final_norm.tally(tally);
+        self.head.tally(tally);
+        self.balance.tally(tally);
+        let Scratch { attention, moe, dstream, dbranch } = &self.scratch;
+        attention.tally(tally);
+        moe.tally(tally);
+        tally.add(Kind::Activations, [dstream, dbranch].map(Slot::bytes));
+    }
+
+    /// Rows that left this rank for experts elsewhere, and that came from elsewhere, over all layers since the start: each counted
+    /// once a forward pass.
+    pub fn shuffled_rows(&self) -> ShuffledRows {
+        let mut rows = ShuffledRows::default();
+        for block in &self.blocks {
+            if let Second::Moe(moe) = &block.second {
+                rows += moe.shuffled_rows();
+            }
+        }
+        rows
     }
 
     /// Forgets the sums of the last step. Gradients are cleared by the optimizer.

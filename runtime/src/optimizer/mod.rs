@@ -1,23 +1,27 @@
 //! AdamW over the flat parameter buffers: moments, decay groups, clipping by the global norm.
 //!
-//! Owns the moments and the number of updates. It never talks to another rank: it is given the global norm.
+//! Owns the moments of the stretches that this rank updates, and the number of updates. It never talks to another rank: it is given
+//! the global norm, and what it updates is handed on by `training`.
 
 mod schedule;
+mod shard;
 
 use std::ops::Range;
 
-use moe_kernels::{AdamW, Backend, DeviceError, View, ViewMut};
+use moe_kernels::{AdamW, Backend, DeviceError, ViewMut};
 
 pub use schedule::Schedule;
+pub use shard::{Cut, Shard, Span};
 
 use crate::config::{DecayGroups, OptimizerConfig};
-use crate::memory::Slot;
+use crate::memory::{Kind, Slot, Tally, bytes_of};
 use crate::model::Parameters;
 use crate::model::layout::Regions;
 
 /// The optimizer of one rank's parameters.
 pub struct Optimizer<B: Backend> {
     config: OptimizerConfig,
+    shard: Shard,
     m: B::Buffer<f32>,
     v: B::Buffer<f32>,
     updates: u64,
@@ -26,12 +30,13 @@ pub struct Optimizer<B: Backend> {
 }
 
 impl<B: Backend> Optimizer<B> {
-    /// Zero moments for `len` parameters.
-    pub fn new(device: &B, config: &OptimizerConfig, len: usize) -> Result<Self, DeviceError> {
+    /// Zero moments for the stretches of `shard`.
+    pub fn new(device: &B, config: &OptimizerConfig, shard: Shard) -> Result<Self, DeviceError> {
         let mut squares = Slot::new(device, "gradient norm")?;
         squares.reserve(device, 2)?;
+        let len = shard.state_len();
         let (m, v) = (device.alloc(len, "first moments")?, device.alloc(len, "second moments")?);
-        Ok(Self { config: config.clone(), m, v, updates: 0, squares })
+        Ok(Self { config: config.clone(), shard, m, v, updates: 0, squares })
     }
 
     /// Updates so far.
@@ -39,7 +44,17 @@ impl<B: Backend> Optimizer<B> {
         self.updates
     }
 
-    /// First and second moments, in the parameters' layout.
+    /// Which parameters this rank updates.
+    pub fn shard(&self) -> &Shard {
+        &self.shard
+    }
+
+    /// Counts its buffers.
+    pub fn tally(&self, tally: &mut Tally) {
+        tally.add(Kind::Optimizer, [bytes_of::<B, f32>(&self.m), bytes_of::<B, f32>(&self.v), self.squares.bytes()]);
+    }
+
+    /// First and second moments, in the order of the shard's spans: in the parameters' layout where nothing is sharded.
     pub fn moments(&self) -> (&B::Buffer<f32>, &B::Buffer<f32>) {
         (&self.m, &self.v)
     }
@@ -54,13 +69,17 @@ impl<B: Backend> Optimizer<B> {
         self.updates = updates;
     }
 
-    /// Squared gradient norms `[2]` of the replicated parameters and of this rank's experts, left on the device.
+    /// Squared gradient norms `[2]` of the replicated parameters and of experts, of what this rank counts, left on the device: of
+    /// all it holds, or where state is sharded of its own blocks, and the tails on the first rank of those that share them.
     pub fn squared_norms(&mut self, device: &B, parameters: &Parameters<B>) -> ViewMut<'_, B, f64> {
         device.fill(self.squares.view_mut(2), 0.0);
-        let Regions { replicated, replicated_vectors, experts } = parameters.layout().regions.clone();
-        let dense = replicated.start..replicated_vectors.end;
-        device.sum_of_squares(parameters.grads().slice(dense), self.squares.view_mut(2).slice(0..1));
-        device.sum_of_squares(parameters.grads().slice(experts), self.squares.view_mut(2).slice(1..2));
+        for (index, cut) in [&self.shard.dense, &self.shard.experts].into_iter().enumerate() {
+            let tail = if cut.counts_tail() { cut.tail() } else { 0..0 };
+            for range in [cut.own(), tail] {
+                let sum = self.squares.view_mut(2).slice(index..index + 1);
+                device.sum_of_squares(parameters.grads().slice(range), sum);
+            }
+        }
         self.squares.view_mut(2)
     }
 
@@ -70,7 +89,8 @@ impl<B: Backend> Optimizer<B> {
         if bound > 0.0 { (bound / (norm + 1e-6)).min(1.0) } else { 1.0 }
     }
 
-    /// One update at learning rate `lr` with gradients scaled by `grad_scale`; gradients are zero afterwards.
+    /// One update at learning rate `lr` with gradients scaled by `grad_scale`, of this rank's stretches, whose gradients are zero
+    /// afterwards.
     pub fn update(&mut self, device: &B, parameters: &mut Parameters<B>, lr: f64, grad_scale: f64) {
         self.updates += 1;
         let settings = AdamW {
@@ -82,25 +102,24 @@ impl<B: Backend> Optimizer<B> {
             step: self.updates,
             grad_scale,
         };
-        for (range, decays) in self.groups(&parameters.layout().regions) {
+        for (region, decays) in self.groups(&parameters.layout().regions) {
             let settings = AdamW { weight_decay: if decays { settings.weight_decay } else { 0.0 }, ..settings };
-            let views = parameters.update_views(range.clone());
-            let m = ViewMut::range(&mut self.m, range.clone());
-            let v = ViewMut::range(&mut self.v, range);
-            device.adamw(settings, views.grad, m, v, views.master, views.compute);
+            for span in self.shard.spans() {
+                let Span { flat, state } = span.within(&region);
+                if flat.is_empty() {
+                    continue;
+                }
+                let views = parameters.update_views(flat);
+                let m = ViewMut::range(&mut self.m, state.clone());
+                let v = ViewMut::range(&mut self.v, state);
+                device.adamw(settings, views.grad, m, v, views.master, views.compute);
+            }
         }
     }
 
-    /// Runs of the flat buffer with and without weight decay.
+    /// Regions of the flat buffer with and without weight decay.
     fn groups(&self, regions: &Regions) -> [(Range<usize>, bool); 3] {
         let all = self.config.decay == DecayGroups::All;
         [(regions.replicated.clone(), true), (regions.replicated_vectors.clone(), all), (regions.experts.clone(), true)]
     }
-}
-
-/// Reads the two squared norms back: the norms' one wait for the device.
-pub fn read_squares<B: Backend>(device: &B, squares: View<'_, B, f64>) -> Result<[f64; 2], DeviceError> {
-    let mut host = [0.0; 2];
-    device.read_to_host(squares, &mut host)?;
-    Ok(host)
 }

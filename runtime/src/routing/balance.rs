@@ -12,7 +12,7 @@ use moe_kernels::{Backend, BalanceSpec, DeviceError, View, ViewMut};
 use super::config::{BalanceScope, RouterConfig};
 use super::router::{RoutePass, RouterStatistics};
 use crate::collectives::{CollectiveError, Communicator, ReduceOp};
-use crate::memory::Slot;
+use crate::memory::{Kind, Slot, Tally};
 
 /// Sizes of the batch that a pass is part of.
 #[derive(Clone, Copy, Debug)]
@@ -70,6 +70,20 @@ const NOISY: usize = 1;
 const Z: usize = 2;
 
 impl<B: Backend> Balance<B> {
+    /// Counts its buffers.
+    pub fn tally(&self, tally: &mut Tally) {
+        tally.add(
+            Kind::Activations,
+            [
+                self.counts.bytes(),
+                self.prob_sums.bytes(),
+                self.step_counts.bytes(),
+                self.coefficients.bytes(),
+                self.losses.bytes(),
+            ],
+        );
+    }
+
     /// Room for `layers` MoE layers of `experts` experts and passes of at most `max_sequences` sequences.
     pub fn new(
         device: &B,

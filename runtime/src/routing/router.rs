@@ -12,7 +12,7 @@ use moe_kernels::{
 use super::config::{BalanceScope, RouterConfig};
 use super::gates::GateForm;
 use super::noise::GateNoise;
-use crate::memory::Slot;
+use crate::memory::{Kind, Slot, Tally};
 
 /// Sizes and settings that all layers' routers share.
 #[derive(Clone, Debug)]
@@ -120,6 +120,32 @@ pub struct RouterStatistics<B: Backend> {
 }
 
 impl<B: Backend> Router<B> {
+    /// Counts its buffers.
+    pub fn tally(&self, tally: &mut Tally) {
+        tally.add(
+            Kind::Activations,
+            [
+                self.clean.bytes(),
+                self.raw.bytes(),
+                self.noise.bytes(),
+                self.noisy.bytes(),
+                self.uniform.bytes(),
+                self.scores.bytes(),
+                self.chosen.bytes(),
+                self.routed.bytes(),
+                self.kept.bytes(),
+                self.weights.bytes(),
+                self.dlogits.bytes(),
+                self.dclean.bytes(),
+                self.draw.bytes(),
+                self.dropped.bytes(),
+                self.selection_bias.bytes(),
+            ],
+        );
+        let RouterStatistics { z_sum, importance, dimportance, load, dload } = &self.statistics;
+        tally.add(Kind::Activations, [z_sum, importance, dimportance, load, dload].map(Slot::bytes));
+    }
+
     /// The router of MoE layer `layer`.
     pub fn new(device: &B, shape: RouterShape, seed: u64, layer: usize) -> Result<Self, DeviceError> {
         let e = shape.experts;

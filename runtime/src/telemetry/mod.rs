@@ -7,8 +7,12 @@ mod console;
 mod logs;
 mod metrics;
 mod progress;
+mod tensorboard;
+mod trace;
 
 pub use console::Console;
 pub use logs::{LogError, LogFile, init_logs, log_filter};
 pub use metrics::{MetricsError, MetricsFile, StageMs, StepMetrics};
 pub use progress::{Progress, ProgressMode, ProgressSpec};
+pub use tensorboard::EventFile;
+pub use trace::{TraceError, TraceFile, merge_traces};

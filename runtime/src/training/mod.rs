@@ -2,6 +2,7 @@
 
 mod persist;
 mod sampling;
+mod sharing;
 mod step;
 
 pub use persist::{PersistError, load_model};

@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use moe_kernels::Backend;
+use moe_kernels::{Backend, Device, DeviceError};
 use serde_json::Value;
 
 use super::step::{StepError, Trainer, TrainingData};
@@ -12,6 +12,9 @@ use crate::checkpoint::{Checkpoint, CheckpointError, Moments, MomentsMut, Progre
 use crate::collectives::Communicator;
 use crate::exit::{Classified, ExitCode};
 use crate::model::{ModelError, Transformer};
+
+/// First and second moments of all of a rank's parameters.
+type WholeMoments<B> = (<B as Device>::Buffer<f32>, <B as Device>::Buffer<f32>);
 
 /// A state that could not be saved or restored.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +36,12 @@ impl Classified for PersistError {
     }
 }
 
+impl From<DeviceError> for PersistError {
+    fn from(error: DeviceError) -> Self {
+        Self::Step(error.into())
+    }
+}
+
 impl From<ModelError> for PersistError {
     fn from(error: ModelError) -> Self {
         Self::Step(error.into())
@@ -44,6 +53,8 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
     pub fn save(&self, store: &Store, step: u64, cursor: Value) -> Result<PathBuf, PersistError> {
         let setup = self.model.setup();
         let (m, v) = self.optimizer.moments();
+        let gathered = self.gathered_moments()?;
+        let (m, v) = gathered.as_ref().map_or((m, v), |(m, v)| (m, v));
         let biases = self.model.selection_biases()?;
         let progress = Progress { step, optimizer_step: self.optimizer.updates(), cursor };
         let state = TrainingState {
@@ -57,11 +68,34 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         Ok(store.save(self.model.device(), &self.groups().world, &setup.grid, &state)?)
     }
 
+    /// Sharded moments in the parameters' layout, on the ranks that write them: those of the first expert group.
+    fn gathered_moments(&self) -> Result<Option<WholeMoments<B>>, PersistError> {
+        let shard = self.optimizer.shard();
+        if !shard.dense.is_shared() {
+            return Ok(None);
+        }
+        let setup = self.model.setup();
+        let writes = setup.grid.coordinate(setup.rank).dp == 0;
+        let (m, v) = self.optimizer.moments();
+        let gather = |state| self.sharing.gather_state(&self.groups, shard, state, writes);
+        Ok(Some((gather(m)?, gather(v)?)))
+    }
+
     /// Restores the state that a checkpoint holds and returns the steps it has done. All ranks call this.
     pub fn restore(&mut self, checkpoint: &Checkpoint) -> Result<u64, PersistError> {
         let device = self.model.device().clone();
         let setup = self.model.setup().clone();
-        let (m, v) = self.optimizer.moments_mut();
+        let shard = self.optimizer.shard().clone();
+        let len = self.model.parameters().len();
+        // A checkpoint knows no shards: whole moments are read, and this rank's part of them kept.
+        let mut whole = match shard.dense.is_shared() {
+            true => Some((device.alloc(len, "loaded moments")?, device.alloc(len, "loaded moments")?)),
+            false => None,
+        };
+        let (m, v) = match &mut whole {
+            Some((m, v)) => (m, v),
+            None => self.optimizer.moments_mut(),
+        };
         let target = Target {
             model: &setup.model,
             router: &setup.router,
@@ -69,6 +103,11 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
             moments: Some(MomentsMut { m, v }),
         };
         let restored = checkpoint.load(&device, &self.groups.world, target)?;
+        if let Some((whole_m, whole_v)) = &whole {
+            let (m, v) = self.optimizer.moments_mut();
+            self.sharing.take_state(&shard, whole_m, m);
+            self.sharing.take_state(&shard, whole_v, v);
+        }
         set_biases(&mut self.model, &restored.router_biases);
         self.optimizer.set_updates(restored.progress.optimizer_step);
         Ok(restored.progress.step)

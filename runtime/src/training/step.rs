@@ -7,15 +7,16 @@ use std::time::Instant;
 
 use moe_kernels::{Backend, DeviceError};
 
+use super::sharing::Sharing;
 use crate::collectives::{CollectiveError, Communicator, Groups, ReduceOp};
 use crate::config::Config;
 use crate::data::{Batch, Loader};
 use crate::exit::{Classified, ExitCode};
-use crate::memory::Slot;
+use crate::memory::{Kind, Slot, Tally};
 use crate::model::{ModelError, PassTokens, StepSums, Transformer};
-use crate::optimizer::{Optimizer, Schedule, read_squares};
+use crate::optimizer::{Optimizer, Schedule, Shard};
 use crate::routing::{BatchShare, RouterKind};
-use crate::stages::{Stage, StageClock};
+use crate::stages::{Span, Stage, StageClock};
 use crate::telemetry::{StageMs, StepMetrics};
 use crate::topology::share;
 
@@ -103,6 +104,7 @@ pub struct Trainer<B: Backend, C, D> {
     pub model: Transformer<B>,
     /// Its optimizer.
     pub optimizer: Optimizer<B>,
+    pub(super) sharing: Sharing<B>,
     pub(super) groups: Groups<C>,
     schedule: Schedule,
     config: Config,
@@ -117,8 +119,14 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
     /// A trainer of `model`, whose parameters are set already.
     pub fn new(model: Transformer<B>, groups: Groups<C>, config: &Config, data: D) -> Result<Self, DeviceError> {
         let device = model.device();
+        let regions = &model.parameters().layout().regions;
+        let shard = match config.parallel.shard_optimizer {
+            true => Shard::of_groups(regions, &groups),
+            false => Shard::whole(regions),
+        };
         Ok(Self {
-            optimizer: Optimizer::new(device, &config.optimizer, model.parameters().len())?,
+            optimizer: Optimizer::new(device, &config.optimizer, shard)?,
+            sharing: Sharing::new(device)?,
             schedule: Schedule::new(config.optimizer.lr, config.train.steps, &config.schedule),
             sums: Slot::new(device, "sums over ranks")?,
             config: config.clone(),
@@ -173,13 +181,14 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         let (sums, requests) = self.reduce_sums(requests)?;
         let loss = sums.loss / valid.max(1.0);
         require_finite(step, "loss", loss)?;
-        let grad_norm = self.reduce_gradients()?;
+        let grad_norm = self.sharing.reduce(&self.groups, self.model.parameters_mut(), &mut self.optimizer)?;
         require_finite(step, "gradient norm", grad_norm)?;
         self.clock.lap(Stage::Reduce);
         let lr = self.schedule.lr(step);
         let grad_scale = self.optimizer.clip_factor(grad_norm);
         let device = self.model.device().clone();
         self.optimizer.update(&device, self.model.parameters_mut(), lr, grad_scale);
+        self.sharing.spread(&self.groups, self.model.parameters_mut(), self.optimizer.shard())?;
         self.update_selection_biases(&sums.balance.loads)?;
         device.synchronize()?;
         self.clock.lap(Stage::Optimizer);
@@ -219,6 +228,27 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         }
         let sums = self.sum_over_world(&mut sums)?;
         Ok((sums[1] > 0.0).then(|| sums[0] / sums[1]))
+    }
+
+    /// Bytes of this rank's buffers.
+    pub fn tally(&self) -> Tally {
+        let mut tally = Tally::default();
+        self.model.tally(&mut tally);
+        self.optimizer.tally(&mut tally);
+        self.sharing.tally(&mut tally);
+        tally.add(Kind::Activations, [self.sums.bytes()]);
+        tally.add(Kind::Communication, [self.groups.world.staging_bytes()]);
+        tally
+    }
+
+    /// Keeps the spans of stages from now on; see [`Trainer::take_spans`].
+    pub fn keep_spans(&mut self) {
+        self.clock.keep_spans();
+    }
+
+    /// The spans of stages since they were last taken.
+    pub fn take_spans(&mut self) -> Vec<Span> {
+        self.clock.take_spans()
     }
 
     /// Time in each stage of the last step on this rank, in ms.
@@ -294,25 +324,6 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         [sums.loss, sums.dropped, balance.balance_loss] = [packed[0], packed[1], packed[2]];
         [balance.noisy_loss, balance.z_sum] = [packed[3], packed[4]];
         Ok((sums, Requests { checkpoint: packed[5] > 0.0, stop: packed[6] > 0.0 }))
-    }
-
-    /// Sums gradients over the ranks that hold each parameter and returns the global norm, each parameter counted once.
-    fn reduce_gradients(&mut self) -> Result<f64, StepError> {
-        let device = self.model.device().clone();
-        let regions = self.model.parameters().layout().regions.clone();
-        let dense = regions.replicated.start..regions.replicated_vectors.end;
-        let parameters = self.model.parameters_mut();
-        let world = self.groups.world.all_reduce(&device, parameters.grads_mut().slice(dense), ReduceOp::Sum)?;
-        let experts = parameters.grads_mut().slice(regions.experts);
-        let replica = self.groups.replica.all_reduce(&device, experts, ReduceOp::Sum)?;
-        device.wait(&world);
-        device.wait(&replica);
-        let mut squares = self.optimizer.squared_norms(&device, self.model.parameters());
-        // An expert group holds every expert once, so its sum is the norm of all experts, whatever DP is.
-        let experts = squares.reborrow().slice(1..2);
-        device.wait(&self.groups.expert.all_reduce(&device, experts, ReduceOp::Sum)?);
-        let [dense, experts] = read_squares(&device, squares.as_view())?;
-        Ok((dense + experts).sqrt())
     }
 
     /// Moves each selection bias towards even load by a fixed rate (Wang et al. 2024).

@@ -13,6 +13,7 @@ Examples:
   mpirun -n 4 moe-worker --preset shakespeare --data input.txt --run-dir runs/a --steps 2000 --ep 4
   mpirun -n 4 moe-worker --run-dir runs/a                 resumes where it stopped
   moe-worker --model HF_DIR --data texts/                 starts from a Hugging Face folder
+  moe-worker --steps 5 --trace trace.json                 where the time goes, for ui.perfetto.dev
   moe-worker --set model.experts=16 --set optimizer.lr=1e-3
 
 Exit codes: 0 done, 64 wrong usage or configuration, 65 bad input data, 70 internal error, 74 input/output error,
@@ -58,6 +59,15 @@ pub struct WorkerArgs {
     /// Hugging Face folder to start from: config.json and safetensors.
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
+    /// Coordinator that is hosted elsewhere, as by moe-launch run; otherwise rank 0 hosts it.
+    #[arg(long, value_name = "HOST:PORT", requires = "join_token")]
+    pub coordinator: Option<String>,
+    /// Join token of that coordinator; better given by the variable, which other users of the machine do not see.
+    #[arg(long, value_name = "HEX", env = "MOE_JOIN_TOKEN", hide_env_values = true)]
+    pub join_token: Option<String>,
+    /// Write the spans of all stages, steps and ranks to this file; open it at ui.perfetto.dev.
+    #[arg(long, value_name = "FILE")]
+    pub trace: Option<PathBuf>,
     /// One JSON object a line instead of text.
     #[arg(long)]
     pub json: bool,

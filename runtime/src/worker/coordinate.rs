@@ -1,4 +1,4 @@
-//! The worker's side of coordination: rank 0 hosts the coordinator, every rank joins it.
+//! The worker's side of coordination: rank 0 hosts the coordinator unless another process does, every rank joins it.
 //!
 //! Owns the host and the session of this process, and turns the coordinator's abort into the end of every collective's wait.
 
@@ -34,24 +34,37 @@ struct Contact {
     token: String,
 }
 
+/// What a job is coordinated as.
+pub(super) struct Coordinated<'a> {
+    /// Its grid.
+    pub grid: &'a Grid,
+    /// Hash of its configuration.
+    pub fingerprint: &'a str,
+    /// Where tools look for the contact.
+    pub run_dir: &'a Path,
+    /// The coordinator that is hosted elsewhere: address and token.
+    pub elsewhere: Option<(&'a str, JoinToken)>,
+}
+
 impl Coordination {
-    /// Hosts on rank 0 and joins on every rank.
-    pub(super) fn start(
-        world: &World,
-        grid: &Grid,
-        fingerprint: &str,
-        run_dir: &Path,
-        abort: AbortHandle,
-    ) -> Result<Self, Failure> {
+    /// Hosts on rank 0, unless it is hosted elsewhere, and joins on every rank.
+    pub(super) fn start(world: &World, job: Coordinated<'_>, abort: AbortHandle) -> Result<Self, Failure> {
+        let Coordinated { grid, fingerprint, run_dir, elsewhere } = job;
         let (rank, size) = world.place();
         let mut host = None;
         let contact = from_rank_0(&world.communicator, || {
-            let handle = serve(world, grid, fingerprint)?;
-            let addr = reachable(world, handle.addr().port());
-            let token = handle.token().clone();
+            let (addr, token) = match &elsewhere {
+                Some((addr, token)) => ((*addr).to_owned(), token.clone()),
+                None => {
+                    let handle = serve(world, grid, fingerprint)?;
+                    let addr = reachable_addr(world.is_one_machine(), handle.addr().port());
+                    let token = handle.token().clone();
+                    host = Some(handle);
+                    (addr, token)
+                }
+            };
             let contact = Contact { addr: addr.clone(), token: token.expose() };
             ContactFile { addr, token, pid: std::process::id() }.write(run_dir)?;
-            host = Some(handle);
             Ok(contact)
         })??;
         let token = contact.token.parse::<JoinToken>().map_err(|e| Failure::new(ExitCode::Internal, e.to_string()))?;
@@ -113,9 +126,7 @@ impl Coordination {
 }
 
 fn serve(world: &World, grid: &Grid, fingerprint: &str) -> Result<CoordinatorHandle, Failure> {
-    let ip = if world.is_one_machine() { Ipv4Addr::LOCALHOST } else { Ipv4Addr::UNSPECIFIED };
-    let listener = TcpListener::bind((IpAddr::V4(ip), 0))
-        .map_err(|error| Failure::new(ExitCode::Io, format!("cannot listen on {ip} for the coordinator: {error}")))?;
+    let listener = coordinator_listener(world.is_one_machine())?;
     let spec = JobSpec {
         world_size: grid.world() as u32,
         ep_size: grid.ep() as u32,
@@ -125,11 +136,18 @@ fn serve(world: &World, grid: &Grid, fingerprint: &str) -> Result<CoordinatorHan
     Ok(CoordinatorHandle::serve(listener, spec, JoinToken::generate())?)
 }
 
-/// How other ranks reach a port of this machine: by loopback where they are all here, else by its name.
-fn reachable(world: &World, port: u16) -> String {
+/// A free port for a coordinator: of the loopback where all ranks are on this machine.
+pub fn coordinator_listener(one_machine: bool) -> Result<TcpListener, Failure> {
+    let ip = if one_machine { Ipv4Addr::LOCALHOST } else { Ipv4Addr::UNSPECIFIED };
+    TcpListener::bind((IpAddr::V4(ip), 0))
+        .map_err(|error| Failure::new(ExitCode::Io, format!("cannot listen on {ip} for the coordinator: {error}")))
+}
+
+/// How ranks reach a port of this machine: by loopback where they are all here, else by its name.
+pub fn reachable_addr(one_machine: bool, port: u16) -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     match name.trim() {
-        name if !world.is_one_machine() && !name.is_empty() => format!("{name}:{port}"),
+        name if !one_machine && !name.is_empty() => format!("{name}:{port}"),
         _ => format!("127.0.0.1:{port}"),
     }
 }

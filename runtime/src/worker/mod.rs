@@ -4,6 +4,7 @@
 
 mod args;
 mod coordinate;
+mod meter;
 mod run_dir;
 mod run_loop;
 mod settle;
@@ -17,22 +18,26 @@ use clap::Parser;
 use moe_kernels::{Cpu, Device};
 
 pub use args::{DeviceChoice, Resume, WorkerArgs};
+pub use coordinate::{coordinator_listener, reachable_addr};
 pub use run_dir::{RunDir, RunDirError};
-pub use settle::read_corpus;
+pub use settle::{read_corpus, resolved_config};
 pub use world::World;
 
 use crate::checkpoint::{Checkpoint, HfFolder, Store, probe_shared};
 use crate::collectives::{Communicator, Groups, HostCommunicator};
 use crate::config::Config;
+use crate::coordination::{CoordinationError, JoinToken};
 use crate::data::{Corpus, Loader};
 use crate::exit::{ExitCode, Failure};
 use crate::model::layout::parameter_counts;
 use crate::model::{ModelSetup, Transformer};
-use crate::telemetry::{Console, Progress, ProgressMode, ProgressSpec, init_logs, log_filter};
+use crate::plan::memory_now;
+use crate::telemetry::{Console, Progress, ProgressMode, ProgressSpec, TraceFile, init_logs, log_filter};
 use crate::topology::{Grid, Rank};
 use crate::training::Trainer;
-use coordinate::Coordination;
-use run_loop::{Ending, RunLoop, Surroundings};
+use coordinate::{Coordinated, Coordination};
+use meter::Meter;
+use run_loop::{Ending, Records, RunLoop, Surroundings};
 use settle::{Plan, decide, from_rank_0, share_corpus};
 use signals::StopRequest;
 
@@ -91,10 +96,18 @@ fn train(args: &WorkerArgs, world: &World) -> Result<Ending, Failure> {
         .map_err(|error| Failure::new(ExitCode::Io, format!("cannot listen to signals: {error}")))?;
     probe_shared::<Cpu, _>(&world.communicator, run_dir.path())?;
     let fingerprint = config.fingerprint()?;
-    let coordination = Coordination::start(world, &grid, &fingerprint, run_dir.path(), context.abort_handle())?;
+    let token = args.join_token.as_deref().map(str::parse::<JoinToken>).transpose().map_err(CoordinationError::from)?;
+    let job = Coordinated {
+        grid: &grid,
+        fingerprint: &fingerprint,
+        run_dir: run_dir.path(),
+        elsewhere: args.coordinator.as_deref().zip(token),
+    };
+    let coordination = Coordination::start(world, job, context.abort_handle())?;
     let corpus = share_corpus(&world.communicator, config)?;
     let loader = Loader::new(&corpus, config.loader_spec(rank, size))?;
     let groups = Groups::of_grid::<Cpu>(duplicate(&world.communicator)?, &grid)?;
+    let start_bytes = memory_now().map_or(0, |(now, _)| now);
     let mut trainer = build(config, &grid, Rank(rank), groups, loader)?;
     let done = start_values(&mut trainer, &plan)?;
     let mode =
@@ -106,8 +119,11 @@ fn train(args: &WorkerArgs, world: &World) -> Result<Ending, Failure> {
         let _ = progress.message(&line);
     }
     let store = Store::new(run_dir.checkpoints(), config.train.keep_checkpoints);
+    let trace = args.trace.as_deref().map(|path| TraceFile::create(path, rank)).transpose()?;
     let surroundings = Surroundings { config, run_dir: &run_dir, store, coordination: &coordination, stop: &stop };
-    let ending = RunLoop::new(&mut trainer, surroundings, &mut progress).run(done);
+    let records = Records { trace, meter: Meter::new(start_bytes), ..Records::default() };
+    let mut run = RunLoop::new(&mut trainer, surroundings, &mut progress, records);
+    let ending = run.run(done).and_then(|ending| run.close(args.trace.as_deref()).map(|()| ending));
     progress.finish();
     match &ending {
         Ok(ending) => tracing::debug!(?ending, "the run ends"),

@@ -117,6 +117,11 @@ impl RunDir {
         self.path.join("checkpoints")
     }
 
+    /// Event files, where `run.tensorboard` asks for them.
+    pub fn tensorboard(&self) -> PathBuf {
+        self.path.join("tensorboard")
+    }
+
     /// One file a start.
     pub fn logs(&self) -> PathBuf {
         self.path.join("logs")

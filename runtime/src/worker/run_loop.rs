@@ -2,11 +2,12 @@
 //!
 //! Owns when things happen. All ranks take the same turns: what one rank alone has heard is agreed on inside the step.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use moe_kernels::Cpu;
 
 use super::coordinate::Coordination;
+use super::meter::Meter;
 use super::run_dir::RunDir;
 use super::signals::StopRequest;
 use crate::checkpoint::Store;
@@ -15,7 +16,7 @@ use crate::config::Config;
 use crate::coordination::{Activity, Progress as Reading};
 use crate::data::Loader;
 use crate::exit::{Classified, ExitCode, Failure};
-use crate::telemetry::{MetricsFile, Progress, StepMetrics};
+use crate::telemetry::{EventFile, MetricsFile, Progress, StepMetrics, TraceFile, merge_traces};
 use crate::training::{Requests, StepError, Trainer};
 
 /// How a run ended without a failure.
@@ -41,12 +42,25 @@ pub(super) struct Surroundings<'a> {
     pub stop: &'a StopRequest,
 }
 
+/// What a rank writes down of its run.
+#[derive(Default)]
+pub(super) struct Records {
+    /// One line a step; rank 0.
+    pub metrics: Option<MetricsFile>,
+    /// The same for TensorBoard; rank 0, where it is asked for.
+    pub events: Option<EventFile>,
+    /// Spans of stages, where they are asked for.
+    pub trace: Option<TraceFile>,
+    /// What the steps use.
+    pub meter: Meter,
+}
+
 /// One run of steps.
 pub(super) struct RunLoop<'a> {
     trainer: &'a mut Trainer<Cpu, HostCommunicator, Loader>,
     surroundings: Surroundings<'a>,
     progress: &'a mut Progress,
-    metrics: Option<MetricsFile>,
+    records: Records,
     last_checkpoint: Option<PathBuf>,
 }
 
@@ -56,8 +70,9 @@ impl<'a> RunLoop<'a> {
         trainer: &'a mut Trainer<Cpu, HostCommunicator, Loader>,
         surroundings: Surroundings<'a>,
         progress: &'a mut Progress,
+        records: Records,
     ) -> Self {
-        Self { trainer, surroundings, progress, metrics: None, last_checkpoint: None }
+        Self { trainer, surroundings, progress, records, last_checkpoint: None }
     }
 
     /// Takes the steps after `done`.
@@ -66,7 +81,13 @@ impl<'a> RunLoop<'a> {
         if Communicator::<Cpu>::rank(&self.trainer.groups().world) == 0 {
             // What an interrupted run wrote after its checkpoint will be written again.
             MetricsFile::truncate_after(&run_dir.metrics(), done)?;
-            self.metrics = Some(MetricsFile::open(run_dir.metrics())?);
+            self.records.metrics = Some(MetricsFile::open(run_dir.metrics())?);
+            if self.surroundings.config.run.tensorboard {
+                self.records.events = Some(EventFile::create(&run_dir.tensorboard(), done + 1)?);
+            }
+        }
+        if self.records.trace.is_some() {
+            self.trainer.keep_spans();
         }
         if done > 0 {
             self.last_checkpoint = Some(self.surroundings.store.step_dir(done));
@@ -75,7 +96,9 @@ impl<'a> RunLoop<'a> {
         for step in done + 1..=train.steps {
             let mut wishes = self.surroundings.coordination.requests();
             wishes.stop |= self.surroundings.stop.graceful();
+            self.records.meter.begin(self.trainer);
             let (mut metrics, agreed) = self.trainer.step(step, wishes).map_err(|error| self.failed(step, error))?;
+            self.records.meter.end(self.trainer);
             let last = step == train.steps;
             if due(step, train.eval_every) || last {
                 self.tell(&metrics, Activity::Evaluating);
@@ -95,10 +118,30 @@ impl<'a> RunLoop<'a> {
         Ok(Ending::Done)
     }
 
+    /// Ends what is written down: the record of what was used, and the trace, which rank 0 puts together. All ranks call this once the
+    /// run has ended in order.
+    pub(super) fn close(&mut self, trace: Option<&Path>) -> Result<(), Failure> {
+        self.records.meter.usage(self.trainer).write(&self.surroundings.run_dir.logs())?;
+        let (Some(path), Some(file)) = (trace, self.records.trace.take()) else { return Ok(()) };
+        file.finish()?;
+        let world = &self.trainer.groups().world;
+        Communicator::<Cpu>::barrier(world)?;
+        if Communicator::<Cpu>::rank(world) == 0 {
+            merge_traces(path, Communicator::<Cpu>::size(world))?;
+        }
+        Ok(())
+    }
+
     fn record(&mut self, metrics: &StepMetrics) -> Result<(), Failure> {
         self.tell(metrics, Activity::Training);
-        if let Some(file) = &mut self.metrics {
+        if let Some(file) = &mut self.records.metrics {
             file.append(metrics)?;
+        }
+        if let Some(events) = &mut self.records.events {
+            events.append(metrics)?;
+        }
+        if let Some(trace) = &mut self.records.trace {
+            trace.step(metrics.step, &self.trainer.take_spans())?;
         }
         // A reader that went away does not end a run; the metrics file has everything.
         let _ = self.progress.step(metrics);

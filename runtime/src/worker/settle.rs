@@ -65,8 +65,15 @@ where
     })
 }
 
-/// Decides on rank 0: resolves and checks the configuration, claims the run directory, finds what to resume.
-pub(super) fn decide(args: &WorkerArgs, world: usize, held: &mut Option<File>) -> Result<Plan, Failure> {
+/// What the command line and the run directory come to, before anything is changed.
+struct Resolution {
+    config: Config,
+    given: Option<RunDir>,
+    newest: Option<PathBuf>,
+}
+
+/// Resolves and checks the configuration of `args` for `world` ranks, and finds what would be resumed. Reads only.
+fn resolve(args: &WorkerArgs, world: usize) -> Result<Resolution, Failure> {
     let given = args.run_dir.as_ref().map(RunDir::at);
     let saved = given.as_ref().map(RunDir::saved_config).transpose()?.flatten();
     let newest = match &given {
@@ -93,11 +100,22 @@ pub(super) fn decide(args: &WorkerArgs, world: usize, held: &mut Option<File>) -
     if let (Some(base), Some(dir)) = (&base, &given) {
         resolved.config.check_resumes(base, &dir.config())?;
     }
+    Ok(Resolution { config: resolved.config, given, newest })
+}
+
+/// The configuration that `args` come to on `world` ranks, as a launcher needs it before it starts them. Changes nothing.
+pub fn resolved_config(args: &WorkerArgs, world: usize) -> Result<Config, Failure> {
+    Ok(resolve(args, world)?.config)
+}
+
+/// Decides on rank 0: resolves and checks the configuration, claims the run directory, finds what to resume.
+pub(super) fn decide(args: &WorkerArgs, world: usize, held: &mut Option<File>) -> Result<Plan, Failure> {
+    let Resolution { config, given, newest } = resolve(args, world)?;
     let run_dir = given.map_or_else(RunDir::fresh, Ok)?;
     *held = Some(run_dir.claim()?);
-    run_dir.save_config(&resolved.config)?;
+    run_dir.save_config(&config)?;
     Ok(Plan {
-        config: resolved.config,
+        config,
         run_dir: run_dir.path().into(),
         weights: args.model.clone().filter(|_| newest.is_none()),
         resume: newest,

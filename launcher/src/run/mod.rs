@@ -1,0 +1,178 @@
+//! `moe-launch run`: moe-worker on several ranks, from the start to the exit code.
+//!
+//! Owns the attempts at a job: each has a coordinator of its own epoch, hosted here so that it outlives any rank, and one starter
+//! process. It decides when another attempt is worth it. It never trains.
+
+mod starter;
+mod stop;
+
+use std::ffi::OsString;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{ExitCode, ExitStatus};
+use std::time::Duration;
+
+use clap::{Args, Parser};
+use moe_runtime::coordination::{CoordinatorHandle, Epoch, JobSpec, JoinToken};
+use moe_runtime::exit::{ExitCode as Code, Failure};
+use moe_runtime::topology::Grid;
+use moe_runtime::worker::{WorkerArgs, coordinator_listener, grid_of, reachable_addr, resolved_config};
+
+use starter::{Places, Starter};
+use stop::Stop;
+
+const EXAMPLES: &str = "\
+Examples:
+  moe-launch run -n 4
+  moe-launch run -n 16 -- --preset shakespeare --data input.txt --run-dir runs/a
+  moe-launch run -n 8 --hosts node1:4,node2:4 -- --config run.toml --run-dir /shared/runs/a
+  moe-launch run -n 4 --restarts 3 -- --run-dir runs/a      goes on from the last checkpoint when a rank is lost
+
+Inside a Slurm allocation the ranks are started with srun, elsewhere with mpirun; one rank alone needs neither.
+Ctrl-C, SIGTERM and SIGUSR1 become a graceful stop: the step is finished, a checkpoint written, exit code 75. A second one gives
+up the step. Otherwise the exit code is the workers' own.";
+
+/// Start moe-worker on several ranks, see them through, and restart them if asked.
+#[derive(Args)]
+#[command(after_long_help = EXAMPLES)]
+pub(crate) struct RunArgs {
+    /// Number of ranks.
+    #[arg(short = 'n', long = "ranks", value_name = "N")]
+    ranks: usize,
+    /// Machines and their ranks, as `node1:4,node2:4`; a name alone takes one rank. Default: this machine, or the allocation.
+    #[arg(long, value_name = "HOST[:N],…", value_delimiter = ',')]
+    hosts: Vec<String>,
+    /// Attempts after the first, when the job ended with 75 or a rank was killed, and nobody asked it to stop.
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    restarts: u32,
+    /// Start on this machine with mpirun, even inside a Slurm allocation.
+    #[arg(long, conflicts_with = "hosts")]
+    local: bool,
+    /// Arguments of moe-worker.
+    #[arg(last = true, value_name = "ARGS")]
+    worker: Vec<OsString>,
+}
+
+/// The wait before the first restart; it doubles from one to the next.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+pub(crate) fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
+    let worker = match WorkerArgs::try_parse_from(std::iter::once(&OsString::from("moe-worker")).chain(&args.worker)) {
+        Ok(worker) => worker,
+        Err(error) => return Ok(crate::usage(&error)),
+    };
+    let places = Places::parse(args.ranks, &args.hosts)?;
+    if args.restarts > 0 && worker.run_dir.is_none() {
+        let message = "--restarts: give moe-worker a --run-dir after --, or a restart would begin another run";
+        return Err(Failure::new(Code::Usage, message));
+    }
+    // Wrong settings end here, before any rank is started.
+    let config = resolved_config(&worker, args.ranks)?;
+    let job = Job {
+        grid: grid_of(&config, args.ranks)?,
+        own_threads: config.run.threads > 0,
+        starter: Starter::choose(&places, args.local, |name| std::env::var(name).ok()),
+        places,
+        hosted: worker.coordinator.is_none(),
+        args,
+    };
+    job.see_through()
+}
+
+struct Job<'a> {
+    args: &'a RunArgs,
+    grid: Grid,
+    /// Whether the user chose the number of threads.
+    own_threads: bool,
+    starter: Starter,
+    places: Places,
+    /// Whether the coordinator is hosted here.
+    hosted: bool,
+}
+
+impl Job<'_> {
+    fn see_through(&self) -> Result<ExitCode, Failure> {
+        // Listening before the start: a signal in between must not end this process and orphan the ranks.
+        let stop = Stop::listen()?;
+        let mut pause = FIRST_PAUSE;
+        for epoch in 1.. {
+            let status = self.attempt(Epoch(epoch), &stop)?;
+            let left = u64::from(self.args.restarts) + 1 - epoch;
+            if left == 0 || stop.is_asked() || !worth_another(status) {
+                return Ok(code_of(status));
+            }
+            eprintln!(
+                "moe-launch: the job ended with {}; starting it again, {left} of {} restarts left",
+                told(status),
+                self.args.restarts
+            );
+            if stop.sleep(pause) {
+                return Ok(code_of(status));
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+        unreachable!("attempts are counted down")
+    }
+
+    /// One start of all ranks, to their end.
+    fn attempt(&self, epoch: Epoch, stop: &Stop) -> Result<ExitStatus, Failure> {
+        let host = if self.hosted { Some(self.host(epoch)?) } else { None };
+        let mut command = self.starter.command(&self.places, self.own_threads, &self.args.worker)?;
+        if let Some((handle, addr)) = &host {
+            command.args(["--coordinator", addr]).env("MOE_JOIN_TOKEN", handle.token().expose());
+        }
+        let mut child = command.spawn().map_err(|error| self.starter.cannot_start(&error))?;
+        stop.watch(&child);
+        let status = child.wait();
+        stop.unwatch();
+        status.map_err(|error| Failure::new(Code::Io, format!("cannot wait for {}: {error}", self.starter.program())))
+    }
+
+    /// The coordinator of one attempt, and how ranks reach it.
+    fn host(&self, epoch: Epoch) -> Result<(CoordinatorHandle, String), Failure> {
+        let one_machine = self.places.is_this_machine() && self.starter != Starter::Srun;
+        let listener = coordinator_listener(one_machine)?;
+        let spec = JobSpec {
+            epoch,
+            world_size: self.grid.world() as u32,
+            ep_size: self.grid.ep() as u32,
+            ..JobSpec::default()
+        };
+        let handle = CoordinatorHandle::serve(listener, spec, JoinToken::generate())?;
+        let addr = reachable_addr(one_machine, handle.addr().port());
+        Ok((handle, addr))
+    }
+}
+
+/// Whether a job that ended so may end better when it is started again: it said so, or a rank was killed.
+fn worth_another(status: ExitStatus) -> bool {
+    let retry = i32::from(Code::Temporary.number());
+    status.signal().is_some() || status.code().is_some_and(|code| code == retry || code > 128)
+}
+
+fn code_of(status: ExitStatus) -> ExitCode {
+    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
+    ExitCode::from(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(Code::Internal.number()))
+}
+
+fn told(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) if code > 128 => format!("exit code {code}: a rank was killed by signal {}", code - 128),
+        (Some(code), _) => format!("exit code {code}"),
+        (None, signal) => format!("signal {}", signal.unwrap_or(0)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_may_pass_is_tried_again() {
+        // The raw status: the exit code in the second byte, or the signal in the first.
+        let table = [(0 << 8, false), (64 << 8, false), (70 << 8, false), (75 << 8, true), (137 << 8, true), (9, true)];
+        for (raw, again) in table {
+            assert_eq!(worth_another(ExitStatus::from_raw(raw)), again, "{}", told(ExitStatus::from_raw(raw)));
+        }
+    }
+}

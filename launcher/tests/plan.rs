@@ -1,0 +1,98 @@
+//! Plans against runs: what ranks under mpirun have really used is what `moe-launch plan` foresaw.
+
+// The lint spares test functions, not what they share.
+#![allow(clippy::unwrap_used)]
+
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+
+fn launch(args: &[&str]) -> Output {
+    let launch = PathBuf::from(env!("CARGO_BIN_EXE_moe-launch"));
+    if !launch.with_file_name("moe-worker").exists() {
+        let build =
+            Command::new(env!("CARGO")).args(["build", "--package", "moe-runtime", "--bin", "moe-worker"]).status();
+        assert!(build.unwrap().success(), "moe-worker could not be built");
+    }
+    Command::new(launch).args(args).stdin(Stdio::null()).output().unwrap()
+}
+
+/// Off by at most this much: the peak of resident memory above what a rank had before it built its model.
+const PEAK_TOLERANCE: f64 = 0.15;
+
+#[test]
+fn peak_memory_and_bytes_sent_are_those_of_the_plan() {
+    // Large enough that the model and not the allocator decides.
+    let presets: [(&str, &[&str]); 3] = [
+        ("tiny", &["model.hidden_size=256", "model.expert_ffn_size=512", "train.global_batch=32"]),
+        ("shakespeare", &["train.global_batch=8"]),
+        ("moe-15m", &[]),
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    for (preset, sets) in presets {
+        for ep in ["1", "2"] {
+            let dir = folder.path().join(format!("{preset}-{ep}"));
+            let dir = dir.to_str().unwrap();
+            let mut args =
+                vec!["run", "-n", "2", "--", "--preset", preset, "--run-dir", dir, "--steps", "4", "--ep", ep];
+            args.extend(sets.iter().flat_map(|set| ["--set", set]));
+            args.extend(["--set", "train.eval_every=0", "--set", "data.validation_fraction=0"]);
+            let run = launch(&args);
+            assert!(run.status.success(), "{preset}: {}", String::from_utf8_lossy(&run.stderr));
+            let compared = launch(&["plan", "--compare", dir, "--json"]);
+            let lines: Vec<serde_json::Value> = serde_json::from_slice(&compared.stdout).unwrap();
+            for line in &lines {
+                let what = line["what"].as_str().unwrap();
+                let (planned, counted) =
+                    (line["planned_bytes"].as_f64().unwrap(), line["counted_bytes"].as_f64().unwrap());
+                let off = (planned / counted - 1.0).abs();
+                let allowed = match what {
+                    "parameters" | "gradients" | "optimizer" => 0.0,
+                    "peak above the start" => PEAK_TOLERANCE,
+                    // Counted bytes are divided by the steps, in whole bytes.
+                    what if what.ends_with(", a step") => 1e-4,
+                    _ => continue,
+                };
+                assert!(off <= allowed, "{preset}, EP {ep}: {what}: planned {planned}, counted {counted}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_job_that_cannot_fit_is_refused_with_what_would() {
+    let args = [
+        "plan",
+        "--preset",
+        "moe-3b",
+        "-n",
+        "4",
+        "--memory",
+        "64",
+        "--gemm",
+        "80",
+        "--memory-rate",
+        "10",
+        "--exchange",
+        "3",
+    ];
+    let refused = launch(&args);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(refused.status.code(), Some(64), "{said}");
+    assert!(said.contains("nearest that fit") && said.contains("parallel.shard_optimizer=true"), "{said}");
+    let fits = launch(&[
+        "plan",
+        "--preset",
+        "moe-3b",
+        "--nodes",
+        "2",
+        "--gpus",
+        "8",
+        "--json",
+        "--set",
+        "train.global_batch=16",
+    ]);
+    assert!(fits.status.success(), "{}", String::from_utf8_lossy(&fits.stderr));
+    let plan: serde_json::Value = serde_json::from_slice(&fits.stdout).unwrap();
+    assert_eq!((&plan["groups"]["world"], &plan["groups"]["nodes"]), (&16.into(), &2.into()));
+    assert!(plan["traffic"]["between_nodes_bytes"].as_f64().unwrap() > 0.0 && plan["time"].is_null());
+}

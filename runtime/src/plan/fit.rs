@@ -1,0 +1,98 @@
+//! The nearest jobs that fit where one does not.
+//!
+//! Owns the search: one lever at a time, each moved no further than needed.
+
+use serde::Serialize;
+
+use super::{Job, MemoryPlan};
+use crate::topology::Grid;
+
+/// A change that makes a job fit.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Alternative {
+    /// What to say, as on the command line.
+    pub change: String,
+    /// Peak memory of a rank then.
+    pub peak_bytes: u64,
+}
+
+/// Nodes are not multiplied further than this.
+const MOST_TIMES: usize = 1 << 10;
+
+/// The changes to `job` that bring a rank's peak to `limit_bytes`, each by itself; where none does, several together. Empty: nothing
+/// that is known helps.
+pub fn nearest_that_fit(job: &Job, limit_bytes: u64) -> Vec<Alternative> {
+    let fits = |job: &Job| MemoryPlan::new(job).peak_bytes <= limit_bytes;
+    let found = |change: String, job: &Job| Alternative { change, peak_bytes: MemoryPlan::new(job).peak_bytes };
+    let levers: [fn(&Job) -> Vec<(String, Job)>; 4] = [smaller_passes, sharded, larger_groups, more_ranks];
+    let mut alternatives = Vec::new();
+    for lever in levers {
+        let first = lever(job).into_iter().find(|(_, changed)| fits(changed));
+        alternatives.extend(first.map(|(change, changed)| found(change, &changed)));
+    }
+    if !alternatives.is_empty() {
+        return alternatives;
+    }
+    // Every lever as far as it goes, more ranks last.
+    let mut all = (Vec::new(), job.clone());
+    for lever in [smaller_passes, sharded, larger_groups] {
+        if let Some((change, changed)) = lever(&all.1).pop() {
+            all.0.push(change);
+            all.1 = changed;
+        }
+    }
+    let with_more = std::iter::once((None, all.1.clone()))
+        .chain(more_ranks(&all.1).into_iter().map(|(change, changed)| (Some(change), changed)))
+        .find(|(_, changed)| fits(changed));
+    with_more
+        .map(|(more, changed)| found(all.0.into_iter().chain(more).collect::<Vec<_>>().join(" "), &changed))
+        .into_iter()
+        .collect()
+}
+
+/// Fewer sequences a pass, largest first.
+fn smaller_passes(job: &Job) -> Vec<(String, Job)> {
+    let now = job.pass_tokens() / job.config.train.sequence_length;
+    let smaller = |size: usize| {
+        let mut changed = job.clone();
+        changed.config.train.micro_batch = Some(size);
+        (format!("--set train.micro_batch={size}"), changed)
+    };
+    (1..now).rev().map(smaller).collect()
+}
+
+/// The optimizer's state shared out.
+fn sharded(job: &Job) -> Vec<(String, Job)> {
+    if job.config.parallel.shard_optimizer || job.world() == 1 {
+        return Vec::new();
+    }
+    let mut changed = job.clone();
+    changed.config.parallel.shard_optimizer = true;
+    vec![("--set parallel.shard_optimizer=true".to_owned(), changed)]
+}
+
+/// Larger expert groups on the same ranks.
+fn larger_groups(job: &Job) -> Vec<(String, Job)> {
+    let grids = (job.grid.ep() + 1..=job.world()).filter_map(|ep| Grid::new(job.world(), ep, job.grid.experts()).ok());
+    let changed = |grid: Grid| {
+        let mut changed = Job { grid, ..job.clone() };
+        changed.config.parallel.ep = Some(grid.ep());
+        (format!("--set parallel.ep={}", grid.ep()), changed)
+    };
+    grids.map(changed).collect()
+}
+
+/// Twice, four times… the ranks, with expert groups as large as they can be.
+fn more_ranks(job: &Job) -> Vec<(String, Job)> {
+    let times = std::iter::successors(Some(2_usize), |times| (*times < MOST_TIMES).then_some(times * 2));
+    let changed = |times: usize| {
+        let world = job.world() * times;
+        // Ranks beyond the batch would have nothing to do.
+        let grid =
+            Grid::automatic(world, job.grid.experts()).ok().filter(|_| world <= job.config.train.global_batch)?;
+        let mut changed = Job { grid, ..job.clone() };
+        changed.config.parallel.ep = Some(grid.ep());
+        Some((format!("-n {world}"), changed))
+    };
+    times.filter_map(changed).collect()
+}

@@ -1,0 +1,59 @@
+//! Operations that a token costs, by stage.
+//!
+//! Owns the model's own count: 6 a parameter and token that takes part in a matrix product, and causal attention's half square;
+//! nothing is counted twice that is computed twice.
+
+use crate::config::Config;
+use crate::stages::Stage;
+
+/// FLOPs of a token, forward and backward.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Flops {
+    /// Projections and scores of all blocks.
+    pub attention: f64,
+    /// Router logits.
+    pub route: f64,
+    /// Its k experts.
+    pub experts: f64,
+    /// Dense feed-forward blocks and shared experts.
+    pub dense: f64,
+    /// The head.
+    pub head: f64,
+}
+
+impl Flops {
+    /// Those of a configuration.
+    pub fn of(config: &Config) -> Self {
+        let c = &config.model;
+        let (h, layers) = (c.hidden_size as f64, c.layers as f64);
+        let moe = c.moe_layers().count() as f64;
+        let projections = h * c.qkv_width() as f64 + h * c.attention_width() as f64;
+        // Scores and their use, 2 · 2 · S/2 · width each way; the backward pass does twice as much.
+        let scores = 6.0 * config.train.sequence_length as f64 * c.attention_width() as f64;
+        let feed_forward = |f: usize| 18.0 * h * f as f64;
+        Self {
+            attention: layers * (6.0 * projections + scores),
+            route: moe * 6.0 * h * c.experts as f64,
+            experts: moe * c.top_k as f64 * feed_forward(c.expert_ffn_size),
+            dense: moe * feed_forward(c.shared_expert_ffn_size) + (layers - moe) * feed_forward(c.ffn_size),
+            head: 6.0 * h * c.vocab_size as f64,
+        }
+    }
+
+    /// All stages together.
+    pub fn total(&self) -> f64 {
+        self.attention + self.route + self.experts + self.dense + self.head
+    }
+
+    /// Those of a stage; 0 where it has no matrix products to speak of.
+    pub fn of_stage(&self, stage: Stage) -> f64 {
+        match stage {
+            Stage::Attention => self.attention,
+            Stage::Route => self.route,
+            Stage::Experts => self.experts,
+            Stage::Aggregate => self.dense,
+            Stage::Head => self.head,
+            _ => 0.0,
+        }
+    }
+}

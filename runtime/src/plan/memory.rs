@@ -1,0 +1,217 @@
+//! Memory of a rank, by kind.
+//!
+//! Owns the sizes of every buffer that a training step keeps, mirrored from the modules that hold them: a test compares the sums
+//! with what they count. Letters as everywhere: T tokens of a pass, H, F, E, k, N expanded rows.
+
+use serde::Serialize;
+
+use super::Job;
+use crate::collectives::volume::SEGMENT_BYTES;
+use crate::memory::{Kind, Tally};
+use crate::model::QkNorm;
+use crate::model::layout::Layout;
+use crate::model::logits_rows;
+use crate::routing::{BalanceScope, RouterKind};
+use crate::topology::Rank;
+
+/// Room that a receive buffer gets above the expected rows: what a slot grows by when imbalance outgrows it.
+const HEADROOM: f64 = 1.25;
+
+/// Memory of one rank.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct MemoryPlan {
+    /// Buffers by kind.
+    pub buffers: Tally,
+    /// On top of the buffers while a checkpoint is written, on a rank that writes.
+    pub checkpoint_bytes: u64,
+    /// The most at any time.
+    pub peak_bytes: u64,
+    /// Rows that a rank can take.
+    pub receive: ReceiveBuffer,
+}
+
+/// Expanded rows of one layer and pass.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ReceiveBuffer {
+    /// Where all experts are equally busy: T·k.
+    pub expected_rows: u64,
+    /// What is planned for.
+    pub planned_rows: u64,
+    /// Where every token of the expert group chooses this rank's experts.
+    pub most_rows: u64,
+    /// Bytes of activations and rows under way that one more row costs, over all layers.
+    pub bytes_per_row: u64,
+}
+
+/// Rows of one chunk of one layer's pass on a rank.
+struct Rows {
+    /// Leave the token's rank, those that stay included.
+    sent: f64,
+    /// Arrive.
+    received: f64,
+    /// After expansion: N.
+    expanded: f64,
+}
+
+impl MemoryPlan {
+    /// What the program, its threads and MPI take beside all this, and the text of the default corpus.
+    pub const PROGRAM_BYTES: u64 = 96 << 20;
+
+    /// That of rank 0, which has the largest share of everything.
+    pub fn new(job: &Job) -> Self {
+        let layout = job.layout(Rank(0));
+        let mut buffers = Tally::default();
+        parameters(job, &layout, &mut buffers);
+        activations(job, &mut buffers);
+        communication(job, &layout, &mut buffers);
+        let checkpoint_bytes = checkpoint_bytes(job, &layout);
+        Self { peak_bytes: buffers.total() + checkpoint_bytes, checkpoint_bytes, receive: receive_buffer(job), buffers }
+    }
+}
+
+fn parameters(job: &Job, layout: &Layout, tally: &mut Tally) {
+    let len = layout.len() as u64;
+    let master = if job.numbers.master { 4 * len } else { 0 };
+    tally.add(Kind::Parameters, [len * job.numbers.act_bytes as u64, master]);
+    tally.add(Kind::Gradients, [4 * len]);
+    // Two moments, and two sums of squares in f64.
+    tally.add(Kind::Optimizer, [8 * job.shard(layout, Rank(0)).state_len() as u64, 16]);
+}
+
+/// Planned rows: as expected, with headroom where other ranks decide how many come.
+fn rows(job: &Job) -> Rows {
+    let tokens = job.pass_tokens() as f64 / job.config.parallel.chunks as f64;
+    let sent = tokens * job.grid.ep() as f64 * job.visit_probability();
+    let expanded = tokens * job.config.model.top_k as f64;
+    let headroom = if job.grid.ep() > 1 { HEADROOM } else { 1.0 };
+    Rows { sent, received: sent * headroom, expanded: expanded * headroom }
+}
+
+fn receive_buffer(job: &Job) -> ReceiveBuffer {
+    let c = &job.config.model;
+    let (tokens, layers) = (job.pass_tokens() as u64, job.moe_layers() as u64);
+    let local = c.top_k.min(job.grid.experts_per_rank()) as u64;
+    let (h, f, act) = (c.hidden_size as u64, c.expert_ffn_size as u64, job.numbers.act_bytes as u64);
+    let chunks = job.config.parallel.chunks as f64;
+    ReceiveBuffer {
+        expected_rows: tokens * c.top_k as u64,
+        planned_rows: (rows(job).expanded * chunks) as u64,
+        most_rows: tokens * job.grid.ep() as u64 * local,
+        bytes_per_row: if layers == 0 { 0 } else { act * (layers * (2 * h + 3 * f) + 2 * h + 3 * f) },
+    }
+}
+
+fn activations(job: &Job, tally: &mut Tally) {
+    let c = &job.config.model;
+    let act = job.numbers.act_bytes as u64;
+    let (t, s) = (job.pass_tokens() as u64, job.config.train.sequence_length as u64);
+    let (h, heads) = (c.hidden_size as u64, c.heads as u64);
+    let (qkv, attention) = (c.qkv_width() as u64, c.attention_width() as u64);
+    let th = t * h * act;
+    let with_norm = u64::from(c.qk_norm != QkNorm::None);
+    let norm_groups = match c.qk_norm {
+        QkNorm::None => 0,
+        QkNorm::PerHead => heads + c.kv_heads as u64,
+        QkNorm::FullWidth => 2,
+    };
+    let norm = 4 * t + th;
+    let per_block = th // between the halves
+        + 2 * norm
+        + t * (qkv * (1 + with_norm) + attention) * act
+        + 4 * t * (heads + norm_groups);
+    let feed_forward = |f: usize| 6 * t * f as u64 * act;
+    let layers = c.layers as u64;
+    let moe = job.moe_layers() as u64;
+    let logits = logits_rows(c.vocab_size, t as usize) as u64 * c.vocab_size as u64 * act;
+    let world_sums = 7 + if job.loads_are_global() { 0 } else { moe * c.experts as u64 };
+    tally.add(
+        Kind::Activations,
+        [
+            2 * s * (c.head_width() as u64 / 2) * 4,
+            4 * t + 16,
+            (layers + 1) * th,
+            layers * per_block,
+            (layers - moe) * feed_forward(c.ffn_size),
+            t * (attention + qkv * (1 + with_norm)) * act,
+            2 * th,
+            norm + logits + 8 * t,
+            8 * world_sums,
+        ],
+    );
+    if moe > 0 {
+        tally.add(Kind::Activations, [moe * moe_layer(job), expert_scratch(job)]);
+    }
+    let groups = if job.config.router.balance_scope == BalanceScope::Sequence { job.micro_batch() as u64 } else { 1 };
+    tally.add(Kind::Activations, [4 * 4 * moe * groups * c.experts as u64, 24]);
+}
+
+/// What one MoE layer keeps: the router, the expanded rows with the experts' activations, the shared expert.
+fn moe_layer(job: &Job) -> u64 {
+    let c = &job.config.model;
+    let act = job.numbers.act_bytes as u64;
+    let (t, h, e, k) = (job.pass_tokens() as u64, c.hidden_size as u64, c.experts as u64, c.top_k as u64);
+    let logits = if job.config.router.kind == RouterKind::NoisyTopk { 8 } else { 3 };
+    let router = 4 * (logits * t * e + 4 * t * k + t + 1 + 6 * e);
+    let row = act * (2 * h + 3 * c.expert_ffn_size as u64);
+    let experts = (rows(job).expanded * job.config.parallel.chunks as f64) as u64 * row;
+    let shared = match (c.shared_expert_ffn_size as u64, c.shared_expert_gate) {
+        (0, _) => 0,
+        (f, gated) => act * t * (h + 6 * f) + if gated { act * t * h + 8 * t } else { 0 },
+    };
+    router + experts + shared
+}
+
+/// Gradients of the experts' activations, which all layers share.
+fn expert_scratch(job: &Job) -> u64 {
+    let c = &job.config.model;
+    let row = job.numbers.act_bytes as u64 * (2 * c.hidden_size + 3 * c.expert_ffn_size) as u64;
+    rows(job).expanded as u64 * row + 4 * (job.pass_tokens() * c.top_k) as u64
+}
+
+fn communication(job: &Job, layout: &Layout, tally: &mut Tally) {
+    let c = &job.config.model;
+    let act = job.numbers.act_bytes as u64;
+    let (h, k) = (c.hidden_size as u64, c.top_k as u64);
+    if job.moe_layers() > 0 {
+        let Rows { sent, received, .. } = rows(job);
+        let (sent, received) = (sent as u64, received as u64);
+        let (chunks, tokens) = (job.config.parallel.chunks, job.pass_tokens());
+        let ep = job.grid.ep();
+        let each = c.top_k.min(ep) as u64;
+        let local = job.grid.experts_per_rank() as u64;
+        let lists = |tokens: u64| {
+            // Counts, the plan's lists at their bound, the arrived rows' lists.
+            let fixed = 2 * ep as u64 + 2 + local + 1;
+            let bound = tokens * each;
+            4 * (fixed + bound * (2 + 3 * k) + received * (3 * k + k.min(local)))
+        };
+        let per_layer: u64 =
+            (0..chunks).map(|chunk| lists(crate::topology::share(tokens, chunks, chunk).len() as u64)).sum();
+        tally.add(
+            Kind::Communication,
+            [job.moe_layers() as u64 * per_layer, (sent + received) * (h * act + 4 * k), staged_rows(job)],
+        );
+    }
+    let shard = job.shard(layout, Rank(0));
+    let block = |cut: &crate::optimizer::Cut| if cut.is_shared() { cut.block_len() as u64 } else { 0 };
+    let (dense, experts) = (block(&shard.dense), block(&shard.experts));
+    let grown = if experts > dense && dense > 0 { experts.max(dense * 5 / 4) } else { dense.max(experts) };
+    tally.add(Kind::Communication, [grown * (4 + act)]);
+}
+
+/// Messages of the largest exchange, outgoing and incoming, as CPUs stage them.
+fn staged_rows(job: &Job) -> u64 {
+    if job.numbers != super::Numbers::CPU || job.world() == 1 {
+        return 0;
+    }
+    let tokens = job.pass_tokens() as f64 / job.config.parallel.chunks as f64;
+    let rows = 2.0 * job.rows_to_others(tokens) * (job.config.model.hidden_size * job.numbers.act_bytes) as f64;
+    (rows as u64).max(2 * SEGMENT_BYTES as u64)
+}
+
+/// A tensor's values and their encoding; where state is sharded also the gathered moments.
+fn checkpoint_bytes(job: &Job, layout: &Layout) -> u64 {
+    let largest = layout.parts().map(|(part, _)| part.range.len() as u64).max().unwrap_or(0);
+    let gathered = if job.shard(layout, Rank(0)).dense.is_shared() { 8 * layout.len() as u64 } else { 0 };
+    8 * largest + gathered
+}

@@ -1,0 +1,207 @@
+//! What a run will need, before anything is started: groups, memory, traffic, time.
+//!
+//! Owns the arithmetic: a configuration, a grid and rates in, figures out. It allocates no buffer, moves no byte and looks at no
+//! machine; rates and limits are given. What it foresees is held to what a run counts: [`Usage`] is that count.
+//!
+//! Expected rows. Where no measured rows are given, tokens are taken to choose their k of E experts evenly and independently. A token
+//! then visits a given rank of E_local experts with probability p = 1 − C(E − E_local, k) / C(E, k), so that a rank of T tokens sends
+//! T·(EP − 1)·p rows to others and expects as many; T·k rows are expanded on arrival, whatever EP is.
+
+mod fit;
+mod flops;
+mod memory;
+mod time;
+mod traffic;
+mod usage;
+
+use serde::Serialize;
+
+pub use fit::{Alternative, nearest_that_fit};
+pub use flops::Flops;
+pub use memory::{MemoryPlan, ReceiveBuffer};
+pub use time::{Rates, StepTime};
+pub use traffic::{Flow, Purpose, Traffic};
+pub use usage::{Sent, Usage, UsageError, memory_now};
+
+use crate::config::Config;
+use crate::dispatch::ShuffledRows;
+use crate::model::layout::Layout;
+use crate::optimizer::{Cut, Shard};
+use crate::topology::{Coordinate, Grid, Rank, share};
+
+/// What a plan is made for.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// A valid configuration.
+    pub config: Config,
+    /// Its grid.
+    pub grid: Grid,
+    /// Ranks on one node: neighbours.
+    pub ranks_per_node: usize,
+    /// The numbers it computes in.
+    pub numbers: Numbers,
+}
+
+/// Element sizes of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Numbers {
+    /// Bytes of an activation and of a parameter's compute copy.
+    pub act_bytes: usize,
+    /// Whether parameters have an f32 master beside the compute copy.
+    pub master: bool,
+}
+
+impl Numbers {
+    /// The CPU's: f32 throughout.
+    pub const CPU: Self = Self { act_bytes: 4, master: false };
+    /// GPUs': bf16 with f32 masters.
+    pub const GPU: Self = Self { act_bytes: 2, master: true };
+}
+
+/// The figures of a job.
+#[derive(Clone, Debug, Serialize)]
+pub struct Plan {
+    /// W, EP, DP and nodes.
+    pub groups: GroupsPlan,
+    /// Memory of the rank that needs most: rank 0.
+    pub memory: MemoryPlan,
+    /// What a rank sends in a step.
+    pub traffic: Traffic,
+    /// How long a step takes; None where no rates are known.
+    pub time: Option<StepTime>,
+}
+
+/// Who works with whom.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct GroupsPlan {
+    /// W.
+    pub world: usize,
+    /// EP.
+    pub ep: usize,
+    /// DP.
+    pub dp: usize,
+    /// E_local.
+    pub experts_per_rank: usize,
+    /// Nodes.
+    pub nodes: usize,
+    /// `[dp]`: the ranks that hold all experts together.
+    pub expert_groups: Vec<Vec<usize>>,
+    /// `[ep]`: the ranks that hold the same experts.
+    pub replica_groups: Vec<Vec<usize>>,
+    /// Passes of a step.
+    pub passes: usize,
+    /// Tokens of the largest pass of a rank.
+    pub tokens_per_pass: usize,
+}
+
+impl Plan {
+    /// The figures of `job`, and of its time where rates are known.
+    pub fn new(job: &Job, rates: Option<&Rates>) -> Self {
+        let traffic = Traffic::expected(job);
+        Self {
+            groups: job.groups(),
+            memory: MemoryPlan::new(job),
+            time: rates.map(|rates| StepTime::new(job, &traffic, rates)),
+            traffic,
+        }
+    }
+}
+
+impl Job {
+    /// W.
+    pub fn world(&self) -> usize {
+        self.grid.world()
+    }
+
+    /// Nodes, the last perhaps not full.
+    pub fn nodes(&self) -> usize {
+        self.world().div_ceil(self.ranks_per_node.max(1))
+    }
+
+    /// Passes of a step: the same on every rank.
+    pub fn passes(&self) -> usize {
+        share(self.config.train.global_batch, self.world(), 0).len().div_ceil(self.micro_batch())
+    }
+
+    fn micro_batch(&self) -> usize {
+        self.config.train.micro_batch_for(self.world())
+    }
+
+    /// Tokens of a rank's largest pass: T.
+    pub fn pass_tokens(&self) -> usize {
+        share(self.config.train.global_batch, self.world(), 0).len().min(self.micro_batch())
+            * self.config.train.sequence_length
+    }
+
+    /// Tokens of `rank` in a step.
+    pub fn step_tokens(&self, rank: Rank) -> usize {
+        share(self.config.train.global_batch, self.world(), rank.0).len() * self.config.train.sequence_length
+    }
+
+    fn moe_layers(&self) -> usize {
+        self.config.model.moe_layers().count()
+    }
+
+    fn layout(&self, rank: Rank) -> Layout {
+        Layout::new(&self.config.model, &self.config.router, self.grid.local_experts(rank))
+    }
+
+    /// How `rank` cuts its optimizer state.
+    fn shard(&self, layout: &Layout, rank: Rank) -> Shard {
+        let whole = Shard::whole(&layout.regions);
+        if !self.config.parallel.shard_optimizer {
+            return whole;
+        }
+        let Coordinate { dp, .. } = self.grid.coordinate(rank);
+        Shard {
+            dense: Cut::new(whole.dense.run(), self.world(), rank.0),
+            experts: Cut::new(whole.experts.run(), self.grid.dp(), dp),
+        }
+    }
+
+    /// The probability that a token visits a given rank of its expert group.
+    fn visit_probability(&self) -> f64 {
+        let (e, k, local) = (self.grid.experts(), self.config.model.top_k, self.grid.experts_per_rank());
+        // C(E − E_local, k) / C(E, k) as a product of k fractions, none of them large.
+        let missed: f64 = (0..k.min(e)).map(|j| (e - local).saturating_sub(j) as f64 / (e - j) as f64).product();
+        1.0 - missed
+    }
+
+    /// Rows of one layer that `tokens` tokens are expected to send to other ranks.
+    fn rows_to_others(&self, tokens: f64) -> f64 {
+        tokens * (self.grid.ep() - 1) as f64 * self.visit_probability()
+    }
+
+    /// Rows of all layers and passes that `rank` is expected to exchange in a step.
+    pub fn expected_rows(&self, rank: Rank) -> (f64, f64) {
+        let group = self.grid.expert_group(rank);
+        let layers = self.moe_layers() as f64;
+        let sent = self.rows_to_others(self.step_tokens(rank) as f64) * layers;
+        let others: usize = group.iter().filter(|peer| **peer != rank).map(|peer| self.step_tokens(*peer)).sum();
+        (sent, others as f64 * self.visit_probability() * layers)
+    }
+
+    fn groups(&self) -> GroupsPlan {
+        let numbers = |ranks: Vec<Rank>| ranks.into_iter().map(|rank| rank.0).collect();
+        let at = |dp, ep| self.grid.rank_at(Coordinate { dp, ep });
+        GroupsPlan {
+            world: self.world(),
+            ep: self.grid.ep(),
+            dp: self.grid.dp(),
+            experts_per_rank: self.grid.experts_per_rank(),
+            nodes: self.nodes(),
+            expert_groups: (0..self.grid.dp()).map(|dp| numbers(self.grid.expert_group(at(dp, 0)))).collect(),
+            replica_groups: (0..self.grid.ep()).map(|ep| numbers(self.grid.replica_group(at(0, ep)))).collect(),
+            passes: self.passes(),
+            tokens_per_pass: self.pass_tokens(),
+        }
+    }
+}
+
+/// Rows as a run has counted them, for plans that are compared with it.
+pub fn counted_rows(rows: ShuffledRows) -> (f64, f64) {
+    (rows.sent as f64, rows.received as f64)
+}
+
+#[cfg(test)]
+mod tests;
