@@ -122,7 +122,7 @@ impl RunDir {
         self.path.join("tensorboard")
     }
 
-    /// One file a start.
+    /// One file a rank, added to by each start.
     pub fn logs(&self) -> PathBuf {
         self.path.join("logs")
     }
