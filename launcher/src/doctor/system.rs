@@ -53,7 +53,8 @@ fn cpu(cpuinfo: &str) -> Finding {
     let has = |flag: &str| flags.contains(&flag);
     let known: Vec<&str> =
         ["avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16"].into_iter().filter(|f| has(f)).collect();
-    let found = format!("{model}: {}", if known.is_empty() { "no AVX2" } else { &known.join(" ") });
+    let extensions = if known.is_empty() { "no AVX2".to_owned() } else { known.join(" ") };
+    let found = format!("{model}: {extensions}");
     if has("avx2") && has("fma") {
         return Finding::ok("cpu", found);
     }

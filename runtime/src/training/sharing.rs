@@ -7,7 +7,7 @@
 use moe_kernels::{Backend, DeviceError, View, ViewMut};
 
 use super::step::StepError;
-use crate::collectives::{CollectiveError, Communicator, Groups, ReduceOp};
+use crate::collectives::{Communicator, Groups, ReduceOp};
 use crate::memory::{Kind, Slot, Tally};
 use crate::model::Parameters;
 use crate::optimizer::{Cut, Optimizer, Shard};
