@@ -14,8 +14,8 @@ use crate::model::logits_rows;
 use crate::routing::{BalanceScope, RouterKind};
 use crate::topology::Rank;
 
-/// Room that a receive buffer gets above the expected rows: what a slot grows by when imbalance outgrows it.
-const HEADROOM: f64 = 1.25;
+/// Room that buffers of arriving rows get above the expected ones: before the balance loss has worked, ranks differ by about this.
+const HEADROOM: f64 = 1.4;
 
 /// Memory of one rank.
 #[derive(Clone, Debug, PartialEq, Serialize)]
