@@ -5,4 +5,5 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 #![allow(clippy::unwrap_used, reason = "clippy.toml allows it in test functions, but not in their helpers")]
 
+pub(crate) mod gates;
 pub(crate) mod training;
