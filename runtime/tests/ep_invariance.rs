@@ -16,8 +16,7 @@ const STEPS: u64 = 100;
 /// Holds `variants` of one training to the first.
 fn same_curves(variants: &[(&str, Config, Ranks)]) {
     let corpus = text();
-    let curves: Vec<_> =
-        variants.iter().map(|(_, config, ranks)| train(config, &corpus, *ranks, STEPS)).collect();
+    let curves: Vec<_> = variants.iter().map(|(_, config, ranks)| train(config, &corpus, *ranks, STEPS)).collect();
     let (first, last) = (&curves[0][0], &curves[0][STEPS as usize - 1]);
     assert!(last.loss < first.loss - 0.5, "nothing was learnt: {} to {}", first.loss, last.loss);
     for ((what, ..), curve) in variants.iter().zip(&curves).skip(1) {

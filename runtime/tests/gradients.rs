@@ -76,7 +76,10 @@ fn configuration() -> Config {
 impl Probe {
     /// The first of some seeds at which no choice is about to change.
     fn away_from_ties(config: &Config) -> Self {
-        (0..100).map(|seed| Self::new(config.clone(), seed)).find_map(|mut probe| probe.is_calm().then_some(probe)).unwrap()
+        (0..100)
+            .map(|seed| Self::new(config.clone(), seed))
+            .find_map(|mut probe| probe.is_calm().then_some(probe))
+            .unwrap()
     }
 
     /// Whether choices stay when the first block's norm, which reaches every token and layer, moves.
@@ -197,7 +200,10 @@ fn check(what: &str, config: &Config) -> f64 {
         }
         let (error, norm) = (f64::sqrt(error), f64::sqrt(norm));
         let bound = RELATIVE * norm + ROUNDING * f64::from(taken).sqrt();
-        assert!(error <= bound, "{what}: {kind:?}: gradients differ by {error:.2e} where derivatives have a norm of {norm:.2e}");
+        assert!(
+            error <= bound,
+            "{what}: {kind:?}: gradients differ by {error:.2e} where derivatives have a norm of {norm:.2e}"
+        );
         assert!(2 * taken >= SAMPLES as i32, "{what}: {kind:?}: only {taken} of {SAMPLES} samples could be compared");
         if error / norm > worst.0 {
             worst = (error / norm, kind);
