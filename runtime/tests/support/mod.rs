@@ -6,4 +6,5 @@
 #![allow(clippy::unwrap_used, reason = "clippy.toml allows it in test functions, but not in their helpers")]
 
 pub(crate) mod gates;
+pub(crate) mod process;
 pub(crate) mod training;
