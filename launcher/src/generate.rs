@@ -65,8 +65,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<ExitCode, Failure> {
     let mut model = model(&config)?;
     load_model(&mut model, &world, &checkpoint)?;
     let groups = Groups::of_grid::<Cpu>(world, &model.setup().grid.clone())?;
-    let sampling =
-        Sampling { tokens: args.tokens, temperature: args.temperature, top_k: args.top_k, seed: args.seed };
+    let sampling = Sampling { tokens: args.tokens, temperature: args.temperature, top_k: args.top_k, seed: args.seed };
     let mut text = Stream { decode: |ids: &[i32]| tokenizer.decode(ids), ids: Vec::new(), shown: 0 };
     show(&args.prompt)?;
     let mut broken = None;

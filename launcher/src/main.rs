@@ -45,7 +45,9 @@ fn main() -> ExitCode {
     let result = match Cli::try_parse() {
         Err(error) => return usage(&error),
         Ok(Cli { command: Command::Run(args) }) => run::run(&args),
-        Ok(Cli { command: Command::Status(args) }) => status::run(&args, &mut std::io::stdout()).map(|()| ExitCode::SUCCESS).map_err(Failure::from),
+        Ok(Cli { command: Command::Status(args) }) => {
+            status::run(&args, &mut std::io::stdout()).map(|()| ExitCode::SUCCESS).map_err(Failure::from)
+        }
         Ok(Cli { command: Command::Generate(args) }) => generate::run(&args),
         Ok(Cli { command: Command::Bench(args) }) => bench::run(&args),
     };

@@ -85,7 +85,8 @@ fn start(args: &RunArgs) -> Result<Child, Failure> {
 
 /// moe-worker beside this program, where cargo and packages put it.
 fn worker() -> Result<PathBuf, Failure> {
-    let here = std::env::current_exe().map_err(|error| Failure::new(Code::Io, format!("cannot find myself: {error}")))?;
+    let here =
+        std::env::current_exe().map_err(|error| Failure::new(Code::Io, format!("cannot find myself: {error}")))?;
     let worker = here.with_file_name("moe-worker");
     if worker.exists() {
         return Ok(worker);

@@ -9,11 +9,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use moe_kernels::{Cpu, Device, ViewMut};
-use moe_runtime::exit::Classified;
 use moe_runtime::checkpoint::{
     Checkpoint, CheckpointError, Moments, MomentsMut, Progress, Restored, Store, Target, TrainingState, probe_shared,
 };
 use moe_runtime::collectives::{Communicator, HostCommunicator, local};
+use moe_runtime::exit::Classified;
 use moe_runtime::model::layout::Layout;
 use moe_runtime::model::{Family, ModelConfig, Parameters, parameters};
 use moe_runtime::routing::{RouterConfig, RouterKind};

@@ -1,5 +1,8 @@
 //! The coordinator and its sessions over real gRPC on the loopback interface, with ephemeral ports and short leases.
 
+// Helpers of tests may stop at the first surprise like the tests themselves.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use std::net::TcpListener;
 use std::sync::mpsc;
 use std::thread;

@@ -4,7 +4,8 @@
 //! Walks every folder of `MOE_FIXTURES` (default: `shared/fixtures` beside the workspace); what a folder holds is said in its
 //! README. A folder without a model is a gate of its own (`noisy-topk`).
 
-#![allow(non_snake_case)]
+// Helpers of tests may stop at the first surprise like the tests themselves.
+#![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -13,7 +14,7 @@ use moe_kernels::{Accumulate, Cpu, DenseOps, GateDims, GateSpec, GemmDims, Routi
 use moe_runtime::checkpoint::HfFolder;
 use moe_runtime::checkpoint::names::tensor_name;
 use moe_runtime::collectives::{Groups, HostCommunicator, local};
-use moe_runtime::config::{Config, DecayGroups, OptimizerConfig, ScheduleConfig, ScheduleKind};
+use moe_runtime::config::{Config, DecayGroups, OptimizerConfig, ScheduleConfig, ScheduleKind, TrainConfig};
 use moe_runtime::data::Batch;
 use moe_runtime::model::layout::{PartId, PartKind};
 use moe_runtime::model::{Family, LogitsOf, ModelSetup, PassTokens, Transformer};
@@ -268,22 +269,30 @@ fn twenty_steps_of_adamw_follow_the_peers() {
         for (world, ep) in fixture.layouts() {
             let trajectory = local::run(world, |comm| {
                 let (model, groups, data) = fixture.model(comm, ep);
-                let mut config = Config::default();
-                config.model = model.setup().model.clone();
-                config.router = model.setup().router.clone();
-                config.train.global_batch = data.sequences;
-                config.train.micro_batch = Some(data.sequences);
-                config.train.sequence_length = data.length;
-                config.schedule =
-                    ScheduleConfig { kind: ScheduleKind::Constant, warmup_steps: 0, ..ScheduleConfig::default() };
-                config.optimizer = OptimizerConfig {
-                    lr: setting("lr"),
-                    beta1: optimizer["betas"][0].as_f64().unwrap(),
-                    beta2: optimizer["betas"][1].as_f64().unwrap(),
-                    eps: setting("eps"),
-                    weight_decay: setting("weight_decay"),
-                    decay: DecayGroups::All,
-                    clip_grad_norm: setting("clip_grad_norm"),
+                let config = Config {
+                    model: model.setup().model.clone(),
+                    router: model.setup().router.clone(),
+                    train: TrainConfig {
+                        global_batch: data.sequences,
+                        micro_batch: Some(data.sequences),
+                        sequence_length: data.length,
+                        ..TrainConfig::default()
+                    },
+                    schedule: ScheduleConfig {
+                        kind: ScheduleKind::Constant,
+                        warmup_steps: 0,
+                        ..ScheduleConfig::default()
+                    },
+                    optimizer: OptimizerConfig {
+                        lr: setting("lr"),
+                        beta1: optimizer["betas"][0].as_f64().unwrap(),
+                        beta2: optimizer["betas"][1].as_f64().unwrap(),
+                        eps: setting("eps"),
+                        weight_decay: setting("weight_decay"),
+                        decay: DecayGroups::All,
+                        clip_grad_norm: setting("clip_grad_norm"),
+                    },
+                    ..Config::default()
                 };
                 let steps = data.ids.len() / (data.sequences * data.length);
                 let mut trainer = Trainer::new(model, groups, &config, data).unwrap();

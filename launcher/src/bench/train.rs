@@ -14,7 +14,7 @@ use moe_runtime::data::Batch;
 use moe_runtime::exit::{ExitCode as Code, Failure};
 use moe_runtime::stages::Stage;
 use moe_runtime::topology::{Grid, Rank, share};
-use moe_runtime::training::{Requests, Trainer, TrainingData};
+use moe_runtime::training::{Requests, TrainingData};
 use moe_runtime::worker::{DeviceChoice, World, build, grid_of, set_threads};
 use rand::SeedableRng;
 use rand::rand_core::Rng;

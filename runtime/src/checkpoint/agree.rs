@@ -9,8 +9,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::CheckpointError;
-use crate::exit::Classified;
 use crate::collectives::{Communicator, Context};
+use crate::exit::Classified;
 
 /// What a collective waits for peers that write or hash gigabytes, each at the speed of its own storage. A rank that dies
 /// meanwhile is noticed by other means than this deadline.
@@ -56,7 +56,9 @@ where
 {
     let (report, own_error) = match mine {
         Ok(value) => (Report::Done(value), None),
-        Err(error) => (Report::Failed { exit_code: error.exit_code().number(), message: error.to_string() }, Some(error)),
+        Err(error) => {
+            (Report::Failed { exit_code: error.exit_code().number(), message: error.to_string() }, Some(error))
+        }
     };
     let bytes = serde_json::to_vec(&report).map_err(CheckpointError::Exchange)?;
     let gathered = world.all_gather_bytes(&bytes);

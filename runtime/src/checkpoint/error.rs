@@ -178,7 +178,9 @@ pub enum CheckpointError {
 impl Classified for CheckpointError {
     fn exit_code(&self) -> ExitCode {
         match self {
-            Self::NoModel { .. } | Self::NoCheckpoint { .. } | Self::OtherModel { .. } | Self::NotShared { .. } => ExitCode::Usage,
+            Self::NoModel { .. } | Self::NoCheckpoint { .. } | Self::OtherModel { .. } | Self::NotShared { .. } => {
+                ExitCode::Usage
+            }
             Self::Peer { exit_code, .. } => ExitCode::of_number(*exit_code),
             Self::Exchange(_) | Self::Device(_) => ExitCode::Internal,
             Self::Collective(error) => error.exit_code(),

@@ -179,7 +179,7 @@ impl Host {
                     tracing::warn!(%epoch, %from, %to, reason, "the job was given up");
                 }
                 Action::PhaseChanged { from, to, reason } => {
-                    tracing::info!(%epoch, %from, %to, reason, "phase changed")
+                    tracing::debug!(%epoch, %from, %to, reason, "phase changed")
                 }
                 answer @ (Action::Registered { .. } | Action::CheckpointOrdered { .. } | Action::Refused(_)) => {
                     answers.push(answer);

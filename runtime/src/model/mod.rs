@@ -4,6 +4,7 @@
 //! parameter.
 
 mod attention;
+mod block;
 pub mod config;
 mod feed_forward;
 mod head;

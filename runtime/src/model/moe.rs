@@ -207,7 +207,8 @@ impl<B: Backend> MoeLayer<B> {
         let (device, t, h, k) = (pass.device, pass.route.tokens, self.hidden_size, self.top_k);
         device.fill(dx_TH.reborrow(), B::Act::default());
         if let Some(shared) = &mut self.shared {
-            shared.backward(pass, gradients, h, (x_TH, dout_TH, dx_TH.reborrow()))?;
+            let tensors = MoeBackward { x_TH, dout_TH, dx_TH: dx_TH.reborrow() };
+            shared.backward(pass, gradients, h, tensors)?;
         }
         clock.lap(Stage::Aggregate);
         scratch.dweights.reserve(device, t * k)?;
@@ -319,8 +320,9 @@ impl<B: Backend> SharedExpert<B> {
         pass: &MoePass<'_, B, C>,
         gradients: &mut Gradients<'_, B>,
         h: usize,
-        (x_TH, dout_TH, mut dx_TH): (View<'_, B, B::Act>, View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
+        tensors: MoeBackward<'_, B>,
     ) -> Result<(), DeviceError> {
+        let MoeBackward { x_TH, dout_TH, mut dx_TH } = tensors;
         let Some(tensors) = pass.tensors.shared else { return Ok(()) };
         let (device, t) = (pass.device, pass.route.tokens);
         let dout = if let Some(gate) = pass.tensors.shared_router {

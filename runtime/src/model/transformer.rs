@@ -3,21 +3,22 @@
 //! Owns the order of layers and the residual stream. It accumulates gradients and sums; reducing them over ranks and updating
 //! parameters is `training`'s.
 
-use moe_kernels::{Accumulate, Activation, Backend, DeviceError, NormDims, View, ViewMut};
+use moe_kernels::{Accumulate, Activation, Backend, DeviceError};
 
 use super::ModelError;
-use super::attention::{Attention, AttentionBackward, AttentionPass, AttentionScratch, RotaryTables};
+use super::attention::{AttentionScratch, RotaryTables};
+use super::block::{Block, BlockContext, Norm, Scratch, Second};
 use super::config::ModelConfig;
 use super::feed_forward::DenseFeedForward;
 use super::head::Head;
-use super::layout::{BlockTensors, FeedForward, Layout, TensorId};
-use super::moe::{MoeBackward, MoeLayer, MoePass, MoeScratch, MoeShape};
-use super::parameters::{Gradients, Parameters, Weights};
+use super::layout::{BlockTensors, FeedForward, Layout};
+use super::moe::{MoeLayer, MoeScratch, MoeShape};
+use super::parameters::Parameters;
 use crate::collectives::{Communicator, Groups};
 use crate::memory::Slot;
 use crate::routing::{Balance, BalanceReport, BatchShare, RoutePass, RouterConfig, RouterLosses, RouterShape};
 use crate::stages::{Stage, StageClock};
-use crate::topology::Grid;
+use crate::topology::{Grid, Rank};
 
 /// What a rank builds its model from.
 #[derive(Clone, Debug)]
@@ -29,7 +30,7 @@ pub struct ModelSetup {
     /// Where this rank stands: its experts follow from it.
     pub grid: Grid,
     /// This rank.
-    pub rank: crate::topology::Rank,
+    pub rank: Rank,
     /// Seed of initial weights and of gates that draw.
     pub seed: u64,
     /// Chunks of tokens that an MoE layer runs in.
@@ -73,36 +74,6 @@ pub struct StepSums {
     pub dropped: f64,
     /// Balance losses and loads.
     pub balance: BalanceReport,
-}
-
-/// An RMSNorm over the residual stream, with what its backward pass needs.
-struct Norm<B: Backend> {
-    weight: TensorId,
-    rstd: Slot<B, f32>,
-    out: Slot<B, B::Act>,
-}
-
-enum Second<B: Backend> {
-    Dense(DenseFeedForward<B>),
-    Moe(Box<MoeLayer<B>>),
-}
-
-struct Block<B: Backend> {
-    tensors: BlockTensors,
-    first_norm: Norm<B>,
-    attention: Attention<B>,
-    /// The residual stream between the block's halves.
-    middle: Slot<B, B::Act>,
-    second_norm: Norm<B>,
-    second: Second<B>,
-}
-
-/// Gradients of the residual stream and what layers share.
-struct Scratch<B: Backend> {
-    attention: AttentionScratch<B>,
-    moe: MoeScratch<B>,
-    dstream: Slot<B, B::Act>,
-    dbranch: Slot<B, B::Act>,
 }
 
 /// A model on one rank.
@@ -245,12 +216,12 @@ impl<B: Backend> Transformer<B> {
         let h = self.setup.model.hidden_size;
         let x = self.final_norm.out.view(inputs.len() * h);
         let mut logits = Vec::new();
-        let rows = match which {
-            LogitsOf::All => vec![0..inputs.len()],
-            LogitsOf::Last => (sequence_length..=inputs.len()).step_by(sequence_length).map(|n| n - 1..n).collect(),
+        let (first, rows) = match which {
+            LogitsOf::All => (inputs.len(), inputs.len()),
+            LogitsOf::Last => (sequence_length, 1),
         };
-        for range in rows {
-            let x = x.slice(range.start * h..range.end * h);
+        for end in (first..=inputs.len()).step_by(first.max(1)) {
+            let x = x.slice((end - rows) * h..end * h);
             logits.extend(self.head.read_logits(&self.device, self.parameters.weights(), x)?);
         }
         Ok(logits.into_iter().map(B::Act::to_f32).collect())
@@ -317,7 +288,14 @@ impl<B: Backend> Transformer<B> {
         for (index, block) in self.blocks.iter_mut().enumerate() {
             let (before, after) = self.stream.split_at_mut(index + 1);
             let (x, y) = (before[index].view(t * h), after[0].view_mut(t * h));
-            let context = BlockContext { device, setup, weights, rotary: &self.rotary, group: &groups.expert, route };
+            let context = BlockContext {
+                device,
+                config: &setup.model,
+                weights,
+                rotary: &self.rotary,
+                group: &groups.expert,
+                route,
+            };
             block.forward(&context, &mut self.balance, &mut self.scratch.moe, clock, (x, y))?;
             if let Second::Moe(moe) = &block.second {
                 device.sum(moe.router.dropped(), self.totals.view_mut(2).slice(DROPPED));
@@ -375,7 +353,8 @@ impl<B: Backend> Transformer<B> {
     ) -> Result<(), ModelError> {
         let Self { device, parameters, setup, .. } = self;
         let (weights, mut gradients) = parameters.split();
-        let context = BlockContext { device, setup, weights, rotary: &self.rotary, group: &groups.expert, route };
+        let context =
+            BlockContext { device, config: &setup.model, weights, rotary: &self.rotary, group: &groups.expert, route };
         let x = self.stream[index].view(route.tokens * setup.model.hidden_size);
         let moe_index = setup.model.moe_layers().take_while(|&layer| layer < index).count();
         let balance = setup.model.is_moe(index).then(|| self.balance.coefficients(moe_index)).flatten();
@@ -399,7 +378,7 @@ fn build_blocks<B: Backend>(device: &B, setup: &ModelSetup, layout: &Layout) -> 
     let router =
         RouterShape { hidden_size: c.hidden_size, experts: c.experts, top_k: c.top_k, config: setup.router.clone() };
     let mut moe_index = 0;
-    let mut block = |(layer, tensors): (usize, &BlockTensors)| {
+    let block = |(layer, tensors): (usize, &BlockTensors)| {
         let second = match tensors.feed_forward {
             FeedForward::Dense(_) => Second::Dense(DenseFeedForward::new(device, c.hidden_size, c.ffn_size)?),
             FeedForward::Moe(_) => {
@@ -408,152 +387,7 @@ fn build_blocks<B: Backend>(device: &B, setup: &ModelSetup, layout: &Layout) -> 
                 Second::Moe(Box::new(MoeLayer::new(device, c, router.clone(), &shape, at)?))
             }
         };
-        Ok(Block {
-            tensors: *tensors,
-            first_norm: Norm::new(device, tensors.attention_norm)?,
-            attention: Attention::new(device, c)?,
-            middle: Slot::new(device, "residual stream between the halves of a block")?,
-            second_norm: Norm::new(device, tensors.feed_forward_norm)?,
-            second,
-        })
+        Block::new(device, c, *tensors, second)
     };
-    layout.blocks.iter().enumerate().map(&mut block).collect()
-}
-
-/// What a block works with in a pass.
-struct BlockContext<'a, B: Backend, C> {
-    device: &'a B,
-    setup: &'a ModelSetup,
-    weights: Weights<'a, B>,
-    rotary: &'a RotaryTables<B>,
-    group: &'a C,
-    route: RoutePass,
-}
-
-impl<'a, B: Backend, C> BlockContext<'a, B, C> {
-    fn attention(&self, tensors: &'a BlockTensors) -> AttentionPass<'a, B> {
-        let seq = self.route.sequence_length;
-        AttentionPass { batch: self.route.tokens / seq, seq, weights: self.weights, tensors, rotary: self.rotary }
-    }
-
-    fn moe(&self, tensors: super::layout::MoeTensors) -> MoePass<'_, B, C> {
-        MoePass { device: self.device, group: self.group, route: self.route, weights: self.weights, tensors }
-    }
-}
-
-impl<B: Backend> Block<B> {
-    /// `y = m + second(norm(m))`, `m = x + attention(norm(x))`.
-    fn forward<C: Communicator<B>>(
-        &mut self,
-        context: &BlockContext<'_, B, C>,
-        balance: &mut Balance<B>,
-        scratch: &mut MoeScratch<B>,
-        clock: &mut StageClock,
-        (x, mut y): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
-    ) -> Result<(), ModelError> {
-        let (device, n) = (context.device, x.len());
-        self.middle.reserve(device, n)?;
-        self.first_norm.forward(device, &context.setup.model, context.weights, x)?;
-        let tensors = self.tensors;
-        let pass = context.attention(&tensors);
-        self.attention.forward(device, pass, self.first_norm.out.view(n), self.middle.view_mut(n))?;
-        device.add(x, self.middle.view_mut(n));
-        let middle = self.middle.view(n);
-        self.second_norm.forward(device, &context.setup.model, context.weights, middle)?;
-        clock.lap(Stage::Attention);
-        let normed = self.second_norm.out.view(n);
-        match (&mut self.second, self.tensors.feed_forward) {
-            (Second::Dense(dense), FeedForward::Dense(tensors)) => {
-                dense.forward(device, context.weights, tensors, normed, y.reborrow())?;
-            }
-            (Second::Moe(moe), FeedForward::Moe(tensors)) => {
-                moe.forward(&context.moe(tensors), balance, scratch, clock, (normed, y.reborrow()))?;
-            }
-            _ => unreachable!("a block is built from its tensors"),
-        }
-        device.add(middle, y);
-        clock.lap(Stage::Aggregate);
-        Ok(())
-    }
-
-    /// Turns the gradient of the block's output, in `scratch.dstream`, into that of its input.
-    fn backward<C: Communicator<B>>(
-        &mut self,
-        context: &BlockContext<'_, B, C>,
-        gradients: &mut Gradients<'_, B>,
-        losses: RouterLosses<'_, B>,
-        scratch: &mut Scratch<B>,
-        clock: &mut StageClock,
-        x: View<'_, B, B::Act>,
-    ) -> Result<(), ModelError> {
-        let (device, n, weights) = (context.device, x.len(), context.weights);
-        let normed = self.second_norm.out.view(n);
-        let (dout, dnormed) = (scratch.dstream.view(n), scratch.dbranch.view_mut(n));
-        match (&mut self.second, self.tensors.feed_forward) {
-            (Second::Dense(dense), FeedForward::Dense(tensors)) => {
-                let parameters = (weights, &mut *gradients);
-                dense.backward(device, parameters, tensors, normed, dout, dnormed, Accumulate::Overwrite)?;
-            }
-            (Second::Moe(moe), FeedForward::Moe(tensors)) => {
-                let rows = MoeBackward { x_TH: normed, dout_TH: dout, dx_TH: dnormed };
-                moe.backward(&context.moe(tensors), gradients, losses, &mut scratch.moe, clock, rows)?;
-            }
-            _ => unreachable!("a block is built from its tensors"),
-        }
-        let config = &context.setup.model;
-        let through = (self.middle.view(n), scratch.dbranch.view(n), scratch.dstream.view_mut(n));
-        self.second_norm.backward(device, config, (weights, gradients), through, Accumulate::Add);
-        clock.lap(Stage::Aggregate);
-        let tensors = self.tensors;
-        let rows = AttentionBackward {
-            x_TH: self.first_norm.out.view(n),
-            dy_TH: scratch.dstream.view(n),
-            dx_TH: scratch.dbranch.view_mut(n),
-        };
-        self.attention.backward(device, context.attention(&tensors), gradients, &mut scratch.attention, rows)?;
-        let through = (x, scratch.dbranch.view(n), scratch.dstream.view_mut(n));
-        self.first_norm.backward(device, config, (weights, gradients), through, Accumulate::Add);
-        clock.lap(Stage::Attention);
-        Ok(())
-    }
-}
-
-impl<B: Backend> Norm<B> {
-    fn new(device: &B, weight: TensorId) -> Result<Self, DeviceError> {
-        Ok(Self { weight, rstd: Slot::new(device, "norm statistics")?, out: Slot::new(device, "normed activations")? })
-    }
-
-    fn dims(config: &ModelConfig, elements: usize) -> NormDims {
-        let width = config.hidden_size;
-        NormDims { tokens: elements / width, groups: 1, width, token_stride: width, eps: config.norm_eps }
-    }
-
-    fn forward(
-        &mut self,
-        device: &B,
-        config: &ModelConfig,
-        weights: Weights<'_, B>,
-        x: View<'_, B, B::Act>,
-    ) -> Result<(), DeviceError> {
-        let dims = Self::dims(config, x.len());
-        self.rstd.reserve(device, dims.tokens)?;
-        self.out.reserve(device, x.len())?;
-        let (out, rstd) = (self.out.view_mut(x.len()), self.rstd.view_mut(dims.tokens));
-        device.rms_norm(dims, x, weights.get(self.weight), out, rstd);
-        Ok(())
-    }
-
-    /// `dx (+)= …` from the forward pass's `x` and the gradient `dy` of its output.
-    fn backward(
-        &self,
-        device: &B,
-        config: &ModelConfig,
-        (weights, gradients): (Weights<'_, B>, &mut Gradients<'_, B>),
-        (x, dy, dx): (View<'_, B, B::Act>, View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
-        accumulate: Accumulate,
-    ) {
-        let dims = Self::dims(config, x.len());
-        let (weight, dweight) = (weights.get(self.weight), gradients.get(self.weight));
-        device.rms_norm_grad(dims, dy, x, weight, self.rstd.view(dims.tokens), dx, dweight, accumulate);
-    }
+    layout.blocks.iter().enumerate().map(block).collect()
 }

@@ -94,11 +94,7 @@ impl<B: Backend> Optimizer<B> {
     /// Runs of the flat buffer with and without weight decay.
     fn groups(&self, regions: &Regions) -> [(Range<usize>, bool); 3] {
         let all = self.config.decay == DecayGroups::All;
-        [
-            (regions.replicated.clone(), true),
-            (regions.replicated_vectors.clone(), all),
-            (regions.experts.clone(), true),
-        ]
+        [(regions.replicated.clone(), true), (regions.replicated_vectors.clone(), all), (regions.experts.clone(), true)]
     }
 }
 

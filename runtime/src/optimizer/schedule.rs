@@ -49,8 +49,7 @@ mod tests {
     use super::*;
 
     fn schedule(kind: ScheduleKind) -> Schedule {
-        let config =
-            ScheduleConfig { kind, steps: Some(100), warmup_steps: 10, min_ratio: 0.1, decay_fraction: 0.2 };
+        let config = ScheduleConfig { kind, steps: Some(100), warmup_steps: 10, min_ratio: 0.1, decay_fraction: 0.2 };
         Schedule::new(2.0, 7, &config)
     }
 

@@ -209,7 +209,8 @@ impl<B: Backend> Balance<B> {
 
     /// `[G, E]` of MoE layer `index`: the balance loss's gradient; None: the loss is switched off.
     pub fn coefficients(&self, index: usize) -> Option<View<'_, B, f32>> {
-        (self.config.balance_coefficient > 0.0).then(|| self.coefficients.view(self.len()).slice(self.layer_range(index)))
+        (self.config.balance_coefficient > 0.0)
+            .then(|| self.coefficients.view(self.len()).slice(self.layer_range(index)))
     }
 
     /// Factor of Σ_t lse² in the objective: the mean over the global batch.

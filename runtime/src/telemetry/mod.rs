@@ -9,6 +9,6 @@ mod metrics;
 mod progress;
 
 pub use console::Console;
-pub use logs::{LogError, init_logs, log_filter};
+pub use logs::{LogError, LogFile, init_logs, log_filter};
 pub use metrics::{MetricsError, MetricsFile, StageMs, StepMetrics};
 pub use progress::{Progress, ProgressMode, ProgressSpec};

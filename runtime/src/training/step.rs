@@ -115,12 +115,7 @@ pub struct Trainer<B: Backend, C, D> {
 
 impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
     /// A trainer of `model`, whose parameters are set already.
-    pub fn new(
-        model: Transformer<B>,
-        groups: Groups<C>,
-        config: &Config,
-        data: D,
-    ) -> Result<Self, DeviceError> {
+    pub fn new(model: Transformer<B>, groups: Groups<C>, config: &Config, data: D) -> Result<Self, DeviceError> {
         let device = model.device();
         Ok(Self {
             optimizer: Optimizer::new(device, &config.optimizer, model.parameters().len())?,
@@ -189,7 +184,8 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         device.synchronize()?;
         self.clock.lap(Stage::Optimizer);
         let tokens = (self.config.train.global_batch * self.config.train.sequence_length) as f64;
-        let (noisy, z_coefficient) = (self.config.router.kind == RouterKind::NoisyTopk, self.config.router.z_coefficient);
+        let (noisy, z_coefficient) =
+            (self.config.router.kind == RouterKind::NoisyTopk, self.config.router.z_coefficient);
         let metrics = StepMetrics {
             step,
             loss,

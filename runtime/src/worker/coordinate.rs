@@ -22,7 +22,7 @@ use crate::training::Requests;
 const FAREWELL: Duration = Duration::from_secs(5);
 
 /// This process's part in the coordination of its job.
-pub struct Coordination {
+pub(super) struct Coordination {
     session: Session,
     host: Option<CoordinatorHandle>,
 }
@@ -36,7 +36,7 @@ struct Contact {
 
 impl Coordination {
     /// Hosts on rank 0 and joins on every rank.
-    pub fn start(
+    pub(super) fn start(
         world: &World,
         grid: &Grid,
         fingerprint: &str,
@@ -68,7 +68,7 @@ impl Coordination {
     }
 
     /// What the coordinator asks of this rank.
-    pub fn requests(&self) -> Requests {
+    pub(super) fn requests(&self) -> Requests {
         let mut requests = Requests::default();
         for order in self.session.commands() {
             match order {
@@ -80,12 +80,12 @@ impl Coordination {
     }
 
     /// The session.
-    pub fn session(&self) -> &Session {
+    pub(super) fn session(&self) -> &Session {
         &self.session
     }
 
     /// Tells the coordinator of a collective that failed, so that the others learn who is missing.
-    pub fn report(&self, step: u64, error: &CollectiveError) {
+    pub(super) fn report(&self, step: u64, error: &CollectiveError) {
         let (collective, missing) = match error {
             CollectiveError::Timeout { collective, missing, .. } => (*collective, missing.clone()),
             CollectiveError::PeerLost { collective, rank, .. } => (*collective, vec![*rank]),
@@ -102,7 +102,7 @@ impl Coordination {
     }
 
     /// Says good-bye; the host waits for the others to do so.
-    pub fn leave(self, code: ExitCode) {
+    pub(super) fn leave(self, code: ExitCode) {
         if let Err(error) = self.session.leave(i32::from(code.number())) {
             tracing::debug!(%error, "leaving without the coordinator");
         }

@@ -77,11 +77,12 @@ fn train(args: &WorkerArgs, world: &World) -> Result<Ending, Failure> {
     let (rank, size) = world.place();
     let console = Console::new();
     let rust_log = std::env::var("RUST_LOG").ok();
-    init_logs(rank, &log_filter(rank, args.verbose, rust_log.as_deref()), &console)?;
+    let log_file = init_logs(rank, &log_filter(rank, args.verbose, rust_log.as_deref()), &console)?;
     let mut held = None;
     let plan: Plan = from_rank_0(&world.communicator, || decide(args, size, &mut held))??;
     let config = &plan.config;
     let run_dir = RunDir::at(&plan.run_dir);
+    log_file.write_to(&run_dir.logs().join(format!("rank-{rank:05}.log")))?;
     let grid = grid_of(config, size)?;
     set_threads(config, world)?;
     let context = Communicator::<Cpu>::context(&world.communicator);
@@ -96,7 +97,8 @@ fn train(args: &WorkerArgs, world: &World) -> Result<Ending, Failure> {
     let groups = Groups::of_grid::<Cpu>(duplicate(&world.communicator)?, &grid)?;
     let mut trainer = build(config, &grid, Rank(rank), groups, loader)?;
     let done = start_values(&mut trainer, &plan)?;
-    let mode = ProgressMode::choose(rank, args.json, std::io::stdout().is_terminal() && std::io::stderr().is_terminal());
+    let mode =
+        ProgressMode::choose(rank, args.json, std::io::stdout().is_terminal() && std::io::stderr().is_terminal());
     let spec = ProgressSpec { mode, done, steps: config.train.steps, log_every: config.train.log_every };
     let mut progress = Progress::new(spec, Box::new(std::io::stdout()), &console);
     for line in introduction(&plan, &grid, &corpus, done) {
@@ -107,8 +109,9 @@ fn train(args: &WorkerArgs, world: &World) -> Result<Ending, Failure> {
     let surroundings = Surroundings { config, run_dir: &run_dir, store, coordination: &coordination, stop: &stop };
     let ending = RunLoop::new(&mut trainer, surroundings, &mut progress).run(done);
     progress.finish();
-    if let Err(failure) = &ending {
-        tracing::debug!(%failure, "the run ends");
+    match &ending {
+        Ok(ending) => tracing::debug!(?ending, "the run ends"),
+        Err(failure) => tracing::debug!(%failure, "the run ends"),
     }
     coordination.leave(match &ending {
         Ok(Ending::Done) => ExitCode::Done,

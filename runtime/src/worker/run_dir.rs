@@ -135,9 +135,11 @@ impl RunDir {
     pub fn save_config(&self, config: &Config) -> Result<(), SaveError> {
         let text = config.to_toml()?;
         let (path, temporary) = (self.config(), self.path.join(".config.toml.new"));
-        fs::write(&temporary, text)
-            .and_then(|()| fs::rename(&temporary, &path))
-            .map_err(|reason| RunDirError::Io { path, action: "written", reason })?;
+        fs::write(&temporary, text).and_then(|()| fs::rename(&temporary, &path)).map_err(|reason| RunDirError::Io {
+            path,
+            action: "written",
+            reason,
+        })?;
         Ok(())
     }
 }

@@ -13,14 +13,14 @@ use crate::checkpoint::Store;
 use crate::collectives::{CollectiveError, Communicator, HostCommunicator};
 use crate::config::Config;
 use crate::coordination::{Activity, Progress as Reading};
+use crate::data::Loader;
 use crate::exit::{Classified, ExitCode, Failure};
 use crate::telemetry::{MetricsFile, Progress, StepMetrics};
-use crate::data::Loader;
 use crate::training::{Requests, StepError, Trainer};
 
 /// How a run ended without a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ending {
+pub(super) enum Ending {
     /// The last step is done.
     Done,
     /// It was asked to stop, and can be resumed.
@@ -28,7 +28,7 @@ pub enum Ending {
 }
 
 /// What surrounds the steps.
-pub struct Surroundings<'a> {
+pub(super) struct Surroundings<'a> {
     /// The configuration.
     pub config: &'a Config,
     /// Where the run writes.
@@ -42,7 +42,7 @@ pub struct Surroundings<'a> {
 }
 
 /// One run of steps.
-pub struct RunLoop<'a> {
+pub(super) struct RunLoop<'a> {
     trainer: &'a mut Trainer<Cpu, HostCommunicator, Loader>,
     surroundings: Surroundings<'a>,
     progress: &'a mut Progress,
@@ -52,7 +52,7 @@ pub struct RunLoop<'a> {
 
 impl<'a> RunLoop<'a> {
     /// A run of `trainer`.
-    pub fn new(
+    pub(super) fn new(
         trainer: &'a mut Trainer<Cpu, HostCommunicator, Loader>,
         surroundings: Surroundings<'a>,
         progress: &'a mut Progress,
@@ -61,7 +61,7 @@ impl<'a> RunLoop<'a> {
     }
 
     /// Takes the steps after `done`.
-    pub fn run(&mut self, done: u64) -> Result<Ending, Failure> {
+    pub(super) fn run(&mut self, done: u64) -> Result<Ending, Failure> {
         let run_dir = self.surroundings.run_dir;
         if Communicator::<Cpu>::rank(&self.trainer.groups().world) == 0 {
             // What an interrupted run wrote after its checkpoint will be written again.

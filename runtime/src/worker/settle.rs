@@ -19,7 +19,7 @@ use crate::exit::{ExitCode, Failure};
 
 /// What rank 0 decided.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Plan {
+pub(super) struct Plan {
     /// The configuration as resolved.
     pub config: Config,
     /// The run directory.
@@ -39,7 +39,7 @@ enum Told<T> {
 
 /// Has rank 0 `decide` and tells every rank. Where it was refused, rank 0 gets its failure and the others a silent one of the same
 /// class.
-pub fn from_rank_0<T>(
+pub(super) fn from_rank_0<T>(
     world: &HostCommunicator,
     decide: impl FnOnce() -> Result<T, Failure>,
 ) -> Result<Result<T, Failure>, Failure>
@@ -66,7 +66,7 @@ where
 }
 
 /// Decides on rank 0: resolves and checks the configuration, claims the run directory, finds what to resume.
-pub fn decide(args: &WorkerArgs, world: usize, held: &mut Option<File>) -> Result<Plan, Failure> {
+pub(super) fn decide(args: &WorkerArgs, world: usize, held: &mut Option<File>) -> Result<Plan, Failure> {
     let given = args.run_dir.as_ref().map(RunDir::at);
     let saved = given.as_ref().map(RunDir::saved_config).transpose()?.flatten();
     let newest = match &given {
@@ -114,7 +114,7 @@ fn absolute_paths(paths: &mut [PathBuf]) -> Result<(), Failure> {
 }
 
 /// The text: read by rank 0, shared out.
-pub fn share_corpus(world: &HostCommunicator, config: &Config) -> Result<Corpus, Failure> {
+pub(super) fn share_corpus(world: &HostCommunicator, config: &Config) -> Result<Corpus, Failure> {
     let tokenizer = tokenizer(&config.data.tokenizer)?;
     let mut read = None;
     from_rank_0(world, || {

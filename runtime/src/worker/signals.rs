@@ -15,14 +15,14 @@ use crate::collectives::AbortHandle;
 
 /// What signals have asked so far.
 #[derive(Clone, Debug, Default)]
-pub struct StopRequest {
+pub(super) struct StopRequest {
     graceful: Arc<AtomicBool>,
     immediate: Arc<AtomicBool>,
 }
 
 impl StopRequest {
     /// Starts listening. An immediate stop breaks the waits of `abort`'s collectives.
-    pub fn listen(abort: AbortHandle) -> io::Result<Self> {
+    pub(super) fn listen(abort: AbortHandle) -> io::Result<Self> {
         let request = Self::default();
         let heard = request.clone();
         let mut signals = Signals::new([SIGUSR1, SIGINT, SIGTERM])?;
@@ -39,12 +39,12 @@ impl StopRequest {
     }
 
     /// Whether to stop after the step.
-    pub fn graceful(&self) -> bool {
+    pub(super) fn graceful(&self) -> bool {
         self.graceful.load(Ordering::Relaxed)
     }
 
     /// Whether to stop without finishing it.
-    pub fn immediate(&self) -> bool {
+    pub(super) fn immediate(&self) -> bool {
         self.immediate.load(Ordering::Relaxed)
     }
 }

@@ -1,0 +1,72 @@
+#!/usr/bin/env python3
+"""The peer of `moe-launch bench train`: Hugging Face Mixtral of the same shape, whole training steps on a CPU in f32.
+
+    pip install torch==2.11.0 transformers==5.17.0
+    python3 benches/peers/hf_train.py --threads 2
+
+A step is forward, backward and AdamW (fused) on one batch of random tokens, timed after three that are not; the figure is the
+median. Both of transformers' expert implementations are measured, since neither is faster everywhere. One JSON object a line.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+
+SHAPES = {
+    "moe-15m": dict(hidden=256, ffn=512, layers=4, heads=8, kv_heads=4, experts=8, top_k=2, vocab=4096, batch=8, seq=256),
+}
+
+
+def build(shape, experts_implementation):
+    config = MixtralConfig(
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["ffn"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv_heads"],
+        num_local_experts=shape["experts"],
+        num_experts_per_tok=shape["top_k"],
+        vocab_size=shape["vocab"],
+        max_position_embeddings=4096,
+        sliding_window=None,
+    )
+    config._experts_implementation = experts_implementation
+    return MixtralForCausalLM(config).float().train()
+
+
+def step_seconds(model, shape, warmup, steps):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ids = torch.randint(0, shape["vocab"], (shape["batch"], shape["seq"]))
+    times = []
+    for step in range(warmup + steps):
+        started = time.perf_counter()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step >= warmup:
+            times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SHAPES, default="moe-15m")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=6)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    shape = SHAPES[args.model]
+    tokens = shape["batch"] * shape["seq"]
+    for implementation in ("grouped_mm", "eager"):
+        seconds = step_seconds(build(shape, implementation), shape, warmup=3, steps=args.steps)
+        figure = {"model": args.model, "experts": implementation, "threads": args.threads}
+        print(json.dumps(figure | {"tokens_per_s": round(tokens / seconds), "step_ms": round(seconds * 1e3, 1)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
