@@ -6,5 +6,6 @@
 #![allow(clippy::unwrap_used, reason = "clippy.toml allows it in test functions, but not in their helpers")]
 
 pub(crate) mod gates;
+pub(crate) mod mpirun;
 pub(crate) mod process;
 pub(crate) mod training;

@@ -26,6 +26,7 @@ const FAREWELL: Duration = Duration::from_secs(5);
 pub(crate) const DONE: i32 = 0;
 pub(crate) const USAGE: i32 = 64;
 pub(crate) const INTERNAL: i32 = 70;
+pub(crate) const IO: i32 = 74;
 pub(crate) const RETRY: i32 = 75;
 
 /// A program that runs. Dropped before its end, it is ended.
@@ -44,15 +45,11 @@ pub(crate) struct Ended {
 }
 
 impl Program {
-    /// Starts `command`; an error is one of starting.
-    pub(crate) fn try_start(mut command: Command) -> std::io::Result<Self> {
-        let output = tempfile::tempfile()?;
-        command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output.try_clone()?);
-        Ok(Self { child: command.spawn()?, output })
-    }
-
-    pub(crate) fn start(command: Command) -> Self {
-        Self::try_start(command).unwrap()
+    pub(crate) fn start(mut command: Command) -> Self {
+        let output = tempfile::tempfile().unwrap();
+        let ours = || output.try_clone().unwrap();
+        command.stdin(Stdio::null()).stdout(ours()).stderr(ours());
+        Self { child: command.spawn().unwrap(), output }
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -151,6 +148,10 @@ impl Place {
         let line = |i: usize| format!("line {} of a text that goes on and on, {}\n", i * i % 97, i * 31 % 89);
         fs::write(dir.path().join("text.txt"), (0..1000).map(line).collect::<String>()).unwrap();
         Self { dir }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.dir.path()
     }
 
     /// The run directory `name`, which may not exist yet.
