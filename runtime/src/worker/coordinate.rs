@@ -12,17 +12,22 @@ use super::settle::from_rank_0;
 use super::world::{World, host_name};
 use crate::collectives::{AbortHandle, CollectiveError};
 use crate::coordination::{
-    ContactFile, CoordinatorHandle, ErrorReport, Identity, JobSpec, JoinToken, Order, Session, SessionConfig,
+    ContactFile, CoordinatorHandle, ErrorReport, Identity, JobSpec, JoinToken, Operator, Order, Session, SessionConfig,
 };
 use crate::exit::{ExitCode, Failure};
 use crate::topology::{Grid, Rank};
 use crate::training::Requests;
+
+/// How long rank 0 waits for the coordinator to take note of a stop.
+const ANNOUNCEMENT: Duration = Duration::from_secs(5);
 
 /// How long a host waits for the others to say good-bye.
 const FAREWELL: Duration = Duration::from_secs(5);
 
 /// This process's part in the coordination of its job.
 pub(super) struct Coordination {
+    addr: String,
+    token: JoinToken,
     session: Session,
     host: Option<Host>,
 }
@@ -62,15 +67,28 @@ impl Coordination {
         })??;
         let token = contact.token.parse::<JoinToken>().map_err(|e| Failure::new(ExitCode::Internal, e.to_string()))?;
         let session = Session::join(SessionConfig {
-            addr: contact.addr,
-            token,
+            addr: contact.addr.clone(),
+            token: token.clone(),
             identity: Identity::of_this_process(rank as u32, size as u32, fingerprint.to_owned()),
             connect_timeout: Duration::from_secs(30),
             on_abort: Box::new(move |order| {
                 abort.abort(order.culprit.map(|rank| Rank(rank as usize)), order.reason.clone());
             }),
         })?;
-        Ok(Self { session, host })
+        Ok(Self { addr: contact.addr, token, session, host })
+    }
+
+    /// Tells the coordinator that all ranks stop after `step`, through rank 0 and before any of them leaves: a rank that leaves
+    /// early is a failure otherwise, for which the others would be aborted while they still write the checkpoint.
+    pub(super) fn announce_stop(&self, step: u64) {
+        if self.session.rank() != 0 {
+            return;
+        }
+        let told = Operator::new(&self.addr, &self.token, ANNOUNCEMENT)
+            .and_then(|operator| operator.drain(&format!("all ranks stop after step {step}")));
+        if let Err(error) = told {
+            tracing::warn!(step, %error, "the coordinator could not be told of the stop");
+        }
     }
 
     /// What the coordinator asks of this rank.

@@ -58,18 +58,19 @@ pub fn main() -> ! {
         }
     };
     let (rank, size) = world.place();
-    let code = match train(&args, &world) {
-        Ok(Ending::Done) => ExitCode::Done,
-        Ok(Ending::Stopped) => ExitCode::Temporary,
+    match train(&args, &world) {
+        Ok(Ending::Done) => world.leave(ExitCode::Done),
+        Ok(Ending::Stopped) => world.leave(ExitCode::Temporary),
         Err(failure) => {
             if !failure.is_told_elsewhere() {
                 let who = if size > 1 { format!("rank {rank}: ") } else { String::new() };
-                eprintln!("error: {who}{failure}");
+                // In one piece: ranks share the terminal.
+                let line = format!("error: {who}{failure}\n");
+                eprint!("{line}");
             }
-            failure.exit_code()
+            world.abandon(failure.exit_code())
         }
-    };
-    world.leave(code)
+    }
 }
 
 /// Everything between the start and the end of MPI.

@@ -71,15 +71,22 @@ impl World {
         self.ranks_here() == self.place().1
     }
 
-    /// Ends the process. After a success MPI is ended in order; after a failure no peer is waited for.
+    /// Ends the process where all ranks have agreed to leave. MPI is ended in order: mpirun ends the other ranks as soon as one
+    /// leaves with another code than 0, and ending MPI waits until all of them have come this far.
     pub fn leave(self, code: ExitCode) -> ! {
         #[cfg(feature = "mpi")]
         if let Some(mpi) = self.mpi {
-            if code != ExitCode::Done {
-                mpi.abandon(i32::from(code.number()));
-            }
             drop(self.communicator);
             drop(mpi);
+        }
+        std::process::exit(i32::from(code.number()))
+    }
+
+    /// Ends the process after a failure: no peer is waited for.
+    pub fn abandon(self, code: ExitCode) -> ! {
+        #[cfg(feature = "mpi")]
+        if let Some(mpi) = self.mpi {
+            mpi.abandon(i32::from(code.number()));
         }
         std::process::exit(i32::from(code.number()))
     }
