@@ -14,6 +14,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use moe_runtime::exit::Failure;
+use moe_runtime::telemetry::{Console, init_logs, log_filter};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -56,20 +57,28 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let result = match Cli::try_parse() {
+    let cli = match Cli::try_parse() {
         Err(error) => return usage(&error),
-        Ok(Cli { command: Command::Doctor(args) }) => doctor::run(&args),
-        Ok(Cli { command: Command::Plan(args) }) => plan::run(&args, &mut std::io::stdout()),
-        Ok(Cli { command: Command::Run(args) }) => run::run(&args),
-        Ok(Cli { command: Command::Status(args) }) => {
+        Ok(cli) => cli,
+    };
+    let rust_log = std::env::var("RUST_LOG").ok();
+    if let Err(error) = init_logs(0, &log_filter(0, 0, rust_log.as_deref()), &Console::new()) {
+        report(&error.into());
+        return moe_runtime::exit::ExitCode::Usage.into();
+    }
+    let result = match cli {
+        Cli { command: Command::Doctor(args) } => doctor::run(&args),
+        Cli { command: Command::Plan(args) } => plan::run(&args, &mut std::io::stdout()),
+        Cli { command: Command::Run(args) } => run::run(&args),
+        Cli { command: Command::Status(args) } => {
             status::run(&args, &mut std::io::stdout()).map(|()| ExitCode::SUCCESS).map_err(Failure::from)
         }
-        Ok(Cli { command: Command::Generate(args) }) => generate::run(&args),
-        Ok(Cli { command: Command::Bench(args) }) => bench::run(&args),
-        Ok(Cli { command: Command::Completions(args) }) => {
+        Cli { command: Command::Generate(args) } => generate::run(&args),
+        Cli { command: Command::Bench(args) } => bench::run(&args),
+        Cli { command: Command::Completions(args) } => {
             pages::completions(&args, Cli::command(), &mut std::io::stdout())
         }
-        Ok(Cli { command: Command::Man(args) }) => pages::man(&args, Cli::command()),
+        Cli { command: Command::Man(args) } => pages::man(&args, Cli::command()),
     };
     match result {
         Ok(code) => code,

@@ -67,7 +67,7 @@ fn a_job_that_cannot_fit_is_refused_with_what_would() {
         "-n",
         "4",
         "--memory",
-        "64",
+        "80",
         "--gemm",
         "80",
         "--memory-rate",
@@ -78,7 +78,7 @@ fn a_job_that_cannot_fit_is_refused_with_what_would() {
     let refused = launch(&args);
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert_eq!(refused.status.code(), Some(64), "{said}");
-    assert!(said.contains("nearest that fit") && said.contains("parallel.shard_optimizer=true"), "{said}");
+    assert!(said.contains("a rank needs") && said.contains("nearest that fit: -n 8"), "{said}");
     let fits = launch(&[
         "plan",
         "--preset",

@@ -81,8 +81,8 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         Ok(Some((gather(m)?, gather(v)?)))
     }
 
-    /// Restores the state that a checkpoint holds and returns the steps it has done. All ranks call this.
-    pub fn restore(&mut self, checkpoint: &Checkpoint) -> Result<u64, PersistError> {
+    /// Restores the state that a checkpoint holds and returns how far it had come. All ranks call this.
+    pub fn restore(&mut self, checkpoint: &Checkpoint) -> Result<Progress, PersistError> {
         let device = self.model.device().clone();
         let setup = self.model.setup().clone();
         let shard = self.optimizer.shard().clone();
@@ -110,7 +110,7 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         }
         set_biases(&mut self.model, &restored.router_biases);
         self.optimizer.set_updates(restored.progress.optimizer_step);
-        Ok(restored.progress.step)
+        Ok(restored.progress)
     }
 }
 

@@ -14,7 +14,7 @@ use super::run_dir::{RunDir, RunDirError};
 use crate::checkpoint::{HfFolder, Store};
 use crate::collectives::{Communicator, HostCommunicator};
 use crate::config::{Config, ConfigBuilder};
-use crate::data::{Corpus, Tokenizer, cargo_registry, default_corpus, tokenizer};
+use crate::data::{Corpus, Loader, Tokenizer, cargo_registry, default_corpus, tokenizer};
 use crate::exit::{ExitCode, Failure};
 
 /// What rank 0 decided.
@@ -65,6 +65,14 @@ where
     })
 }
 
+/// What rank 0 keeps of its decision.
+#[derive(Default)]
+pub(super) struct Kept {
+    /// The lock of the run directory, held as long as the run.
+    lock: Option<File>,
+    corpus: Option<Corpus>,
+}
+
 /// What the command line and the run directory come to, before anything is changed.
 struct Resolution {
     config: Config,
@@ -108,11 +116,16 @@ pub fn resolved_config(args: &WorkerArgs, world: usize) -> Result<Config, Failur
     Ok(resolve(args, world)?.config)
 }
 
-/// Decides on rank 0: resolves and checks the configuration, claims the run directory, finds what to resume.
-pub(super) fn decide(args: &WorkerArgs, world: usize, held: &mut Option<File>) -> Result<Plan, Failure> {
+/// Decides on rank 0: resolves and checks the configuration, reads the text, finds what to resume and, once nothing is left to
+/// refuse, claims the run directory.
+pub(super) fn decide(args: &WorkerArgs, world: usize, kept: &mut Kept) -> Result<Plan, Failure> {
     let Resolution { config, given, newest } = resolve(args, world)?;
+    let tokenizer = tokenizer(&config.data.tokenizer)?;
+    let corpus = read_corpus(&config.data.paths, tokenizer.as_ref())?;
+    Loader::new(&corpus, config.loader_spec(0, world))?;
+    kept.corpus = Some(corpus);
     let run_dir = given.map_or_else(RunDir::fresh, Ok)?;
-    *held = Some(run_dir.claim()?);
+    kept.lock = Some(run_dir.claim()?);
     run_dir.save_config(&config)?;
     Ok(Plan {
         config,
@@ -131,20 +144,14 @@ fn absolute_paths(paths: &mut [PathBuf]) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The text: read by rank 0, shared out.
-pub(super) fn share_corpus(world: &HostCommunicator, config: &Config) -> Result<Corpus, Failure> {
-    let tokenizer = tokenizer(&config.data.tokenizer)?;
-    let mut read = None;
-    from_rank_0(world, || {
-        let corpus = read_corpus(&config.data.paths, tokenizer.as_ref())?;
-        read = Some(corpus);
-        Ok(())
-    })??;
-    let mut bytes = read.as_ref().map(Corpus::to_bytes).unwrap_or_default();
-    if Communicator::<Cpu>::size(world) > 1 {
-        Communicator::<Cpu>::broadcast_bytes(world, &mut bytes, 0)?;
-    }
-    match read {
+/// The text that rank 0 read, on every rank.
+pub(super) fn share_corpus(world: &HostCommunicator, kept: &mut Kept) -> Result<Corpus, Failure> {
+    let mut bytes = match &kept.corpus {
+        Some(corpus) if Communicator::<Cpu>::size(world) > 1 => corpus.to_bytes(),
+        _ => Vec::new(),
+    };
+    Communicator::<Cpu>::broadcast_bytes(world, &mut bytes, 0)?;
+    match kept.corpus.take() {
         Some(corpus) => Ok(corpus),
         None => Ok(Corpus::from_bytes(&bytes)?),
     }
