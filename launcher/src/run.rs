@@ -19,7 +19,7 @@ Examples:
   moe-launch run -n 16 -- --preset shakespeare --data input.txt --run-dir runs/a
 
 Ctrl-C, SIGTERM and SIGUSR1 become a graceful stop: the step is finished, a checkpoint written, exit code 75. A second one gives
-up the step. Otherwise the exit code is the workers' own.";
+up the step, a third kills the ranks. Otherwise the exit code is the workers' own.";
 
 /// Start moe-worker on several ranks with mpirun, and pass a graceful stop on.
 #[derive(Args)]
@@ -45,9 +45,11 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
     let handle = signals.handle();
     let forward = std::thread::spawn(move || {
         for (count, _) in signals.forever().enumerate() {
+            // mpirun passes USR1 on and returns the ranks' own code; asked to end by TERM, it kills them after a second and returns 1.
             let (signal, told) = match count {
                 0 => (Signal::USR1, "stopping after this step with a checkpoint; once more gives up the step"),
-                _ => (Signal::TERM, "giving up the step"),
+                1 => (Signal::USR1, "giving up the step; once more kills the ranks"),
+                _ => (Signal::TERM, "killing the ranks"),
             };
             eprintln!("moe-launch: {told}");
             // The job may be over already.
