@@ -57,11 +57,11 @@ fn report(world: &HostCommunicator, config: &RouterConfig, top_k: usize) -> Bala
     let mut routers: Vec<_> = (0..LAYERS).map(|layer| Router::new(&Cpu, shape.clone(), 1, layer).unwrap()).collect();
     balance.begin_step(&Cpu);
     let mut tokens_so_far = 0;
-    for pass in 0..2 {
+    for (pass, sequences) in SEQUENCES.iter().enumerate() {
         tokens_so_far += tokens(pass);
         let share = BatchShare { global_tokens: all_tokens(), tokens_so_far, pass_tokens: tokens(pass) };
         let at = RoutePass {
-            tokens: SEQUENCES[pass][rank] * LENGTH,
+            tokens: sequences[rank] * LENGTH,
             sequence_length: LENGTH,
             first_token: 0,
             training: true,

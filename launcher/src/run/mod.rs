@@ -29,7 +29,7 @@ Examples:
 
 Inside a Slurm allocation the ranks are started with srun, elsewhere with mpirun; one rank alone needs neither.
 Ctrl-C, SIGTERM and SIGUSR1 become a graceful stop: the step is finished, a checkpoint written, exit code 75. A second one gives
-up the step. Otherwise the exit code is the workers' own.";
+up the step, a third kills the ranks. Otherwise the exit code is the workers' own.";
 
 /// Start moe-worker on several ranks, see them through, and restart them if asked.
 #[derive(Args)]

@@ -1,7 +1,7 @@
 //! Signals on their way to the ranks.
 //!
 //! Owns the thread that hears them for the whole life of the command, whichever attempt is running: the first becomes SIGUSR1, which
-//! the ranks answer with a checkpoint, the next SIGTERM.
+//! the ranks answer with a checkpoint, the second another SIGUSR1, for which they give up the step, the third SIGTERM.
 
 use std::process::Child;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -44,9 +44,11 @@ impl Stop {
     fn ask(&self) {
         let mut state = self.state();
         state.asked += 1;
+        // mpirun passes USR1 on and returns the ranks' own code; asked to end by TERM, it kills them after a second and returns 1.
         let (signal, told) = match state.asked {
             1 => (Signal::USR1, "stopping after this step with a checkpoint; once more gives up the step"),
-            _ => (Signal::TERM, "giving up the step"),
+            2 => (Signal::USR1, "giving up the step; once more kills the ranks"),
+            _ => (Signal::TERM, "killing the ranks"),
         };
         eprintln!("moe-launch: {told}");
         if let Some(pid) = state.child {

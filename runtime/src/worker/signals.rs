@@ -29,9 +29,14 @@ impl StopRequest {
         std::thread::Builder::new().name("signals".into()).spawn(move || {
             for signal in signals.forever() {
                 let again = heard.graceful.swap(true, Ordering::Relaxed);
+                let name = signal_name(signal).unwrap_or("a signal");
                 if again || signal == SIGTERM {
                     heard.immediate.store(true, Ordering::Relaxed);
-                    abort.abort(None, format!("stopped by {}", signal_name(signal).unwrap_or("a signal")));
+                    abort.abort(None, format!("stopped by {name}"));
+                } else {
+                    tracing::info!(
+                        "{name}: this step is finished and a checkpoint written; a second signal gives the step up"
+                    );
                 }
             }
         })?;

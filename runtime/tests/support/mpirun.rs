@@ -2,6 +2,7 @@
 //!
 //! Owns finding them: ranks are children of mpirun, and their environment says which is which.
 
+#![allow(dead_code, reason = "each test binary uses its part")]
 #![allow(clippy::unwrap_used, reason = "clippy.toml allows it in test functions, but not in their helpers")]
 
 use std::path::Path;

@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{Read, Seek};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -60,15 +61,20 @@ impl Program {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
+    /// Waits until it has written `text`.
+    pub(crate) fn wait_for(&mut self, text: &str) {
+        let mut reader = self.reader();
+        self.wait_until(text, || read(&mut reader).contains(text).then_some(()));
+    }
+
     /// What it has written so far.
-    pub(crate) fn output(&mut self) -> String {
-        let mut bytes = Vec::new();
-        // The file is shared with the program, which appends: reading must not move its position.
-        let mut reader =
-            File::open(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&self.output))).unwrap();
-        reader.rewind().unwrap();
-        reader.read_to_end(&mut bytes).unwrap();
-        String::from_utf8_lossy(&bytes).into_owned()
+    pub(crate) fn output(&self) -> String {
+        read(&mut self.reader())
+    }
+
+    /// The output with a position of its own: the program's is where it goes on writing.
+    fn reader(&self) -> File {
+        File::open(format!("/proc/self/fd/{}", self.output.as_raw_fd())).unwrap()
     }
 
     /// Waits for its end, at most `limit`.
@@ -131,6 +137,13 @@ impl Ended {
         assert!(self.output.contains(text), "{text:?} is not in\n{}", self.output);
         self
     }
+}
+
+fn read(reader: &mut File) -> String {
+    let mut bytes = Vec::new();
+    reader.rewind().unwrap();
+    reader.read_to_end(&mut bytes).unwrap();
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 fn pause() {
