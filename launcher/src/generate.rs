@@ -57,7 +57,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<ExitCode, Failure> {
         return Err(Failure::new(Code::Usage, message));
     };
     let tokenizer = tokenizer(&config.data.tokenizer)?;
-    let prompt: Vec<i32> = tokenizer.encode(&args.prompt).into_iter().map(|id| id as i32).collect();
+    let prompt: Vec<i32> = tokenizer.encode(&args.prompt)?.into_iter().map(|id| id as i32).collect();
     if prompt.is_empty() {
         return Err(Failure::new(Code::Usage, "--prompt: give at least one character to continue"));
     }

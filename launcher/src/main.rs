@@ -2,9 +2,11 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod data;
 mod generate;
 mod run;
 mod status;
+mod tokenizer;
 
 use std::process::ExitCode;
 
@@ -15,6 +17,8 @@ const EXAMPLES: &str = "\
 Examples:
   moe-launch run -n 4 -- --preset shakespeare --data input.txt --run-dir runs/a
   moe-launch status --run-dir runs/a
+  moe-launch data prepare --data texts/ --out shards/
+  moe-launch tokenizer train --data texts/ --vocab-size 8192 --out tokenizer.json
   moe-launch generate --checkpoint runs/a --prompt \"ROMEO:\"
   moe-launch bench train --preset moe-15m --device cpu --json
 
@@ -35,6 +39,10 @@ enum Command {
     Run(run::RunArgs),
     /// Show the ranks, step and loss of a running job.
     Status(status::StatusArgs),
+    /// Prepare text for training, and look into token shards.
+    Data(data::DataArgs),
+    /// Make a tokenizer.
+    Tokenizer(tokenizer::TokenizerArgs),
     /// Let a trained model write.
     Generate(generate::GenerateArgs),
     /// Measure speed, as a fraction of what the machine can do.
@@ -48,6 +56,8 @@ fn main() -> ExitCode {
         Ok(Cli { command: Command::Status(args) }) => {
             status::run(&args, &mut std::io::stdout()).map(|()| ExitCode::SUCCESS).map_err(Failure::from)
         }
+        Ok(Cli { command: Command::Data(args) }) => data::run(&args),
+        Ok(Cli { command: Command::Tokenizer(args) }) => tokenizer::run(&args),
         Ok(Cli { command: Command::Generate(args) }) => generate::run(&args),
         Ok(Cli { command: Command::Bench(args) }) => bench::run(&args),
     };

@@ -266,7 +266,13 @@ impl Merged {
                     return Err(unknown(schema, origin, &name, &value));
                 }
                 if let Some(Value::Table(below)) = self.table.get_mut(&section) {
-                    below.insert(key, value);
+                    // Named sources and plain paths stand for one another: what is said last counts.
+                    match name.as_str() {
+                        "data.paths" => drop(below.remove("sources")),
+                        "data.sources" => drop(below.insert("paths".into(), Value::Array(Vec::new()))),
+                        _ => {}
+                    }
+                    merge(below, key, value);
                 }
                 self.origins.keys.insert(name, origin.clone());
             }
@@ -287,6 +293,16 @@ impl Merged {
                 Err(ConfigError::Value { origin: self.origins.of(key).clone(), invalid })
             }
         }
+    }
+}
+
+/// Puts `value` under `key`; a table goes into the one that is there, so that one key of it can be set alone.
+fn merge(table: &mut Table, key: String, value: Value) {
+    match (table.get_mut(&key), value) {
+        (Some(Value::Table(below)), Value::Table(values)) => {
+            values.into_iter().for_each(|(key, value)| merge(below, key, value));
+        }
+        (_, value) => drop(table.insert(key, value)),
     }
 }
 

@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use moe_kernels::Cpu;
 use serde::{Deserialize, Serialize};
@@ -14,8 +15,11 @@ use super::run_dir::{RunDir, RunDirError};
 use crate::checkpoint::{HfFolder, Store};
 use crate::collectives::{Communicator, HostCommunicator};
 use crate::config::{Config, ConfigBuilder};
-use crate::data::{Corpus, Tokenizer, cargo_registry, default_corpus, tokenizer};
+use crate::data::{Corpus, Tokenizer, cargo_registry, check_vocabulary, default_corpus, is_path, tokenizer};
 use crate::exit::{ExitCode, Failure};
+
+/// How long ranks wait for rank 0 to read and encode text. Text that takes longer belongs into shards.
+const READING: Duration = Duration::from_secs(60 * 60);
 
 /// What rank 0 decided.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -88,8 +92,14 @@ pub(super) fn decide(args: &WorkerArgs, world: usize, held: &mut Option<File>) -
         builder = builder.model(folder_read.model_config().clone(), folder_read.router_config().clone(), folder);
     }
     let mut resolved = builder.build()?;
-    absolute_paths(&mut resolved.config.data.paths)?;
+    absolute_paths(&mut resolved.config)?;
+    // A file has reasons of its own why it cannot be read, and those come first.
+    let name = &resolved.config.data.tokenizer;
+    let tokenizer = is_path(name).then(|| tokenizer(name)).transpose()?;
     resolved.validate(world)?;
+    if let Some(tokenizer) = tokenizer {
+        check_vocabulary(tokenizer.as_ref(), resolved.config.model.vocab_size)?;
+    }
     if let (Some(base), Some(dir)) = (&base, &given) {
         resolved.config.check_resumes(base, &dir.config())?;
     }
@@ -105,30 +115,66 @@ pub(super) fn decide(args: &WorkerArgs, world: usize, held: &mut Option<File>) -
 }
 
 /// Relative paths mean another place in the next start's working directory.
-fn absolute_paths(paths: &mut [PathBuf]) -> Result<(), Failure> {
-    for path in paths {
-        *path = std::path::absolute(&*path)
-            .map_err(|error| Failure::new(ExitCode::Io, format!("{}: {error}", path.display())))?;
+fn absolute_paths(config: &mut Config) -> Result<(), Failure> {
+    let failed =
+        |path: &Path, error: std::io::Error| Failure::new(ExitCode::Io, format!("{}: {error}", path.display()));
+    for path in config.data.paths_mut() {
+        *path = std::path::absolute(&*path).map_err(|error| failed(path, error))?;
+    }
+    let name = &mut config.data.tokenizer;
+    if is_path(name) {
+        let path = std::path::absolute(&*name).map_err(|error| failed(Path::new(name), error))?;
+        *name = path.display().to_string();
     }
     Ok(())
 }
 
-/// The text: read by rank 0, shared out.
+/// The corpus: text is read by rank 0 and shared out, token shards are mapped by every rank.
 pub(super) fn share_corpus(world: &HostCommunicator, config: &Config) -> Result<Corpus, Failure> {
-    let tokenizer = tokenizer(&config.data.tokenizer)?;
+    let context = Communicator::<Cpu>::context(world);
+    let deadline = context.deadline();
+    // The others wait while rank 0 reads.
+    context.set_deadline(deadline.max(READING));
+    let shared = read_and_share(world, config);
+    context.set_deadline(deadline);
+    shared
+}
+
+fn read_and_share(world: &HostCommunicator, config: &Config) -> Result<Corpus, Failure> {
     let mut read = None;
     from_rank_0(world, || {
-        let corpus = read_corpus(&config.data.paths, tokenizer.as_ref())?;
-        read = Some(corpus);
+        read = Some(configured_corpus(config)?);
         Ok(())
     })??;
-    let mut bytes = read.as_ref().map(Corpus::to_bytes).unwrap_or_default();
-    if Communicator::<Cpu>::size(world) > 1 {
-        Communicator::<Cpu>::broadcast_bytes(world, &mut bytes, 0)?;
+    if Communicator::<Cpu>::size(world) == 1 {
+        return read.ok_or_else(|| Failure::new(ExitCode::Internal, "rank 0 read no corpus"));
     }
-    match read {
+    let mut bytes = read.as_ref().map(Corpus::to_bytes).unwrap_or_default();
+    Communicator::<Cpu>::broadcast_bytes(world, &mut bytes, 0)?;
+    let mine = match read {
         Some(corpus) => Ok(corpus),
-        None => Ok(Corpus::from_bytes(&bytes)?),
+        None => Corpus::from_bytes(&bytes).map_err(Failure::from),
+    };
+    agreed(world, mine)
+}
+
+/// What this rank has, if every rank has its own; the first failure otherwise, told by the rank that met it.
+fn agreed<T>(world: &HostCommunicator, mine: Result<T, Failure>) -> Result<T, Failure> {
+    let code = mine.as_ref().err().map_or(0, |failure| failure.exit_code().number());
+    let codes = Communicator::<Cpu>::all_gather_bytes(world, &[code]);
+    let mine = mine?;
+    match codes?.into_iter().flatten().find(|&code| code != 0) {
+        Some(code) => Err(Failure::of_another_rank(code)),
+        None => Ok(mine),
+    }
+}
+
+/// The corpus of a configuration; where it names none, the default.
+pub fn configured_corpus(config: &Config) -> Result<Corpus, Failure> {
+    let tokenizer = tokenizer(&config.data.tokenizer)?;
+    match config.data.corpus(config.model.vocab_size) {
+        Some(spec) => Ok(Corpus::read(&spec, tokenizer.as_ref())?),
+        None => read_corpus(&[], tokenizer.as_ref()),
     }
 }
 
@@ -136,7 +182,7 @@ pub(super) fn share_corpus(world: &HostCommunicator, config: &Config) -> Result<
 pub fn read_corpus(paths: &[PathBuf], tokenizer: &dyn Tokenizer) -> Result<Corpus, Failure> {
     if paths.is_empty() {
         let registry = cargo_registry();
-        return Ok(default_corpus(registry.as_deref().map(Path::new), tokenizer));
+        return Ok(default_corpus(registry.as_deref().map(Path::new), tokenizer)?);
     }
     Ok(Corpus::from_paths(paths, tokenizer)?)
 }
