@@ -268,7 +268,9 @@ impl DataError {
 impl Classified for DataError {
     fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Unreadable { .. } | Self::Unwritable { .. } | Self::NoMatch { .. } | Self::Different { .. } => ExitCode::Io,
+            Self::Unreadable { .. } | Self::Unwritable { .. } | Self::NoMatch { .. } | Self::Different { .. } => {
+                ExitCode::Io
+            }
             Self::UnknownTokenizer { .. }
             | Self::BadPattern { .. }
             | Self::NoEndToken { .. }

@@ -33,13 +33,17 @@ pub enum MegatronFault {
         found: u64,
     },
     /// Tokens of a type that are no whole numbers, or an unknown one.
-    #[error("its tokens have type {code}; those that can be read are 1 (u8), 2 (i8), 3 (i16), 4 (i32), 5 (i64) and 8 (u16)")]
+    #[error(
+        "its tokens have type {code}; those that can be read are 1 (u8), 2 (i8), 3 (i16), 4 (i32), 5 (i64) and 8 (u16)"
+    )]
     Type {
         /// The type's number.
         code: u8,
     },
     /// The index is too short for its own tables.
-    #[error("is {found} bytes long, but {sequences} sequences and {documents} documents take {expected}: the index was cut off")]
+    #[error(
+        "is {found} bytes long, but {sequences} sequences and {documents} documents take {expected}: the index was cut off"
+    )]
     Length {
         /// Sequences it says it has.
         sequences: u64,
@@ -51,7 +55,9 @@ pub enum MegatronFault {
         found: u64,
     },
     /// A sequence is not where the one before it ends.
-    #[error("says that sequence {sequence} has {length} tokens from byte {pointer} on, but the sequence before it ends at byte {expected}")]
+    #[error(
+        "says that sequence {sequence} has {length} tokens from byte {pointer} on, but the sequence before it ends at byte {expected}"
+    )]
     Sequence {
         /// Which, from 0.
         sequence: usize,
@@ -73,7 +79,9 @@ pub enum MegatronFault {
         found: u64,
     },
     /// The documents do not go from the first to the last sequence in order.
-    #[error("says that document {document} begins with sequence {sequence} of {sequences}, which is not after the one before it")]
+    #[error(
+        "says that document {document} begins with sequence {sequence} of {sequences}, which is not after the one before it"
+    )]
     Document {
         /// Which, from 0.
         document: usize,
@@ -142,7 +150,8 @@ struct Tables<'a> {
 
 impl<'a> Tables<'a> {
     fn parse(bytes: &'a [u8]) -> Result<Self, MegatronFault> {
-        let Some((header, tables)) = bytes.split_at_checked(HEADER_BYTES).filter(|(header, _)| header.starts_with(&MAGIC))
+        let Some((header, tables)) =
+            bytes.split_at_checked(HEADER_BYTES).filter(|(header, _)| header.starts_with(&MAGIC))
         else {
             return Err(MegatronFault::NotAnIndex);
         };
@@ -171,7 +180,12 @@ impl<'a> Tables<'a> {
         let (lengths, rest) = tables.split_at(4 * sequences as usize);
         let (pointers, rest) = rest.split_at(8 * sequences as usize);
         let firsts = &rest[..8 * documents as usize];
-        Ok(Self { width, lengths: lengths.as_chunks().0, pointers: pointers.as_chunks().0, firsts: firsts.as_chunks().0 })
+        Ok(Self {
+            width,
+            lengths: lengths.as_chunks().0,
+            pointers: pointers.as_chunks().0,
+            firsts: firsts.as_chunks().0,
+        })
     }
 
     /// Checks that the sequences are the `data_bytes` of tokens, one after the other, and returns how many tokens those are.

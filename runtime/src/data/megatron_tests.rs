@@ -43,7 +43,10 @@ fn tokens_and_documents_are_read_as_they_are() {
     assert_eq!(starts, [0, 0, 0, 3, 3, 3]);
     set.check_fits(50_001).unwrap();
     let error = set.check_fits(50_000).unwrap_err();
-    assert!(error.to_string().contains(".bin: token 4 is 50000, but the vocabulary has the tokens 0 to 49999"), "{error}");
+    assert!(
+        error.to_string().contains(".bin: token 4 is 50000, but the vocabulary has the tokens 0 to 49999"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -62,7 +65,10 @@ fn an_index_that_lies_is_refused() {
         (&float, "its tokens have type 6"),
         (&many, "the index was cut off"),
         (&whole[..whole.len() - 1], "the index was cut off"),
-        (&index(&[(3, 0), (1, 8), (2, 8)], &[0, 3]), "sequence 1 has 1 tokens from byte 8 on, but the sequence before it ends at byte 6"),
+        (
+            &index(&[(3, 0), (1, 8), (2, 8)], &[0, 3]),
+            "sequence 1 has 1 tokens from byte 8 on, but the sequence before it ends at byte 6",
+        ),
         (&index(&[(3, 0), (-1, 6), (4, 4)], &[0, 3]), "sequence 1 has -1 tokens"),
         (&index(&[(3, 0), (1, 6)], &[0, 2]), "describes 8 bytes of tokens, but"),
         (&index(&[(3, 0), (1, 6), (9, 8)], &[0, 3]), "describes 26 bytes of tokens, but"),

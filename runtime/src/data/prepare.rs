@@ -150,7 +150,8 @@ impl<'a> Prepare<'a> {
         let note = Note { format: FORMAT, origin: hexadecimal(&self.origin), shards: self.parts.len() };
         if let Some(found) = read_note(out)? {
             if found != note {
-                let reason = "holds shards of other input, of input that was changed, or made with other settings".into();
+                let reason =
+                    "holds shards of other input, of input that was changed, or made with other settings".into();
                 return Err(DataError::Occupied { path: out.clone(), reason });
             }
         }
@@ -186,16 +187,14 @@ impl<'a> Prepare<'a> {
 
     fn shard(&self, index: usize, part: &Part, meter: &(dyn Fn(u64) + Sync)) -> Result<Prepared, DataError> {
         let path = self.spec.out.join(shard_name(index));
-        let origin: [u8; 32] = Sha256::new().chain_update(self.origin).chain_update(index.to_le_bytes()).finalize().into();
+        let origin: [u8; 32] =
+            Sha256::new().chain_update(self.origin).chain_update(index.to_le_bytes()).finalize().into();
         if let Some(header) = finished(&path, &origin)? {
             meter(part.iter().map(|(file, range)| size(file, range.as_ref())).sum());
             return Ok(Prepared { kept: 1, ..prepared(&header) });
         }
-        let source = ShardSource {
-            vocab_size: self.tokenizer.vocab_size(),
-            tokenizer: self.tokenizer.identity(),
-            origin,
-        };
+        let source =
+            ShardSource { vocab_size: self.tokenizer.vocab_size(), tokenizer: self.tokenizer.identity(), origin };
         let mut writer = ShardWriter::create(&path, source)?;
         let mut encoder = Encoder::new(self.tokenizer, self.ends);
         let reading = Reading { text_field: &self.spec.text_field, meter };

@@ -158,7 +158,8 @@ impl Text<'_> {
             if part.is_empty() {
                 return Ok(());
             }
-            let last = self.reader.fill_buf().map_err(|error| self.failed(error))?.is_empty();
+            let next = self.reader.fill_buf().map(<[u8]>::is_empty);
+            let last = next.map_err(|error| self.failed(error))?;
             let text = std::str::from_utf8(&part).map_err(|error| self.not_utf8(&part, error))?;
             sink(Piece::File { text, last })?;
             self.offset += part.len() as u64;

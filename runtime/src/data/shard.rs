@@ -28,13 +28,17 @@ pub enum ShardFault {
     #[error("is no token shard: it does not begin with {:?}", String::from_utf8_lossy(&MAGIC))]
     NotAShard,
     /// A later version.
-    #[error("is a token shard of version {found}; this program reads version {SHARD_VERSION}: make it again with `moe-launch data prepare`")]
+    #[error(
+        "is a token shard of version {found}; this program reads version {SHARD_VERSION}: make it again with `moe-launch data prepare`"
+    )]
     Version {
         /// Its version.
         found: u32,
     },
     /// The header was changed.
-    #[error("its header is damaged: the hash of its first {SEALED_BYTES} bytes is another; make it again with `moe-launch data prepare`")]
+    #[error(
+        "its header is damaged: the hash of its first {SEALED_BYTES} bytes is another; make it again with `moe-launch data prepare`"
+    )]
     HeaderHash,
     /// The header describes something that cannot be.
     #[error("its header cannot be: {reason}")]
@@ -59,7 +63,9 @@ pub enum ShardFault {
         found: String,
     },
     /// The table of documents is wrong.
-    #[error("its document {document} ends at token {end}, outside of its {tokens} tokens or before the document before it")]
+    #[error(
+        "its document {document} ends at token {end}, outside of its {tokens} tokens or before the document before it"
+    )]
     Document {
         /// Which, from 0.
         document: usize,
@@ -178,7 +184,9 @@ impl ShardHeader {
         }
         // No file is that long; below, sizes cannot overflow.
         if header.tokens >= 1 << 56 || header.documents > header.tokens {
-            return Err(ShardFault::Header { reason: "there are more documents than tokens, or more tokens than a file holds" });
+            return Err(ShardFault::Header {
+                reason: "there are more documents than tokens, or more tokens than a file holds",
+            });
         }
         Ok(header)
     }

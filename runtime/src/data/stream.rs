@@ -9,15 +9,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::Mmap;
-use rayon::prelude::*;
 
 use super::DataError;
 
 /// Marks a position without a target.
 pub(super) const NO_TARGET: i32 = -1;
-
-/// Tokens that one thread checks at a time.
-const CHECK_TOKENS: usize = 1 << 20;
 
 /// A file in the address space.
 #[derive(Clone, Debug)]
@@ -125,15 +121,21 @@ impl MappedTokens {
         if self.width.fits(vocab_size) {
             return Ok(());
         }
-        let beyond = (0..self.count.div_ceil(CHECK_TOKENS)).into_par_iter().find_map_first(|part| {
-            let start = part * CHECK_TOKENS;
-            let mut beyond = None;
-            self.width.each(self.slice(start..self.count.min(start + CHECK_TOKENS)), |index, id| {
+        let find = |range: Range<usize>| {
+            let (start, mut beyond) = (range.start, None);
+            self.width.each(self.slice(range), |index, id| {
                 if beyond.is_none() && !usize::try_from(id).is_ok_and(|id| id < vocab_size) {
                     beyond = Some((start + index, id));
                 }
             });
             beyond
+        };
+        // Threads of its own: those of computing are started later, once it is known how many there may be.
+        let part = self.count.div_ceil(std::thread::available_parallelism().map_or(1, usize::from)).max(1);
+        let beyond = std::thread::scope(|scope| {
+            let parts = (0..self.count).step_by(part).map(|start| start..self.count.min(start + part));
+            let threads: Vec<_> = parts.map(|range| scope.spawn(move || find(range))).collect();
+            threads.into_iter().find_map(|thread| thread.join().ok().flatten())
         });
         beyond.map_or(Ok(()), |(position, id)| {
             Err(DataError::BeyondVocabulary { path: self.file.path().into(), position, id, vocab_size })

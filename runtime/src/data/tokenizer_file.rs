@@ -76,10 +76,10 @@ impl Tokenizer for FileTokenizer {
     }
 
     fn encode_into(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), DataError> {
-        let encoding = self.inner.encode_fast(text, false).map_err(|error| DataError::Encoding {
-            tokenizer: self.name.clone(),
-            reason: error.to_string(),
-        })?;
+        let encoding = self
+            .inner
+            .encode_fast(text, false)
+            .map_err(|error| DataError::Encoding { tokenizer: self.name.clone(), reason: error.to_string() })?;
         ids.extend_from_slice(encoding.get_ids());
         Ok(())
     }

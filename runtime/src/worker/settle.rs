@@ -5,7 +5,6 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use moe_kernels::Cpu;
 use serde::{Deserialize, Serialize};
@@ -15,11 +14,8 @@ use super::run_dir::{RunDir, RunDirError};
 use crate::checkpoint::{HfFolder, Store};
 use crate::collectives::{Communicator, HostCommunicator};
 use crate::config::{Config, ConfigBuilder};
-use crate::data::{Corpus, Tokenizer, cargo_registry, check_vocabulary, default_corpus, is_path, tokenizer};
+use crate::data::{Corpus, Loader, Tokenizer, cargo_registry, check_vocabulary, default_corpus, is_path, tokenizer};
 use crate::exit::{ExitCode, Failure};
-
-/// How long ranks wait for rank 0 to read and encode text. Text that takes longer belongs into shards.
-const READING: Duration = Duration::from_secs(60 * 60);
 
 /// What rank 0 decided.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -69,8 +65,17 @@ where
     })
 }
 
-/// Decides on rank 0: resolves and checks the configuration, claims the run directory, finds what to resume.
-pub(super) fn decide(args: &WorkerArgs, world: usize, held: &mut Option<File>) -> Result<Plan, Failure> {
+/// What rank 0 keeps of its decision.
+#[derive(Default)]
+pub(super) struct Kept {
+    /// The lock of the run directory, held as long as the run.
+    lock: Option<File>,
+    corpus: Option<Corpus>,
+}
+
+/// Decides on rank 0: resolves and checks the configuration, reads the text, finds what to resume and, once nothing is left to
+/// refuse, claims the run directory.
+pub(super) fn decide(args: &WorkerArgs, world: usize, kept: &mut Kept) -> Result<Plan, Failure> {
     let given = args.run_dir.as_ref().map(RunDir::at);
     let saved = given.as_ref().map(RunDir::saved_config).transpose()?.flatten();
     let newest = match &given {
@@ -93,18 +98,20 @@ pub(super) fn decide(args: &WorkerArgs, world: usize, held: &mut Option<File>) -
     }
     let mut resolved = builder.build()?;
     absolute_paths(&mut resolved.config)?;
-    // A file has reasons of its own why it cannot be read, and those come first.
     let name = &resolved.config.data.tokenizer;
-    let tokenizer = is_path(name).then(|| tokenizer(name)).transpose()?;
+    // A file has reasons of its own why it cannot be read, and those come first.
+    let from_file = is_path(name).then(|| tokenizer(name)).transpose()?;
     resolved.validate(world)?;
-    if let Some(tokenizer) = tokenizer {
-        check_vocabulary(tokenizer.as_ref(), resolved.config.model.vocab_size)?;
-    }
     if let (Some(base), Some(dir)) = (&base, &given) {
         resolved.config.check_resumes(base, &dir.config())?;
     }
+    let tokenizer = from_file.map_or_else(|| tokenizer(name), Ok)?;
+    check_vocabulary(tokenizer.as_ref(), resolved.config.model.vocab_size)?;
+    let corpus = configured_corpus(&resolved.config, tokenizer.as_ref())?;
+    Loader::new(&corpus, resolved.config.loader_spec(0, world))?;
+    kept.corpus = Some(corpus);
     let run_dir = given.map_or_else(RunDir::fresh, Ok)?;
-    *held = Some(run_dir.claim()?);
+    kept.lock = Some(run_dir.claim()?);
     run_dir.save_config(&resolved.config)?;
     Ok(Plan {
         config: resolved.config,
@@ -129,29 +136,14 @@ fn absolute_paths(config: &mut Config) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The corpus: text is read by rank 0 and shared out, token shards are mapped by every rank.
-pub(super) fn share_corpus(world: &HostCommunicator, config: &Config) -> Result<Corpus, Failure> {
-    let context = Communicator::<Cpu>::context(world);
-    let deadline = context.deadline();
-    // The others wait while rank 0 reads.
-    context.set_deadline(deadline.max(READING));
-    let shared = read_and_share(world, config);
-    context.set_deadline(deadline);
-    shared
-}
-
-fn read_and_share(world: &HostCommunicator, config: &Config) -> Result<Corpus, Failure> {
-    let mut read = None;
-    from_rank_0(world, || {
-        read = Some(configured_corpus(config)?);
-        Ok(())
-    })??;
-    if Communicator::<Cpu>::size(world) == 1 {
-        return read.ok_or_else(|| Failure::new(ExitCode::Internal, "rank 0 read no corpus"));
-    }
-    let mut bytes = read.as_ref().map(Corpus::to_bytes).unwrap_or_default();
+/// The corpus that rank 0 read, on every rank: text travels, token shards are mapped by every rank.
+pub(super) fn share_corpus(world: &HostCommunicator, kept: &mut Kept) -> Result<Corpus, Failure> {
+    let mut bytes = match &kept.corpus {
+        Some(corpus) if Communicator::<Cpu>::size(world) > 1 => corpus.to_bytes(),
+        _ => Vec::new(),
+    };
     Communicator::<Cpu>::broadcast_bytes(world, &mut bytes, 0)?;
-    let mine = match read {
+    let mine = match kept.corpus.take() {
         Some(corpus) => Ok(corpus),
         None => Corpus::from_bytes(&bytes).map_err(Failure::from),
     };
@@ -169,12 +161,11 @@ fn agreed<T>(world: &HostCommunicator, mine: Result<T, Failure>) -> Result<T, Fa
     }
 }
 
-/// The corpus of a configuration; where it names none, the default.
-pub fn configured_corpus(config: &Config) -> Result<Corpus, Failure> {
-    let tokenizer = tokenizer(&config.data.tokenizer)?;
+/// The corpus of a configuration, with its tokenizer; where it names none, the default.
+pub fn configured_corpus(config: &Config, tokenizer: &dyn Tokenizer) -> Result<Corpus, Failure> {
     match config.data.corpus(config.model.vocab_size) {
-        Some(spec) => Ok(Corpus::read(&spec, tokenizer.as_ref())?),
-        None => read_corpus(&[], tokenizer.as_ref()),
+        Some(spec) => Ok(Corpus::read(&spec, tokenizer)?),
+        None => read_corpus(&[], tokenizer),
     }
 }
 
