@@ -260,16 +260,17 @@ impl Merged {
                 let invalid = InvalidValue::new(&section, shown(&values), reason);
                 return Err(ConfigError::Value { origin: origin.clone(), invalid });
             };
+            let both = values.contains_key("paths") && values.contains_key("sources");
             for (key, value) in values {
                 let name = format!("{section}.{key}");
                 if !schema.knows(&name) {
                     return Err(unknown(schema, origin, &name, &value));
                 }
                 if let Some(Value::Table(below)) = self.table.get_mut(&section) {
-                    // Named sources and plain paths stand for one another: what is said last counts.
+                    // Named sources and plain paths stand for one another: what a higher layer says counts.
                     match name.as_str() {
-                        "data.paths" => drop(below.remove("sources")),
-                        "data.sources" => drop(below.insert("paths".into(), Value::Array(Vec::new()))),
+                        "data.paths" if !both => drop(below.remove("sources")),
+                        "data.sources" if !both => drop(below.insert("paths".into(), Value::Array(Vec::new()))),
                         _ => {}
                     }
                     merge(below, key, value);
