@@ -26,7 +26,7 @@ pub const SHARD_EXTENSION: &str = "tokens";
 
 /// What a file is, by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
+pub(super) enum Format {
     /// Text.
     Text,
     /// One JSON object a line.
@@ -39,7 +39,7 @@ pub enum Format {
 
 /// How it is compressed, by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Compression {
+pub(super) enum Compression {
     /// Not at all.
     None,
     /// gzip (RFC 1952), of one or several members.
@@ -50,7 +50,7 @@ pub enum Compression {
 
 /// A file to read.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct InputFile {
+pub(super) struct InputFile {
     /// Where it is.
     pub path: PathBuf,
     /// What it is.
@@ -93,7 +93,7 @@ fn kind_of(path: &Path) -> Option<(Format, Compression)> {
 
 /// The files that `paths` mean, in their order: files, directories with all they hold below them, sorted by path, patterns
 /// (`data/**/*.jsonl.gz`), and Megatron data sets by their common prefix.
-pub fn expand(paths: &[PathBuf]) -> Result<Vec<InputFile>, DataError> {
+pub(super) fn expand(paths: &[PathBuf]) -> Result<Vec<InputFile>, DataError> {
     let mut files = Vec::new();
     for path in paths {
         match std::fs::metadata(path) {

@@ -36,12 +36,13 @@ pub use inputs::{COMPRESSED_EXTENSIONS, RECORD_EXTENSIONS, SHARD_EXTENSION, TEXT
 pub use loader::{Batch, Cursor, Loader, LoaderSpec};
 pub use megatron::{Megatron, MegatronFault};
 pub use prepare::{Prepare, PrepareSpec, Prepared};
-pub use reader::Piece;
 pub use shard::{SHARD_VERSION, Shard, ShardFault, ShardHeader};
 pub use shard_writer::{ShardSource, ShardWriter};
 pub use stream::{Documents, MappedTokens, Segment, Stream, Tokens};
 pub use tokenizer::{ByteTokenizer, EndOfDocument, TOKENIZERS, Tokenizer, check_vocabulary, is_path, tokenizer};
 pub use tokenizer_file::FileTokenizer;
+
+use reader::Piece;
 
 /// Bytes in hexadecimal, as hashes are printed.
 pub(crate) fn hexadecimal(bytes: &[u8]) -> String {

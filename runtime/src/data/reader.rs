@@ -24,7 +24,7 @@ const ZSTD_WINDOW_LOG: u32 = 31;
 
 /// A piece of text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Piece<'a> {
+pub(super) enum Piece<'a> {
     /// A part of a text file: whole lines.
     File {
         /// The text.
@@ -48,7 +48,7 @@ pub enum Piece<'a> {
 
 impl Piece<'_> {
     /// Bytes of text.
-    pub fn bytes(&self) -> usize {
+    pub(super) fn bytes(&self) -> usize {
         match self {
             Self::File { text, .. } | Self::Record { text } => text.len(),
             Self::Example { prompt, completion } => prompt.len() + completion.len(),
@@ -57,7 +57,7 @@ impl Piece<'_> {
 }
 
 /// How files are read.
-pub struct Reading<'a> {
+pub(super) struct Reading<'a> {
     /// The field of a record that holds its text.
     pub text_field: &'a str,
     /// Told how many more bytes of the file, as it lies on the disk, were read.
@@ -66,7 +66,7 @@ pub struct Reading<'a> {
 
 /// Hands the pieces of `file` to `sink`, in order; of a plain file perhaps only those of `range`, which begins and ends where
 /// [`line_start`] says.
-pub fn read_pieces(
+pub(super) fn read_pieces(
     file: &InputFile,
     range: Option<Range<u64>>,
     reading: &Reading,
@@ -85,7 +85,7 @@ pub fn read_pieces(
 }
 
 /// Where the first line that begins at or after byte `at` of a plain file begins.
-pub fn line_start(path: &Path, at: u64) -> Result<u64, DataError> {
+pub(super) fn line_start(path: &Path, at: u64) -> Result<u64, DataError> {
     let find = || -> io::Result<u64> {
         if at == 0 {
             return Ok(0);
@@ -189,7 +189,7 @@ impl Text<'_> {
             }
             let line = std::str::from_utf8(&bytes).map_err(|error| self.not_utf8(&bytes, error))?;
             if !line.trim_ascii().is_empty() {
-                match parse(line, text_field).map_err(|error| self.not_json(&error))? {
+                match parse(line.trim_ascii_end(), text_field).map_err(|error| self.not_json(&error))? {
                     Content::Text(text) => sink(Piece::Record { text: &text })?,
                     Content::Example { prompt, completion } => {
                         sink(Piece::Example { prompt: &prompt, completion: &completion })?;
