@@ -2,9 +2,11 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod data;
 mod generate;
 mod run;
 mod status;
+mod tokenizer;
 
 use std::process::ExitCode;
 
@@ -16,6 +18,8 @@ const EXAMPLES: &str = "\
 Examples:
   moe-launch run -n 4 -- --preset shakespeare --data input.txt --run-dir runs/a
   moe-launch status --run-dir runs/a
+  moe-launch data prepare --data texts/ --out shards/
+  moe-launch tokenizer train --data texts/ --vocab-size 8192 --out tokenizer.json
   moe-launch generate --checkpoint runs/a --prompt \"ROMEO:\"
   moe-launch bench train --preset moe-15m --device cpu --json
 
@@ -36,6 +40,10 @@ enum Command {
     Run(run::RunArgs),
     /// Show the ranks, step and loss of a running job.
     Status(status::StatusArgs),
+    /// Prepare text for training, and look into token shards.
+    Data(data::DataArgs),
+    /// Make a tokenizer.
+    Tokenizer(tokenizer::TokenizerArgs),
     /// Let a trained model write.
     Generate(generate::GenerateArgs),
     /// Measure speed, as a fraction of what the machine can do.
@@ -57,6 +65,8 @@ fn main() -> ExitCode {
         Cli { command: Command::Status(args) } => {
             status::run(&args, &mut std::io::stdout()).map(|()| ExitCode::SUCCESS).map_err(Failure::from)
         }
+        Cli { command: Command::Data(args) } => data::run(&args),
+        Cli { command: Command::Tokenizer(args) } => tokenizer::run(&args),
         Cli { command: Command::Generate(args) } => generate::run(&args),
         Cli { command: Command::Bench(args) } => bench::run(&args),
     };
