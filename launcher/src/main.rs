@@ -2,7 +2,10 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod checkpoint;
+mod eval;
 mod generate;
+mod place;
 mod run;
 mod status;
 
@@ -16,6 +19,8 @@ Examples:
   moe-launch run -n 4 -- --preset shakespeare --data input.txt --run-dir runs/a
   moe-launch status --run-dir runs/a
   moe-launch generate --checkpoint runs/a --prompt \"ROMEO:\"
+  moe-launch eval --checkpoint runs/a --data held-out.txt
+  moe-launch checkpoint export runs/a --to exported/
   moe-launch bench train --preset moe-15m --device cpu --json
 
 Exit codes: 0 done, 64 wrong usage or configuration, 65 bad input data, 70 internal error, 74 input/output error,
@@ -37,6 +42,10 @@ enum Command {
     Status(status::StatusArgs),
     /// Let a trained model write.
     Generate(generate::GenerateArgs),
+    /// Measure loss and perplexity of a model on texts.
+    Eval(eval::EvalArgs),
+    /// Look at, check and convert models on disk: inspect, verify, export, import, upcycle, merge.
+    Checkpoint(checkpoint::CheckpointArgs),
     /// Measure speed, as a fraction of what the machine can do.
     Bench(bench::BenchArgs),
 }
@@ -49,6 +58,8 @@ fn main() -> ExitCode {
             status::run(&args, &mut std::io::stdout()).map(|()| ExitCode::SUCCESS).map_err(Failure::from)
         }
         Ok(Cli { command: Command::Generate(args) }) => generate::run(&args),
+        Ok(Cli { command: Command::Eval(args) }) => eval::run(&args),
+        Ok(Cli { command: Command::Checkpoint(args) }) => checkpoint::run(&args),
         Ok(Cli { command: Command::Bench(args) }) => bench::run(&args),
     };
     match result {

@@ -6,7 +6,9 @@
 use std::time::Duration;
 
 use super::{Config, RunConfig};
+use crate::checkpoint::Selection;
 use crate::invalid::InvalidValue;
+use crate::model::layout::Layout;
 
 /// The longest wait a collective can be given: a week.
 const LONGEST_TIMEOUT_S: f64 = 7.0 * 24.0 * 3600.0;
@@ -20,6 +22,7 @@ impl Config {
     pub fn validate(&self, world: usize) -> Result<(), InvalidValue> {
         self.validate_data()?;
         self.model.validate(&self.router)?;
+        self.validate_selection()?;
         self.validate_parallel(world)?;
         self.validate_optimizer()?;
         self.validate_schedule()?;
@@ -49,6 +52,14 @@ impl Config {
             return Err(InvalidValue::new("data.validation_fraction", fraction, reason));
         }
         Ok(())
+    }
+
+    fn validate_selection(&self) -> Result<(), InvalidValue> {
+        let selection = Selection::new(&self.train.freeze, &self.train.trainable)?;
+        if selection.is_all() {
+            return Ok(());
+        }
+        selection.check(self.model.family, &Layout::new(&self.model, &self.router, 0..self.model.experts))
     }
 
     fn validate_parallel(&self, world: usize) -> Result<(), InvalidValue> {
@@ -159,7 +170,7 @@ mod tests {
     #[test]
     fn each_impossible_value_is_refused_by_its_key() {
         type Break = fn(&mut Config);
-        let table: [(&str, Break); 33] = [
+        let table: [(&str, Break); 35] = [
             ("data.tokenizer", |c| c.data.tokenizer = "words".into()),
             ("data.validation_fraction", |c| c.data.validation_fraction = 1.0),
             ("data.validation_fraction", |c| c.data.validation_fraction = f64::NAN),
@@ -189,6 +200,8 @@ mod tests {
             ("train.micro_batch", |c| c.train.micro_batch = Some(1 << 40)),
             ("train.sequence_length", |c| c.train.sequence_length = 0),
             ("train.sequence_length", |c| c.train.sequence_length = 4097),
+            ("train.freeze", |c| c.train.freeze = vec!["model.layers.7.*".into()]),
+            ("train.trainable", |c| c.train.trainable = vec!["[".into()]),
             ("train.keep_checkpoints", |c| c.train.keep_checkpoints = 0),
             ("train.log_every", |c| c.train.log_every = 0),
             ("run.collective_timeout_s", |c| c.run.collective_timeout_s = 0.0),

@@ -167,9 +167,9 @@ pub fn build<D: crate::training::TrainingData>(
         max_sequences: config.train.micro_batch_for(grid.world()),
         sequence_length: config.train.sequence_length,
     };
-    let no_memory = |error: moe_kernels::DeviceError| Failure::new(ExitCode::Usage, error);
-    let model = Transformer::new(Cpu, setup).map_err(no_memory)?;
-    Trainer::new(model, groups, config, data).map_err(no_memory)
+    // What fails here is memory or a setting: the same command fails again.
+    let model = Transformer::new(Cpu, setup).map_err(|error| Failure::new(ExitCode::Usage, error))?;
+    Trainer::new(model, groups, config, data).map_err(|error| Failure::new(ExitCode::Usage, error))
 }
 
 /// Loads what the run starts from and returns the steps that are done.
