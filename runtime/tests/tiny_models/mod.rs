@@ -18,7 +18,9 @@ use moe_runtime::training::{Requests, Trainer, TrainingData};
 
 pub(crate) const SEQUENCES: usize = 4;
 pub(crate) const LENGTH: usize = 32;
-const VOCAB: usize = 64;
+const VOCAB: usize = 256;
+/// Different tokens that are seen.
+const SEEN: usize = 64;
 
 /// A small model of every family with what is special about it, each under its `model_type`.
 pub(crate) fn families() -> Vec<(&'static str, ModelConfig, RouterConfig)> {
@@ -99,7 +101,7 @@ impl TrainingData for Counting {
         batch.sequences = mine.len();
         batch.sequence_length = LENGTH;
         batch.first_sample = steps_done * SEQUENCES as u64 + mine.start as u64;
-        let token = |sequence: usize, at: usize| ((steps_done as usize * 7 + sequence * 13 + at * 3) % VOCAB) as i32;
+        let token = |sequence: usize, at: usize| ((steps_done as usize * 7 + sequence * 13 + at * 3) % SEEN) as i32;
         batch.inputs = mine.clone().flat_map(|s| (0..LENGTH).map(move |at| token(s, at))).collect();
         batch.targets = mine.flat_map(|s| (0..LENGTH).map(move |at| token(s, at + 1))).collect();
     }
