@@ -61,11 +61,11 @@ pub(crate) fn run(args: &EvalArgs) -> Result<ExitCode, Failure> {
     }
     // Every text before the first is measured: a misspelt path should not cost an hour.
     let limit = if args.max_tokens == 0 { usize::MAX } else { args.max_tokens };
-    let read = |given: &String| {
+    let mut texts = Vec::new();
+    for given in &args.data {
         let (name, path) = named(given);
-        Ok::<_, Failure>((name, tokens_of(path, tokenizer.as_ref(), limit)?))
-    };
-    let texts = args.data.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+        texts.push((name, tokens_of(path, tokenizer.as_ref(), limit)?));
+    }
     let mut loaded = place.load(window, SEQUENCES)?;
     let mut measured = Vec::new();
     for (name, tokens) in texts {

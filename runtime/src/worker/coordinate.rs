@@ -3,28 +3,39 @@
 //! Owns the host and the session of this process, and turns the coordinator's abort into the end of every collective's wait.
 
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::settle::from_rank_0;
-use super::world::World;
+use super::world::{World, host_name};
 use crate::collectives::{AbortHandle, CollectiveError};
 use crate::coordination::{
-    ContactFile, CoordinatorHandle, ErrorReport, Identity, JobSpec, JoinToken, Order, Session, SessionConfig,
+    ContactFile, CoordinatorHandle, ErrorReport, Identity, JobSpec, JoinToken, Operator, Order, Session, SessionConfig,
 };
 use crate::exit::{ExitCode, Failure};
 use crate::topology::{Grid, Rank};
 use crate::training::Requests;
+
+/// How long rank 0 waits for the coordinator to take note of a stop.
+const ANNOUNCEMENT: Duration = Duration::from_secs(5);
 
 /// How long a host waits for the others to say good-bye.
 const FAREWELL: Duration = Duration::from_secs(5);
 
 /// This process's part in the coordination of its job.
 pub(super) struct Coordination {
+    addr: String,
+    token: JoinToken,
     session: Session,
-    host: Option<CoordinatorHandle>,
+    host: Option<Host>,
+}
+
+/// The coordinator that rank 0 hosts, and the file that says where.
+struct Host {
+    handle: CoordinatorHandle,
+    contact: PathBuf,
 }
 
 /// Where the coordinator is.
@@ -50,21 +61,34 @@ impl Coordination {
             let addr = reachable(world, handle.addr().port());
             let token = handle.token().clone();
             let contact = Contact { addr: addr.clone(), token: token.expose() };
-            ContactFile { addr, token, pid: std::process::id() }.write(run_dir)?;
-            host = Some(handle);
+            let file = ContactFile { addr, token, pid: std::process::id() }.write(run_dir)?;
+            host = Some(Host { handle, contact: file });
             Ok(contact)
         })??;
         let token = contact.token.parse::<JoinToken>().map_err(|e| Failure::new(ExitCode::Internal, e.to_string()))?;
         let session = Session::join(SessionConfig {
-            addr: contact.addr,
-            token,
+            addr: contact.addr.clone(),
+            token: token.clone(),
             identity: Identity::of_this_process(rank as u32, size as u32, fingerprint.to_owned()),
             connect_timeout: Duration::from_secs(30),
             on_abort: Box::new(move |order| {
                 abort.abort(order.culprit.map(|rank| Rank(rank as usize)), order.reason.clone());
             }),
         })?;
-        Ok(Self { session, host })
+        Ok(Self { addr: contact.addr, token, session, host })
+    }
+
+    /// Tells the coordinator that all ranks stop after `step`, through rank 0 and before any of them leaves: a rank that leaves
+    /// early is a failure otherwise, for which the others would be aborted while they still write the checkpoint.
+    pub(super) fn announce_stop(&self, step: u64) {
+        if self.session.rank() != 0 {
+            return;
+        }
+        let told = Operator::new(&self.addr, &self.token, ANNOUNCEMENT)
+            .and_then(|operator| operator.drain(&format!("all ranks stop after step {step}")));
+        if let Err(error) = told {
+            tracing::warn!(step, %error, "the coordinator could not be told of the stop");
+        }
     }
 
     /// What the coordinator asks of this rank.
@@ -106,8 +130,10 @@ impl Coordination {
         if let Err(error) = self.session.leave(i32::from(code.number())) {
             tracing::debug!(%error, "leaving without the coordinator");
         }
-        if let Some(host) = self.host {
-            host.wait_over(FAREWELL);
+        if let Some(Host { handle, contact }) = self.host {
+            handle.wait_over(FAREWELL);
+            // What is left behind says only that nobody answers there any more.
+            let _ = std::fs::remove_file(contact);
         }
     }
 }
@@ -127,8 +153,7 @@ fn serve(world: &World, grid: &Grid, fingerprint: &str) -> Result<CoordinatorHan
 
 /// How other ranks reach a port of this machine: by loopback where they are all here, else by its name.
 fn reachable(world: &World, port: u16) -> String {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    match name.trim() {
+    match host_name() {
         name if !world.is_one_machine() && !name.is_empty() => format!("{name}:{port}"),
         _ => format!("127.0.0.1:{port}"),
     }
