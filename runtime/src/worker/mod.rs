@@ -192,6 +192,10 @@ fn start_values<D: crate::training::TrainingData>(
     let Some(checkpoint) = &plan.resume else { return Ok(0) };
     let checkpoint = Checkpoint::open(checkpoint)?;
     let progress = trainer.restore(&checkpoint)?;
+    if progress.step == 0 {
+        // A model that was brought in: it has no place in any text yet.
+        return Ok(0);
+    }
     let then = serde_json::from_value::<DataState>(progress.cursor.clone()).map(|state| state.text_sha256);
     match then {
         Ok(then) if then == corpus.sha256 => Ok(progress.step),
