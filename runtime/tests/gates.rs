@@ -173,7 +173,7 @@ fn the_selection_bias_is_saved_and_restored() {
     let restored = local::run(4, |world| {
         let rank = Communicator::<Cpu>::rank(&world);
         let mut trainer = trainer(&config, &corpus, world, 4);
-        assert_eq!(trainer.restore(&checkpoint).unwrap(), 3, "rank {rank}");
+        assert_eq!(trainer.restore(&checkpoint).unwrap().step, 3, "rank {rank}");
         trainer.model.selection_biases().unwrap()
     });
     assert!(restored.iter().all(|biases| *biases == saved[0]), "{restored:?} {saved:?}");
