@@ -2,8 +2,11 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod checkpoint;
 mod data;
+mod eval;
 mod generate;
+mod place;
 mod run;
 mod status;
 mod tokenizer;
@@ -21,6 +24,8 @@ Examples:
   moe-launch data prepare --data texts/ --out shards/
   moe-launch tokenizer train --data texts/ --vocab-size 8192 --out tokenizer.json
   moe-launch generate --checkpoint runs/a --prompt \"ROMEO:\"
+  moe-launch eval --checkpoint runs/a --data held-out.txt
+  moe-launch checkpoint export runs/a --to exported/
   moe-launch bench train --preset moe-15m --device cpu --json
 
 Exit codes: 0 done, 64 wrong usage or configuration, 65 bad input data, 70 internal error, 74 input/output error,
@@ -46,6 +51,10 @@ enum Command {
     Tokenizer(tokenizer::TokenizerArgs),
     /// Let a trained model write.
     Generate(generate::GenerateArgs),
+    /// Measure loss and perplexity of a model on texts.
+    Eval(eval::EvalArgs),
+    /// Look at, check and convert models on disk: inspect, verify, export, import, upcycle, merge.
+    Checkpoint(checkpoint::CheckpointArgs),
     /// Measure speed, as a fraction of what the machine can do.
     Bench(bench::BenchArgs),
 }
@@ -68,6 +77,8 @@ fn main() -> ExitCode {
         Cli { command: Command::Data(args) } => data::run(&args),
         Cli { command: Command::Tokenizer(args) } => tokenizer::run(&args),
         Cli { command: Command::Generate(args) } => generate::run(&args),
+        Cli { command: Command::Eval(args) } => eval::run(&args),
+        Cli { command: Command::Checkpoint(args) } => checkpoint::run(&args),
         Cli { command: Command::Bench(args) } => bench::run(&args),
     };
     match result {

@@ -124,6 +124,10 @@ pub struct TrainConfig {
     pub micro_batch: Option<usize>,
     /// S: tokens of a sequence.
     pub sequence_length: usize,
+    /// Patterns of names, as tensors have them on disk, of what is not trained: no gradient norm, no update, no decay.
+    pub freeze: Vec<String>,
+    /// Patterns of names of what alone is trained; none: everything that is not frozen.
+    pub trainable: Vec<String>,
     /// Steps between evaluations on the held-out text; 0: only after the last step.
     pub eval_every: u64,
     /// Global batches of an evaluation; 0: the whole held-out text.
@@ -155,6 +159,8 @@ impl Default for TrainConfig {
             global_batch: 16,
             micro_batch: None,
             sequence_length: 128,
+            freeze: Vec::new(),
+            trainable: Vec::new(),
             eval_every: 0,
             eval_batches: 8,
             checkpoint_every: 0,

@@ -6,8 +6,10 @@
 use std::time::Duration;
 
 use super::{Config, DataConfig, RunConfig};
+use crate::checkpoint::Selection;
 use crate::data::{is_path, tokenizer};
 use crate::invalid::InvalidValue;
+use crate::model::layout::Layout;
 
 /// The longest wait a collective can be given: a week.
 const LONGEST_TIMEOUT_S: f64 = 7.0 * 24.0 * 3600.0;
@@ -21,6 +23,7 @@ impl Config {
     pub fn validate(&self, world: usize) -> Result<(), InvalidValue> {
         self.validate_data()?;
         self.model.validate(&self.router)?;
+        self.validate_selection()?;
         self.validate_parallel(world)?;
         self.validate_optimizer()?;
         self.validate_schedule()?;
@@ -88,6 +91,14 @@ impl Config {
             }
         }
         Ok(())
+    }
+
+    fn validate_selection(&self) -> Result<(), InvalidValue> {
+        let selection = Selection::new(&self.train.freeze, &self.train.trainable)?;
+        if selection.is_all() {
+            return Ok(());
+        }
+        selection.check(self.model.family, &Layout::new(&self.model, &self.router, 0..self.model.experts))
     }
 
     fn validate_parallel(&self, world: usize) -> Result<(), InvalidValue> {
@@ -203,7 +214,7 @@ mod tests {
     #[test]
     fn each_impossible_value_is_refused_by_its_key() {
         type Break = fn(&mut Config);
-        let table: [(&str, Break); 40] = [
+        let table: [(&str, Break); 42] = [
             ("data.tokenizer", |c| c.data.tokenizer = "words".into()),
             ("data.validation_fraction", |c| c.data.validation_fraction = 1.0),
             ("data.validation_fraction", |c| c.data.validation_fraction = f64::NAN),
@@ -245,6 +256,8 @@ mod tests {
             ("train.micro_batch", |c| c.train.micro_batch = Some(1 << 40)),
             ("train.sequence_length", |c| c.train.sequence_length = 0),
             ("train.sequence_length", |c| c.train.sequence_length = 4097),
+            ("train.freeze", |c| c.train.freeze = vec!["model.layers.7.*".into()]),
+            ("train.trainable", |c| c.train.trainable = vec!["[".into()]),
             ("train.keep_checkpoints", |c| c.train.keep_checkpoints = 0),
             ("train.log_every", |c| c.train.log_every = 0),
             ("run.collective_timeout_s", |c| c.run.collective_timeout_s = 0.0),

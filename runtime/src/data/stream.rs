@@ -380,11 +380,6 @@ impl DocumentList {
         }
     }
 
-    /// The position after the last document.
-    pub(super) fn end(&self) -> u64 {
-        self.ends.last().copied().unwrap_or(0)
-    }
-
     pub(super) fn ends(&self) -> &[u64] {
         &self.ends
     }

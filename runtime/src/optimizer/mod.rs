@@ -21,6 +21,8 @@ pub struct Optimizer<B: Backend> {
     m: B::Buffer<f32>,
     v: B::Buffer<f32>,
     updates: u64,
+    /// Stretches of the flat buffer that stay as they are, ascending.
+    frozen: Vec<Range<usize>>,
     /// `[2]`: Σ of squared gradients of replicated parameters and of experts.
     squares: Slot<B, f64>,
 }
@@ -31,7 +33,19 @@ impl<B: Backend> Optimizer<B> {
         let mut squares = Slot::new(device, "gradient norm")?;
         squares.reserve(device, 2)?;
         let (m, v) = (device.alloc(len, "first moments")?, device.alloc(len, "second moments")?);
-        Ok(Self { config: config.clone(), m, v, updates: 0, squares })
+        Ok(Self { config: config.clone(), m, v, updates: 0, frozen: Vec::new(), squares })
+    }
+
+    /// Leaves these stretches of the flat buffer, ascending and apart, as they are: no norm, no update, no decay.
+    pub fn freeze(&mut self, frozen: Vec<Range<usize>>) {
+        self.frozen = frozen;
+    }
+
+    /// Clears the gradients of what is frozen, before they are summed over ranks.
+    pub fn clear_frozen(&self, device: &B, parameters: &mut Parameters<B>) {
+        for range in &self.frozen {
+            device.fill(parameters.grads_mut().slice(range.clone()), 0.0);
+        }
     }
 
     /// Updates so far.
@@ -82,12 +96,14 @@ impl<B: Backend> Optimizer<B> {
             step: self.updates,
             grad_scale,
         };
-        for (range, decays) in self.groups(&parameters.layout().regions) {
+        for (region, decays) in self.groups(&parameters.layout().regions) {
             let settings = AdamW { weight_decay: if decays { settings.weight_decay } else { 0.0 }, ..settings };
-            let views = parameters.update_views(range.clone());
-            let m = ViewMut::range(&mut self.m, range.clone());
-            let v = ViewMut::range(&mut self.v, range);
-            device.adamw(settings, views.grad, m, v, views.master, views.compute);
+            for range in outside(region, &self.frozen) {
+                let views = parameters.update_views(range.clone());
+                let m = ViewMut::range(&mut self.m, range.clone());
+                let v = ViewMut::range(&mut self.v, range);
+                device.adamw(settings, views.grad, m, v, views.master, views.compute);
+            }
         }
     }
 
@@ -98,9 +114,36 @@ impl<B: Backend> Optimizer<B> {
     }
 }
 
+/// The runs of `region` outside the ranges `cut`, which are ascending and apart.
+fn outside(region: Range<usize>, cut: &[Range<usize>]) -> impl Iterator<Item = Range<usize>> {
+    let mut start = region.start;
+    let ends = cut.iter().cloned().chain(std::iter::once(region.end..region.end));
+    ends.filter_map(move |cut| {
+        let run = start..cut.start.clamp(start, region.end.max(start));
+        start = start.max(cut.end);
+        (!run.is_empty()).then_some(run)
+    })
+}
+
 /// Reads the two squared norms back: the norms' one wait for the device.
 pub fn read_squares<B: Backend>(device: &B, squares: View<'_, B, f64>) -> Result<[f64; 2], DeviceError> {
     let mut host = [0.0; 2];
     device.read_to_host(squares, &mut host)?;
     Ok(host)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_outside_are_what_is_left() {
+        let runs = |region: Range<usize>, cut: &[Range<usize>]| outside(region, cut).collect::<Vec<_>>();
+        assert_eq!(runs(10..20, &[]), [10..20]);
+        assert_eq!(runs(10..20, &[0..5, 12..14, 18..30]), [10..12, 14..18]);
+        assert_eq!(runs(10..20, &[5..12]), [12..20]);
+        assert_eq!(runs(10..20, &[5..25]), Vec::<Range<usize>>::new());
+        assert_eq!(runs(10..20, &[20..25, 30..40]), [10..20]);
+        assert_eq!(runs(10..10, &[0..5]), Vec::<Range<usize>>::new());
+    }
 }

@@ -7,10 +7,12 @@ use std::time::Instant;
 
 use moe_kernels::{Backend, DeviceError};
 
+use crate::checkpoint::Selection;
 use crate::collectives::{CollectiveError, Communicator, Groups, ReduceOp};
 use crate::config::Config;
 use crate::data::{Batch, Loader};
 use crate::exit::{Classified, ExitCode};
+use crate::invalid::InvalidValue;
 use crate::memory::Slot;
 use crate::model::{ModelError, PassTokens, StepSums, Transformer};
 use crate::optimizer::{Optimizer, Schedule, read_squares};
@@ -28,6 +30,9 @@ pub enum StepError {
     /// Another rank or the way to it failed.
     #[error(transparent)]
     Collective(#[from] CollectiveError),
+    /// A setting of training that cannot be.
+    #[error(transparent)]
+    Setting(#[from] InvalidValue),
     /// The loss or the gradient is not a number: the parameters are as they were before the step.
     #[error("step {step}: the {what} is {value}; the parameters are those of step {}", step - 1)]
     NotFinite {
@@ -53,6 +58,7 @@ impl Classified for StepError {
     fn exit_code(&self) -> ExitCode {
         match self {
             Self::Device(_) | Self::NotFinite { .. } => ExitCode::Internal,
+            Self::Setting(error) => error.exit_code(),
             Self::Collective(error) => error.exit_code(),
         }
     }
@@ -111,14 +117,19 @@ pub struct Trainer<B: Backend, C, D> {
     clock: StageClock,
     stage_times: Vec<(Stage, f64)>,
     sums: Slot<B, f64>,
+    selection: Selection,
 }
 
 impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
     /// A trainer of `model`, whose parameters are set already.
-    pub fn new(model: Transformer<B>, groups: Groups<C>, config: &Config, data: D) -> Result<Self, DeviceError> {
+    pub fn new(model: Transformer<B>, groups: Groups<C>, config: &Config, data: D) -> Result<Self, StepError> {
         let device = model.device();
+        let selection = Selection::new(&config.train.freeze, &config.train.trainable)?;
+        let mut optimizer = Optimizer::new(device, &config.optimizer, model.parameters().len())?;
+        optimizer.freeze(selection.frozen_ranges(config.model.family, model.parameters().layout()));
         Ok(Self {
-            optimizer: Optimizer::new(device, &config.optimizer, model.parameters().len())?,
+            optimizer,
+            selection,
             schedule: Schedule::new(config.optimizer.lr, config.train.steps, &config.schedule),
             sums: Slot::new(device, "sums over ranks")?,
             config: config.clone(),
@@ -302,6 +313,7 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         let regions = self.model.parameters().layout().regions.clone();
         let dense = regions.replicated.start..regions.replicated_vectors.end;
         let parameters = self.model.parameters_mut();
+        self.optimizer.clear_frozen(&device, parameters);
         let world = self.groups.world.all_reduce(&device, parameters.grads_mut().slice(dense), ReduceOp::Sum)?;
         let experts = parameters.grads_mut().slice(regions.experts);
         let replica = self.groups.replica.all_reduce(&device, experts, ReduceOp::Sum)?;
@@ -320,6 +332,9 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         let experts = self.config.model.experts;
         let rate = self.config.router.bias_update_rate;
         for (layer, mut bias) in self.model.selection_biases()? {
+            if self.selection.freezes_bias(self.config.model.family, layer) {
+                continue;
+            }
             let index = self.config.model.moe_layers().take_while(|&moe| moe < layer).count();
             let loads = &loads[index * experts..(index + 1) * experts];
             let mean = loads.iter().sum::<f64>() / experts as f64;

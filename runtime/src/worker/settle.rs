@@ -79,15 +79,21 @@ pub(super) fn decide(args: &WorkerArgs, world: usize, kept: &mut Kept) -> Result
     let given = args.run_dir.as_ref().map(RunDir::at);
     let saved = given.as_ref().map(RunDir::saved_config).transpose()?.flatten();
     let newest = match &given {
-        Some(dir) => Store::new(dir.checkpoints(), 0).latest()?.map(|checkpoint| checkpoint.dir().to_owned()),
+        Some(dir) => Store::new(dir.checkpoints(), 0).latest()?,
         None => None,
     };
+    // A model that was brought in and not trained yet: nothing has been computed with the other settings.
+    let untrained = newest.as_ref().is_some_and(|checkpoint| checkpoint.manifest().progress.step == 0);
+    let newest = newest.map(|checkpoint| checkpoint.dir().to_owned());
     let occupied = given.as_ref().filter(|_| saved.is_some() && args.resume == Resume::Never);
     if let Some(dir) = occupied {
         return Err(RunDirError::Occupied { path: dir.path().into() }.into());
     }
     // Without a checkpoint there is nothing to continue: the directory is used again from the start.
-    let base = saved.filter(|_| newest.is_some());
+    let mut base = saved.filter(|_| newest.is_some());
+    if let Some(base) = base.as_mut().filter(|base| untrained && base.schedule.steps == Some(base.train.steps)) {
+        base.schedule.steps = None;
+    }
     let mut builder = args.configure(ConfigBuilder::new());
     if let (Some(base), Some(dir)) = (&base, &given) {
         builder = builder.resume_from(base.clone(), dir.config());
@@ -102,7 +108,7 @@ pub(super) fn decide(args: &WorkerArgs, world: usize, kept: &mut Kept) -> Result
     // A file has reasons of its own why it cannot be read, and those come first.
     let from_file = is_path(name).then(|| tokenizer(name)).transpose()?;
     resolved.validate(world)?;
-    if let (Some(base), Some(dir)) = (&base, &given) {
+    if let (Some(base), Some(dir), false) = (&base, &given, untrained) {
         resolved.config.check_resumes(base, &dir.config())?;
     }
     let tokenizer = from_file.map_or_else(|| tokenizer(name), Ok)?;
