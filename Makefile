@@ -11,7 +11,7 @@ MPIRUN := mpirun --oversubscribe $(if $(filter 0,$(shell id -u)),--allow-run-as-
 
 .PHONY: help
 help: ## Say what there is.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: ## Install the system packages that building and running need.
@@ -35,6 +35,22 @@ test: setup ## Everything CI runs: format, lints, documentation, all tests, runs
 	cargo clippy --package moe-runtime --no-default-features --lib --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
 	cargo test --workspace --locked
+
+VENV := .local/venv
+EXPORTED := target/transformers
+
+# PyTorch for CPUs alone: the other builds are ten times as large.
+$(VENV)/bin/python:
+	python3 -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet torch --index-url https://download.pytorch.org/whl/cpu || $(VENV)/bin/pip install --quiet torch
+	$(VENV)/bin/pip install --quiet "transformers>=5" safetensors numpy
+
+.PHONY: test-transformers
+test-transformers: $(VENV)/bin/python ## Open exported models with Hugging Face transformers and compare logits.
+	rm -rf $(EXPORTED)
+	mkdir -p $(EXPORTED)
+	MOE_EXPORT_DIR=$(CURDIR)/$(EXPORTED) cargo test --package moe-runtime --test conversions --locked -- --ignored folders_for_transformers
+	$(VENV)/bin/python runtime/tests/python/transformers_parity.py $(EXPORTED)
 
 .PHONY: clean
 clean: ## Remove what was built.

@@ -3,31 +3,26 @@
 //! Owns the prompt and the output. The model runs on this process alone, whatever layout it was trained under.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
-use moe_kernels::Cpu;
-use moe_runtime::checkpoint::{Checkpoint, Store};
-use moe_runtime::collectives::{Context, Groups, local};
-use moe_runtime::config::Config;
-use moe_runtime::data::tokenizer;
 use moe_runtime::exit::{ExitCode as Code, Failure};
-use moe_runtime::model::{ModelSetup, Transformer};
-use moe_runtime::topology::{Grid, Rank};
-use moe_runtime::training::{Sampling, generate, load_model};
-use moe_runtime::worker::RunDir;
+use moe_runtime::training::{Sampling, generate};
+
+use crate::place::{Loaded, Place};
 
 const EXAMPLES: &str = "\
 Examples:
   moe-launch generate --checkpoint runs/a --prompt \"ROMEO:\"
-  moe-launch generate --checkpoint runs/a/checkpoints/step-00002000 --tokens 500 --temperature 0.8 --top-k 40";
+  moe-launch generate --checkpoint runs/a/checkpoints/step-00002000 --tokens 500 --temperature 0.8 --top-k 40
+  moe-launch generate --checkpoint exported/ --prompt \"fn main\" --temperature 1 --top-p 0.9 --seed 7";
 
 /// Let a trained model write.
 #[derive(Args)]
 #[command(after_long_help = EXAMPLES)]
 pub(crate) struct GenerateArgs {
-    /// Run directory (its newest checkpoint), or one checkpoint inside it.
+    /// Run directory (its newest checkpoint), one checkpoint inside it, or a Hugging Face folder.
     #[arg(long, value_name = "DIR")]
     checkpoint: PathBuf,
     /// Text to continue.
@@ -42,6 +37,12 @@ pub(crate) struct GenerateArgs {
     /// Draw only from the N likeliest tokens; 0: from all.
     #[arg(long, value_name = "N", default_value_t = 0)]
     top_k: usize,
+    /// Draw only from the likeliest tokens whose probabilities together first reach P; 1: from all.
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    top_p: f64,
+    /// Tokenizer: bytes, or a tokenizer.json. Default: the run's or the folder's own.
+    #[arg(long, value_name = "NAME")]
+    tokenizer: Option<String>,
     /// Seed of the draws.
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
@@ -51,22 +52,19 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<ExitCode, Failure> {
     if !(args.temperature.is_finite() && args.temperature >= 0.0) {
         return Err(Failure::new(Code::Usage, format!("--temperature {}: must be 0 or more", args.temperature)));
     }
-    let (run_dir, checkpoint) = find(&args.checkpoint)?;
-    let Some(config) = RunDir::at(run_dir).saved_config()? else {
-        let message = format!("{}: holds no run: config.toml is missing", run_dir.display());
-        return Err(Failure::new(Code::Usage, message));
-    };
-    let tokenizer = tokenizer(&config.data.tokenizer)?;
-    let prompt: Vec<i32> = tokenizer.encode(&args.prompt).into_iter().map(|id| id as i32).collect();
+    if !(args.top_p > 0.0 && args.top_p <= 1.0) {
+        return Err(Failure::new(Code::Usage, format!("--top-p {}: must be above 0 and at most 1", args.top_p)));
+    }
+    let place = Place::find(&args.checkpoint)?;
+    let tokenizer = place.tokenizer(args.tokenizer.as_deref())?;
+    let prompt: Vec<i32> = tokenizer.encode(&args.prompt)?.into_iter().map(|id| id as i32).collect();
     if prompt.is_empty() {
         return Err(Failure::new(Code::Usage, "--prompt: give at least one character to continue"));
     }
-    let world = local::solo(Context::default());
-    let mut model = model(&config)?;
-    load_model(&mut model, &world, &checkpoint)?;
-    let groups = Groups::of_grid::<Cpu>(world, &model.setup().grid.clone())?;
-    let sampling = Sampling { tokens: args.tokens, temperature: args.temperature, top_k: args.top_k, seed: args.seed };
-    let mut text = Stream { decode: |ids: &[i32]| tokenizer.decode(ids), ids: Vec::new(), shown: 0 };
+    let Loaded { mut model, groups } = place.load(place.window(), 1)?;
+    let &GenerateArgs { tokens, temperature, top_k, top_p, seed, .. } = args;
+    let sampling = Sampling { tokens, temperature, top_k, top_p, seed };
+    let mut text = Stream::after(|ids: &[i32]| tokenizer.decode(ids), &prompt);
     show(&args.prompt)?;
     let mut broken = None;
     let made = generate(&mut model, &groups, &prompt, tokenizer.vocab_size(), sampling, |token| {
@@ -84,47 +82,22 @@ fn show(text: &str) -> Result<(), Failure> {
         .map_err(|error| Failure::new(Code::Io, format!("cannot write: {error}")))
 }
 
-/// The run directory and the checkpoint that a path means.
-fn find(path: &Path) -> Result<(&Path, Checkpoint), Failure> {
-    let store = RunDir::at(path).checkpoints();
-    if store.is_dir() {
-        return match Store::new(store, 0).latest()? {
-            Some(checkpoint) => Ok((path, checkpoint)),
-            None => Err(Failure::new(Code::Usage, format!("{}: has no checkpoint yet", path.display()))),
-        };
-    }
-    let checkpoint = Checkpoint::open(path)?;
-    match path.parent().and_then(Path::parent) {
-        Some(run_dir) => Ok((run_dir, checkpoint)),
-        None => Err(Failure::new(Code::Usage, format!("{}: is not inside a run directory", path.display()))),
-    }
-}
-
-fn model(config: &Config) -> Result<Transformer<Cpu>, Failure> {
-    let experts = if config.model.moe_layers().next().is_some() { config.model.experts } else { 0 };
-    let grid = Grid::new(1, 1, experts).map_err(|error| Failure::new(Code::Internal, error))?;
-    let setup = ModelSetup {
-        model: config.model.clone(),
-        router: config.router.clone(),
-        grid,
-        rank: Rank(0),
-        seed: config.train.seed,
-        chunks: 1,
-        max_sequences: 1,
-        sequence_length: config.train.sequence_length,
-    };
-    Transformer::new(Cpu, setup).map_err(|error| Failure::new(Code::Usage, error))
-}
-
-/// Text that grows by tokens, of which some end inside a character.
+/// Text that grows by tokens, of which some end inside a character, and some have a space in front only behind others.
 struct Stream<F: Fn(&[i32]) -> String> {
     decode: F,
     ids: Vec<i32>,
+    /// Tokens from which on the text is decoded.
+    context: usize,
     /// Tokens already shown.
     shown: usize,
 }
 
 impl<F: Fn(&[i32]) -> String> Stream<F> {
+    /// The text that follows `prompt`.
+    fn after(decode: F, prompt: &[i32]) -> Self {
+        Self { decode, ids: prompt.to_vec(), context: 0, shown: prompt.len() }
+    }
+
     /// The text that `token` completes; None while a character is incomplete, but for `last`.
     fn push(&mut self, token: i32, last: bool) -> Option<String> {
         self.ids.push(token);
@@ -136,13 +109,15 @@ impl<F: Fn(&[i32]) -> String> Stream<F> {
     }
 
     fn take(&mut self, last: bool) -> Option<String> {
-        let text = (self.decode)(&self.ids[self.shown..]);
+        let before = (self.decode)(&self.ids[self.context..self.shown]);
+        let all = (self.decode)(&self.ids[self.context..]);
+        let text = all.get(before.len()..).unwrap_or_default().to_owned();
         // No character has more than four bytes: what stays incomplete longer is none.
         let incomplete = text.ends_with(char::REPLACEMENT_CHARACTER) && self.ids.len() - self.shown < 4;
         if text.is_empty() || (incomplete && !last) {
             return None;
         }
-        self.shown = self.ids.len();
+        (self.context, self.shown) = (self.shown, self.ids.len());
         Some(text)
     }
 }
@@ -152,12 +127,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_space_in_front_of_a_word_is_shown_though_a_text_never_begins_with_one() {
+        let words = ["a", "b", "c"];
+        let decode = |ids: &[i32]| ids.iter().map(|&id| words[id as usize]).collect::<Vec<_>>().join(" ");
+        let mut stream = Stream::after(decode, &[0, 1]);
+        assert_eq!(stream.push(2, false).as_deref(), Some(" c"));
+        assert_eq!(stream.push(0, false).as_deref(), Some(" a"));
+    }
+
+    #[test]
     fn characters_of_several_tokens_are_shown_whole() {
         let decode = |ids: &[i32]| {
             let bytes: Vec<u8> = ids.iter().map(|&id| id as u8).collect();
             String::from_utf8_lossy(&bytes).into_owned()
         };
-        let mut stream = Stream { decode, ids: Vec::new(), shown: 0 };
+        let mut stream = Stream::after(decode, b"x".map(i32::from).as_slice());
         let shown: Vec<_> = "aé€".bytes().map(|byte| stream.push(i32::from(byte), false)).collect();
         assert_eq!(shown, [Some("a".into()), None, Some("é".into()), None, None, Some("€".into())]);
         assert_eq!(stream.finish(), "");

@@ -2,13 +2,18 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod checkpoint;
+mod data;
 mod doctor;
+mod eval;
 mod generate;
 mod machine;
 mod pages;
+mod place;
 mod plan;
 mod run;
 mod status;
+mod tokenizer;
 
 use std::process::ExitCode;
 
@@ -22,7 +27,11 @@ Examples:
   moe-launch plan --preset shakespeare -n 4
   moe-launch run -n 4 -- --preset shakespeare --data input.txt --run-dir runs/a
   moe-launch status --run-dir runs/a
+  moe-launch data prepare --data texts/ --out shards/
+  moe-launch tokenizer train --data texts/ --vocab-size 8192 --out tokenizer.json
   moe-launch generate --checkpoint runs/a --prompt \"ROMEO:\"
+  moe-launch eval --checkpoint runs/a --data held-out.txt
+  moe-launch checkpoint export runs/a --to exported/
   moe-launch bench train --preset moe-15m --device cpu --json
 
 Exit codes: 0 done, 64 wrong usage or configuration, 65 bad input data, 70 internal error, 74 input/output error,
@@ -46,8 +55,16 @@ enum Command {
     Run(run::RunArgs),
     /// Show the ranks, step and loss of a running job.
     Status(status::StatusArgs),
+    /// Prepare text for training, and look into token shards.
+    Data(data::DataArgs),
+    /// Make a tokenizer.
+    Tokenizer(tokenizer::TokenizerArgs),
     /// Let a trained model write.
     Generate(generate::GenerateArgs),
+    /// Measure loss and perplexity of a model on texts.
+    Eval(eval::EvalArgs),
+    /// Look at, check and convert models on disk: inspect, verify, export, import, upcycle, merge.
+    Checkpoint(checkpoint::CheckpointArgs),
     /// Measure speed, as a fraction of what the machine can do.
     Bench(bench::BenchArgs),
     /// Write completions for a shell.
@@ -73,7 +90,11 @@ fn main() -> ExitCode {
         Cli { command: Command::Status(args) } => {
             status::run(&args, &mut std::io::stdout()).map(|()| ExitCode::SUCCESS).map_err(Failure::from)
         }
+        Cli { command: Command::Data(args) } => data::run(&args),
+        Cli { command: Command::Tokenizer(args) } => tokenizer::run(&args),
         Cli { command: Command::Generate(args) } => generate::run(&args),
+        Cli { command: Command::Eval(args) } => eval::run(&args),
+        Cli { command: Command::Checkpoint(args) } => checkpoint::run(&args),
         Cli { command: Command::Bench(args) } => bench::run(&args),
         Cli { command: Command::Completions(args) } => {
             pages::completions(&args, Cli::command(), &mut std::io::stdout())

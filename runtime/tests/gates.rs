@@ -57,7 +57,7 @@ fn every_gate_and_limit_trains_the_same_under_any_layout() {
 /// nothing.
 #[test]
 fn one_hot_expert_and_experts_and_ranks_without_tokens_change_nothing() {
-    let corpus = Corpus { tokens: Tokens::U8(vec![b'e'; 5000].into()), ..text() };
+    let corpus = Corpus::of_tokens(Tokens::U8(vec![b'e'; 5000].into()), "one letter", "");
     for gate in GATES {
         for limit in LIMITS {
             let mut config = small();

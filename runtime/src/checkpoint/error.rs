@@ -146,6 +146,33 @@ pub enum CheckpointError {
         /// The ranks that do not see it, ascending.
         ranks: Vec<Rank>,
     },
+    /// No Hugging Face class of the family computes what the model does.
+    #[error("as {family} the model cannot be written: {}; {advice}", listed(reasons, "reasons"))]
+    NotExpressible {
+        /// The family, by its `model_type`.
+        family: &'static str,
+        /// Each key that stands against it.
+        reasons: Vec<String>,
+        /// What could be done.
+        advice: String,
+    },
+    /// A place to write to holds something already.
+    #[error("{} is there already; remove it or give another folder", path.display())]
+    Exists {
+        /// The place.
+        path: PathBuf,
+    },
+    /// What was read back is not what was to be written.
+    #[error("{} was not written as it should be, and is removed: {}", dir.display(), listed(differences, "differences"))]
+    NotAsRead {
+        /// The folder.
+        dir: PathBuf,
+        /// Each tensor that differs.
+        differences: Vec<String>,
+    },
+    /// A conversion was asked for that cannot be.
+    #[error(transparent)]
+    Asked(#[from] InvalidValue),
     /// Another rank failed.
     #[error("rank {rank}: {message}")]
     Peer {
@@ -178,9 +205,13 @@ pub enum CheckpointError {
 impl Classified for CheckpointError {
     fn exit_code(&self) -> ExitCode {
         match self {
-            Self::NoModel { .. } | Self::NoCheckpoint { .. } | Self::OtherModel { .. } | Self::NotShared { .. } => {
-                ExitCode::Usage
-            }
+            Self::NoModel { .. }
+            | Self::NoCheckpoint { .. }
+            | Self::OtherModel { .. }
+            | Self::NotShared { .. }
+            | Self::NotExpressible { .. }
+            | Self::Exists { .. }
+            | Self::Asked(_) => ExitCode::Usage,
             Self::Peer { exit_code, .. } => ExitCode::of_number(*exit_code),
             Self::Exchange(_) | Self::Device(_) => ExitCode::Internal,
             Self::Collective(error) => error.exit_code(),
@@ -194,7 +225,7 @@ impl Classified for CheckpointError {
             | Self::Tensors { .. }
             | Self::Config { .. }
             | Self::ConfigSizes { .. } => ExitCode::BadData,
-            Self::Io { .. } => ExitCode::Io,
+            Self::Io { .. } | Self::NotAsRead { .. } => ExitCode::Io,
         }
     }
 }
@@ -250,6 +281,16 @@ pub enum TensorFault {
         file: String,
         /// The type on disk.
         found: String,
+    },
+    /// It should be the embedding's own matrix.
+    #[error(
+        "{name} in {file} differs from model.embed_tokens.weight, though config.json says tie_word_embeddings = true"
+    )]
+    Untied {
+        /// The tensor.
+        name: String,
+        /// The file that has it.
+        file: String,
     },
     /// Two files have it.
     #[error("{name} is in two files, {} and {}", files[0], files[1])]

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::CheckpointError;
+use super::{CheckpointError, hf_rope};
 use crate::model::{Family, ModelConfig, QkNorm};
 use crate::routing::{BalanceScope, RouterConfig, RouterKind};
 
@@ -105,7 +105,6 @@ impl FamilyTraits {
 
 fn refuse_unsupported(keys: &Keys<'_>, traits: &FamilyTraits) -> Result<(), CheckpointError> {
     for (key, feature) in [
-        ("tie_word_embeddings", "a head that shares the embedding's weights is not supported"),
         ("attention_bias", "biases in all four attention projections are not supported"),
         ("mlp_bias", "biases in feed-forward layers are not supported"),
     ] {
@@ -160,6 +159,7 @@ fn model_config(keys: &Keys<'_>, traits: &FamilyTraits) -> Result<ModelConfig, C
         None => keys.size("num_key_value_heads")?,
         Some(kv_heads) => kv_heads,
     };
+    let (rope_theta, rope_scaling) = hf_rope::read(keys, traits.rope_theta)?;
     let base = ModelConfig {
         family: traits.family,
         vocab_size: keys.size("vocab_size")?,
@@ -172,7 +172,9 @@ fn model_config(keys: &Keys<'_>, traits: &FamilyTraits) -> Result<ModelConfig, C
         top_k: 0,
         expert_ffn_size: 0,
         qk_norm: traits.qk_norm,
-        rope_theta: rope_theta(keys, traits)?,
+        rope_theta,
+        rope_scaling,
+        tie_embeddings: keys.flag("tie_word_embeddings")?.unwrap_or(false),
         padding_token: padding_token(keys)?,
         norm_eps: keys.number("rms_norm_eps")?.unwrap_or(traits.norm_eps) as f32,
         max_positions: keys.size("max_position_embeddings")?,
@@ -233,65 +235,28 @@ fn experts(keys: &Keys<'_>) -> Result<usize, CheckpointError> {
     }
 }
 
-/// The base of the rotary angles, from the form of transformers 5 or the older one.
-fn rope_theta(keys: &Keys<'_>, traits: &FamilyTraits) -> Result<f64, CheckpointError> {
-    let mut theta = keys.number("rope_theta")?;
-    refuse_partial_rotation(keys)?;
-    for key in ["rope_scaling", "rope_parameters"] {
-        let Some(value) = keys.get(key) else { continue };
-        let Some(map) = value.as_object() else {
-            return Err(keys.refuse(key, "must be an object with rope_type \"default\", or null"));
-        };
-        let nested = Keys { path: keys.path, map, prefix: key };
-        for kind in ["rope_type", "type"] {
-            if nested.get(kind).is_some_and(|value| value != "default") {
-                return Err(nested.refuse(kind, "scaled rotary embeddings are not supported; accepted: \"default\""));
-            }
-        }
-        refuse_partial_rotation(&nested)?;
-        let known =
-            |name: &String| ["rope_type", "type", "rope_theta", "partial_rotary_factor"].contains(&name.as_str());
-        if let Some((name, _)) = map.iter().find(|(name, value)| !known(name) && !value.is_null()) {
-            return Err(nested.refuse(name, "this rotary setting is not supported; accepted: rope_theta, rope_type"));
-        }
-        if let Some(inner) = nested.number("rope_theta")? {
-            if theta.is_some_and(|outer| outer != inner) {
-                return Err(nested.refuse("rope_theta", "contradicts the rope_theta beside it; accepted: one of them"));
-            }
-            theta = Some(inner);
-        }
-    }
-    Ok(theta.unwrap_or(traits.rope_theta))
-}
-
-fn refuse_partial_rotation(keys: &Keys<'_>) -> Result<(), CheckpointError> {
-    if keys.number("partial_rotary_factor")?.is_some_and(|factor| factor != 1.0) {
-        let reason = "rotating part of a head is not supported; accepted: 1.0";
-        return Err(keys.refuse("partial_rotary_factor", reason));
-    }
-    Ok(())
-}
-
 /// Typed access to the keys of one JSON object; null counts as absent.
-struct Keys<'a> {
-    path: &'a Path,
-    map: &'a Map<String, Value>,
+pub(super) struct Keys<'a> {
+    /// The config.json.
+    pub path: &'a Path,
+    /// The object.
+    pub map: &'a Map<String, Value>,
     /// The object's own key; empty at the top.
-    prefix: &'a str,
+    pub prefix: &'a str,
 }
 
 impl Keys<'_> {
-    fn get(&self, key: &str) -> Option<&Value> {
+    pub(super) fn get(&self, key: &str) -> Option<&Value> {
         self.map.get(key).filter(|value| !value.is_null())
     }
 
-    fn refuse(&self, key: &str, reason: impl Into<String>) -> CheckpointError {
+    pub(super) fn refuse(&self, key: &str, reason: impl Into<String>) -> CheckpointError {
         let dotted = if self.prefix.is_empty() { key.to_owned() } else { format!("{}.{key}", self.prefix) };
         let value = self.map.get(key).map_or("absent".to_owned(), Value::to_string);
         CheckpointError::Config { path: PathBuf::from(self.path), key: dotted, value, reason: reason.into() }
     }
 
-    fn optional_size(&self, key: &str) -> Result<Option<usize>, CheckpointError> {
+    pub(super) fn optional_size(&self, key: &str) -> Result<Option<usize>, CheckpointError> {
         let Some(value) = self.get(key) else { return Ok(None) };
         match value.as_u64().and_then(|size| usize::try_from(size).ok()) {
             Some(size) if (1..=most(key)).contains(&size) => Ok(Some(size)),
@@ -299,7 +264,7 @@ impl Keys<'_> {
         }
     }
 
-    fn size(&self, key: &str) -> Result<usize, CheckpointError> {
+    pub(super) fn size(&self, key: &str) -> Result<usize, CheckpointError> {
         let needed =
             || self.refuse(key, format!("this family needs it; accepted: a whole number from 1 to {}", most(key)));
         self.optional_size(key)?.ok_or_else(needed)
@@ -312,12 +277,12 @@ impl Keys<'_> {
         list.ok_or_else(|| self.refuse(key, "accepted: a list of block numbers"))
     }
 
-    fn number(&self, key: &str) -> Result<Option<f64>, CheckpointError> {
+    pub(super) fn number(&self, key: &str) -> Result<Option<f64>, CheckpointError> {
         let number = |value: &Value| value.as_f64().ok_or_else(|| self.refuse(key, "accepted: a number"));
         self.get(key).map(number).transpose()
     }
 
-    fn flag(&self, key: &str) -> Result<Option<bool>, CheckpointError> {
+    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>, CheckpointError> {
         let flag = |value: &Value| value.as_bool().ok_or_else(|| self.refuse(key, "accepted: true or false"));
         self.get(key).map(flag).transpose()
     }
@@ -333,6 +298,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::model::RopeScaling;
 
     /// A config.json of Qwen3-MoE as the hub has it, in the older form.
     fn qwen3() -> Value {
@@ -402,6 +368,29 @@ mod tests {
     }
 
     #[test]
+    fn scaled_rotary_embeddings_are_read_with_what_transformers_takes_for_absent_keys() {
+        let scaling = |value| parse(&with(mixtral(), "rope_scaling", value)).unwrap().model.rope_scaling;
+        let linear = scaling(json!({"type": "linear", "factor": 2.0}));
+        assert_eq!(linear, Some(RopeScaling::Linear { factor: 2.0 }));
+        let llama3 = json!({
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        });
+        let (low_freq_factor, high_freq_factor) = (1.0, 4.0);
+        let expected = RopeScaling::Llama3 { factor: 8.0, low_freq_factor, high_freq_factor, original_positions: 64 };
+        assert_eq!(scaling(llama3), Some(expected));
+        let expected = RopeScaling::Yarn {
+            factor: 4.0,
+            original_positions: 128,
+            attention_factor: None,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            truncate: true,
+        };
+        assert_eq!(scaling(json!({"type": "yarn", "factor": 4.0})), Some(expected));
+    }
+
+    #[test]
     fn sparse_steps_and_dense_layers_are_read() {
         let config = with(with(qwen3(), "decoder_sparse_step", json!(2)), "mlp_only_layers", json!([3, 5]));
         let model = parse(&config).unwrap().model;
@@ -413,14 +402,15 @@ mod tests {
         #[rustfmt::skip]
         let table = [
             ("sliding_window", json!(4096), "sliding_window"),
-            ("rope_scaling", json!({"type": "linear", "factor": 2.0}), "rope_scaling.type"),
-            ("rope_scaling", json!({"rope_type": "llama3", "factor": 8.0}), "rope_scaling.rope_type"),
+            ("rope_scaling", json!({"type": "linear"}), "rope_scaling.factor"),
+            ("rope_scaling", json!({"type": "dynamic", "factor": 2.0}), "rope_scaling.type"),
+            ("rope_scaling", json!({"rope_type": "llama3", "factor": 8.0}), "rope_scaling.low_freq_factor"),
+            ("rope_scaling", json!({"rope_type": "linear", "factor": 0.5}), "rope_scaling.factor"),
             ("rope_scaling", json!({"factor": 8.0}), "rope_scaling.factor"),
             ("rope_scaling", json!("yarn"), "rope_scaling"),
-            ("rope_parameters", json!({"rope_type": "yarn"}), "rope_parameters.rope_type"),
+            ("rope_parameters", json!({"rope_type": "longrope"}), "rope_parameters.rope_type"),
             ("rope_parameters", json!({"partial_rotary_factor": 0.5}), "rope_parameters.partial_rotary_factor"),
             ("partial_rotary_factor", json!(0.5), "partial_rotary_factor"),
-            ("tie_word_embeddings", json!(true), "tie_word_embeddings"),
             ("clip_qkv", json!(8.0), "clip_qkv"),
             ("attention_dropout", json!(0.1), "attention_dropout"),
             ("router_jitter_noise", json!(0.1), "router_jitter_noise"),

@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use moe_kernels::Device;
+use safetensors::Dtype;
 use serde::Deserialize;
 
 use super::error::{TensorFault, TensorFaults};
@@ -66,6 +67,7 @@ impl HfFolder {
         let parts = layout.parts().map(|(part, _)| part);
         faults.extend(folder.faults_of(parts, &promised));
         faults.extend(folder.extra(&layout));
+        faults.extend(folder.untied()?);
         folder.refuse(faults)?;
         Ok(folder)
     }
@@ -87,13 +89,68 @@ impl HfFolder {
     /// A file cannot be read, or the parameters are of another model than the folder's: the parts that do not fit.
     pub fn load_into<B: Device>(&self, device: &B, parameters: &mut Parameters<B>) -> Result<(), CheckpointError> {
         let parts: Vec<Part> = parameters.layout().parts().map(|(part, _)| part.clone()).collect();
+        // All of them before the first is set: a half-filled model helps nobody.
         self.refuse(self.faults_of(parts.iter(), &BTreeMap::new()))?;
         for part in &parts {
-            let name = self.name(part);
-            let Some(&file) = self.places.get(&name) else { unreachable!("checked above") };
-            parameters.set(device, part, &self.files[file].read(&name)?);
+            parameters.set(device, part, &self.read(part)?);
         }
         Ok(())
+    }
+
+    /// The values of a part.
+    ///
+    /// # Errors
+    /// The file cannot be read, or the part is of another model.
+    pub(super) fn read(&self, part: &Part) -> Result<Vec<f32>, CheckpointError> {
+        self.refuse(self.faults_of(std::iter::once(part), &BTreeMap::new()))?;
+        let name = self.name(part);
+        self.files[self.places[&name]].read(&name)
+    }
+
+    /// Where it is.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Its tensors in the order of their names, with type and shape.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, Dtype, &[usize])> {
+        self.places.iter().filter_map(|(name, &file)| {
+            let info = self.files[file].info(name)?;
+            Some((name.as_str(), info.dtype, info.shape.as_slice()))
+        })
+    }
+
+    /// The file that has a tensor.
+    pub fn file_of(&self, name: &str) -> Option<String> {
+        self.places.get(name).map(|&file| file_name(self.files[file].path()))
+    }
+
+    /// The tensors with a value that is not a finite number. `on_tensor` hears how many of all are read.
+    ///
+    /// # Errors
+    /// A file cannot be read.
+    pub fn not_finite(&self, on_tensor: &mut dyn FnMut(usize, usize)) -> Result<Vec<String>, CheckpointError> {
+        let mut names = Vec::new();
+        for (done, (name, &file)) in self.places.iter().enumerate() {
+            if self.files[file].read(name)?.iter().any(|value| !value.is_finite()) {
+                names.push(name.clone());
+            }
+            on_tensor(done + 1, self.places.len());
+        }
+        Ok(names)
+    }
+
+    /// The bytes of a tensor as they are stored.
+    ///
+    /// # Errors
+    /// There is no such tensor, or its file cannot be read.
+    pub(super) fn stored(&self, name: &str) -> Result<Vec<u8>, CheckpointError> {
+        let missing = TensorFault::Missing { name: name.to_owned(), expected: Vec::new(), promised: None };
+        let file = self.places.get(name).map(|&file| &self.files[file]);
+        match file.and_then(|file| Some((file, file.info(name)?))) {
+            Some((file, info)) => file.bytes_of(info),
+            None => self.refuse(vec![missing]).map(|()| Vec::new()),
+        }
     }
 
     fn name(&self, part: &Part) -> String {
@@ -152,13 +209,28 @@ impl HfFolder {
     /// Tensors in the files that the model does not have.
     fn extra(&self, layout: &Layout) -> Vec<TensorFault> {
         let known: BTreeSet<String> = layout.parts().map(|(part, _)| self.name(part)).collect();
-        let extra = self.places.iter().filter(|(name, _)| !known.contains(*name) && !names::is_derived(name));
+        let copied = |name: &str| self.config.model.tie_embeddings && name == names::HEAD;
+        let extra =
+            self.places.iter().filter(|(name, _)| !known.contains(*name) && !names::is_derived(name) && !copied(name));
         let fault = |(name, &file): (&String, &usize)| {
             let file = &self.files[file];
             let shape = file.info(name).map(|info| info.shape.clone()).unwrap_or_default();
             TensorFault::Extra { name: name.clone(), file: file_name(file.path()), shape }
         };
         extra.map(fault).collect()
+    }
+}
+
+impl HfFolder {
+    /// A head that config.json calls the embedding and that is another matrix.
+    fn untied(&self) -> Result<Option<TensorFault>, CheckpointError> {
+        let written = [names::EMBEDDING, names::HEAD].map(|name| self.places.contains_key(name));
+        if !self.config.model.tie_embeddings || written != [true, true] {
+            return Ok(None);
+        }
+        let same = self.stored(names::EMBEDDING)? == self.stored(names::HEAD)?;
+        let file = file_name(self.files[self.places[names::HEAD]].path());
+        Ok((!same).then(|| TensorFault::Untied { name: names::HEAD.to_owned(), file }))
     }
 }
 
@@ -182,7 +254,6 @@ fn file_name(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use moe_kernels::Cpu;
-    use safetensors::Dtype;
     use safetensors::tensor::TensorView;
     use serde_json::json;
 

@@ -147,8 +147,8 @@ impl Checkpoint {
     }
 }
 
-/// Reads tensors by name, opening each file once.
-struct Reader<'a> {
+/// Reads tensors by name, opening each file once. Hashes are not compared here.
+pub(super) struct Reader<'a> {
     checkpoint: &'a Checkpoint,
     /// Which file has a tensor.
     places: BTreeMap<&'a str, &'a str>,
@@ -156,7 +156,8 @@ struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    fn new(checkpoint: &'a Checkpoint) -> Self {
+    /// A reader of a checkpoint that is open.
+    pub(super) fn new(checkpoint: &'a Checkpoint) -> Self {
         let files = checkpoint.manifest.files.iter();
         let places =
             files.flat_map(|file| file.tensors.iter().map(|tensor| (tensor.name.as_str(), file.name.as_str())));
@@ -166,10 +167,13 @@ impl<'a> Reader<'a> {
     fn fill<B: Device>(&mut self, device: &B, target: Target<'_, B>) -> Result<(), CheckpointError> {
         let Target { parameters, mut moments, .. } = target;
         let parts: Vec<Part> = parameters.layout().parts().map(|(part, _)| part.clone()).collect();
+        // A model that was never trained here has none; they start as zeros, which the target's are before it is filled.
+        let without_moments = self.checkpoint.manifest.progress.optimizer_step == 0
+            && !self.places.keys().any(|name| name.starts_with(FIRST_MOMENT) || name.starts_with(SECOND_MOMENT));
         for part in &parts {
             let name = names::tensor_name(self.checkpoint.manifest.model.family, part.id);
             parameters.set(device, part, &self.read(&name, &part.shape)?);
-            if let Some(moments) = &mut moments {
+            if let Some(moments) = moments.as_mut().filter(|_| !without_moments) {
                 for (prefix, buffer) in [(FIRST_MOMENT, &mut *moments.m), (SECOND_MOMENT, &mut *moments.v)] {
                     let values = self.read(&format!("{prefix}{name}"), &part.shape)?;
                     device.upload(&values, ViewMut::range(buffer, part.range.clone()));
@@ -179,7 +183,14 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    fn router_biases(&mut self) -> Result<Vec<(usize, Vec<f32>)>, CheckpointError> {
+    /// The values of a part of the model.
+    pub(super) fn read_part(&mut self, part: &Part) -> Result<Vec<f32>, CheckpointError> {
+        let name = names::tensor_name(self.checkpoint.manifest.model.family, part.id);
+        self.read(&name, &part.shape)
+    }
+
+    /// Selection biases: (block, `[E]`).
+    pub(super) fn router_biases(&mut self) -> Result<Vec<(usize, Vec<f32>)>, CheckpointError> {
         let Manifest { model, files, .. } = &self.checkpoint.manifest;
         let mut biases = Vec::new();
         for tensor in files.iter().flat_map(|file| &file.tensors) {

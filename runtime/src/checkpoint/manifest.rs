@@ -117,21 +117,30 @@ impl Manifest {
     /// Where the model of the checkpoint and that of a run differ: `model.heads: 4 in the checkpoint, 8 in this run`. Compared
     /// is what decides which function the parameters compute; how they were initialised and the losses' coefficients may change.
     pub(super) fn differences(&self, model: &ModelConfig, router: &RouterConfig) -> Vec<String> {
-        let mut differences = Vec::new();
-        let model_key = |key: &str| key != "init_std";
-        compare("model", (&self.model, model), model_key, &mut differences);
-        let router_key = |key: &str| matches!(key, "kind" | "renormalize" | "weight_scale");
-        compare("router", (&self.router, router), router_key, &mut differences);
-        differences
+        model_differences((&self.model, &self.router), (model, router), ("the checkpoint", "this run"))
     }
+}
+
+/// Where two models differ in which function their parameters compute: key and both values, each with where it is from.
+pub(super) fn model_differences(
+    (model, router): (&ModelConfig, &RouterConfig),
+    (other_model, other_router): (&ModelConfig, &RouterConfig),
+    places: (&str, &str),
+) -> Vec<String> {
+    let model_key = |key: &str| key != "init_std";
+    let mut differences = compare("model", (model, other_model), model_key, places);
+    let router_key = |key: &str| matches!(key, "kind" | "renormalize" | "weight_scale");
+    differences.extend(compare("router", (router, other_router), router_key, places));
+    differences
 }
 
 fn compare<T: Serialize>(
     table: &str,
     (ours, theirs): (&T, &T),
     matters: impl Fn(&str) -> bool,
-    differences: &mut Vec<String>,
-) {
+    (here, there): (&str, &str),
+) -> Vec<String> {
+    let mut differences = Vec::new();
     let (Ok(Value::Object(ours)), Ok(Value::Object(theirs))) =
         (serde_json::to_value(ours), serde_json::to_value(theirs))
     else {
@@ -139,9 +148,10 @@ fn compare<T: Serialize>(
     };
     for (key, ours) in ours.iter().filter(|(key, _)| matters(key)) {
         if let Some(theirs) = theirs.get(key).filter(|theirs| *theirs != ours) {
-            differences.push(format!("{table}.{key}: {ours} in the checkpoint, {theirs} in this run"));
+            differences.push(format!("{table}.{key}: {ours} in {here}, {theirs} in {there}"));
         }
     }
+    differences
 }
 
 /// Bytes as hexadecimal digits.

@@ -4,15 +4,19 @@
 //! neither when to save nor what to resume.
 
 mod agree;
+pub mod convert;
 mod error;
 pub mod hf_config;
+mod hf_rope;
 pub mod import;
 mod load;
 pub mod manifest;
 pub mod names;
 mod save;
+mod selection;
 mod store;
 mod tensor_file;
+mod tensor_writer;
 
 pub use error::{CheckpointError, TensorFault, TensorFaults};
 pub use hf_config::HfConfig;
@@ -20,4 +24,5 @@ pub use import::HfFolder;
 pub use load::{Checkpoint, MomentsMut, Restored, Target};
 pub use manifest::{Manifest, Progress};
 pub use save::{Moments, TrainingState};
+pub use selection::Selection;
 pub use store::{Store, probe_shared};

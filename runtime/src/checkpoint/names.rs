@@ -18,6 +18,11 @@ pub const FIRST_MOMENT: &str = "optimizer.m.";
 /// Stands before a tensor's name in that of its second moment.
 pub const SECOND_MOMENT: &str = "optimizer.v.";
 
+/// The embedding's name, in every family.
+pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
+/// The head's name, in every family.
+pub(super) const HEAD: &str = "lm_head.weight";
+
 /// Which module a name is inside.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Place {
@@ -32,9 +37,9 @@ enum Place {
 }
 
 const NAMES: [(PartKind, Place, &str); 27] = [
-    (PartKind::Embedding, Place::Model, "model.embed_tokens.weight"),
+    (PartKind::Embedding, Place::Model, EMBEDDING),
     (PartKind::FinalNorm, Place::Model, "model.norm.weight"),
-    (PartKind::Head, Place::Model, "lm_head.weight"),
+    (PartKind::Head, Place::Model, HEAD),
     (PartKind::AttentionNorm, Place::Block, "input_layernorm.weight"),
     (PartKind::Query, Place::Block, "self_attn.q_proj.weight"),
     (PartKind::Key, Place::Block, "self_attn.k_proj.weight"),

@@ -4,19 +4,18 @@
 //! so that the same state gives the same bytes whatever the layout that writes it. When and where to save is not decided here.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use moe_kernels::Device;
-use sha2::{Digest, Sha256};
+use safetensors::Dtype;
 
 use super::CheckpointError;
 use super::agree::{SlowPhase, agree, gather};
-use super::manifest::{FileEntry, Manifest, Progress, TensorEntry, hex};
+use super::manifest::{FileEntry, Manifest, Progress};
 use super::names::{self, FIRST_MOMENT, SECOND_MOMENT};
 use super::store::Store;
-use super::tensor_file::{encode, header_of};
+use super::tensor_file::encode;
+use super::tensor_writer::write_tensors;
 use crate::collectives::Communicator;
 use crate::model::layout::{Ownership, Part, PartId, PartKind};
 use crate::model::{ModelConfig, Parameters, parameters};
@@ -113,15 +112,14 @@ fn plan<'a, B: Device>(state: &'a TrainingState<'_, B>, grid: &Grid, rank: Rank)
         if !mine {
             continue;
         }
-        let of_expert = part.id.expert.map_or(String::new(), |expert| format!(".expert-{expert:05}"));
         let name = names::tensor_name(family, part.id);
         let mut add = |file: String, name: String, source| {
             files.entry(file).or_default().push(Planned { name, shape: part.shape.clone(), source });
         };
-        let optimizer = format!("optimizer{of_expert}.safetensors");
+        let optimizer = file_of("optimizer", part.id);
         add(optimizer.clone(), format!("{FIRST_MOMENT}{name}"), Source::FirstMoment(part));
         add(optimizer, format!("{SECOND_MOMENT}{name}"), Source::SecondMoment(part));
-        add(format!("model{of_expert}.safetensors"), name, Source::Parameter(part));
+        add(file_of("model", part.id), name, Source::Parameter(part));
     }
     if rank == Rank(0) {
         let file = files.entry("model.safetensors".to_owned()).or_default();
@@ -134,6 +132,12 @@ fn plan<'a, B: Device>(state: &'a TrainingState<'_, B>, grid: &Grid, rank: Rank)
     files
 }
 
+/// The file of a part among those whose names begin with `prefix`.
+pub(super) fn file_of(prefix: &str, id: PartId) -> String {
+    let of_expert = id.expert.map_or(String::new(), |expert| format!(".expert-{expert:05}"));
+    format!("{prefix}{of_expert}.safetensors")
+}
+
 fn write_files<B: Device>(
     device: &B,
     state: &TrainingState<'_, B>,
@@ -141,24 +145,8 @@ fn write_files<B: Device>(
     plan: &BTreeMap<String, Vec<Planned<'_>>>,
 ) -> Result<Vec<FileEntry>, CheckpointError> {
     let write = |(name, tensors): (&String, &Vec<Planned<'_>>)| {
-        let path = dir.join(name);
-        let file = File::create_new(&path).map_err(CheckpointError::io("create", &path))?;
-        let mut out = Hashing { file: BufWriter::new(file), hash: Sha256::new(), bytes: 0 };
-        let failed = CheckpointError::io;
-        let header = header_of(tensors.iter().map(|tensor| (tensor.name.as_str(), tensor.shape.as_slice())));
-        out.write(&header).map_err(failed("write", &path))?;
-        // One tensor at a time in host memory, never the model.
-        for tensor in tensors {
-            let values = state.values(device, &tensor.source)?;
-            out.write(&encode(&values)).map_err(failed("write", &path))?;
-        }
-        let (bytes, sha256) = out.finish().map_err(failed("write", &path))?;
-        let entry = |tensor: &Planned<'_>| TensorEntry {
-            name: tensor.name.clone(),
-            dtype: "F32".to_owned(),
-            shape: tensor.shape.clone(),
-        };
-        Ok(FileEntry { name: name.clone(), bytes, sha256, tensors: tensors.iter().map(entry).collect() })
+        let list = tensors.iter().map(|tensor| (tensor.name.as_str(), tensor.shape.as_slice())).collect::<Vec<_>>();
+        write_tensors(dir, name, Dtype::F32, &list, |at| Ok(encode(&state.values(device, &tensors[at].source)?)))
     };
     plan.iter().map(write).collect()
 }
@@ -171,27 +159,5 @@ impl<B: Device> TrainingState<'_, B> {
             Source::SecondMoment(part) => parameters::read(device, self.moments.v, part)?,
             Source::Bias(bias) => bias.to_vec(),
         })
-    }
-}
-
-/// A file whose hash is known as soon as it is written.
-struct Hashing {
-    file: BufWriter<File>,
-    hash: Sha256,
-    bytes: u64,
-}
-
-impl Hashing {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
-        self.hash.update(bytes);
-        self.bytes += bytes.len() as u64;
-        self.file.write_all(bytes)
-    }
-
-    /// Flushes to the disk: (length, hash).
-    fn finish(self) -> std::io::Result<(u64, String)> {
-        let file = self.file.into_inner().map_err(|error| error.into_error())?;
-        file.sync_all()?;
-        Ok((self.bytes, hex(&self.hash.finalize())))
     }
 }

@@ -92,11 +92,19 @@ impl TensorFile {
             reason: format!("it has no tensor {name} of a type that can be read"),
         };
         let info = self.header.info(name).filter(|info| readable(info.dtype)).ok_or_else(missing)?;
+        Ok(decode(info.dtype, &self.bytes_of(info)?))
+    }
+
+    /// The bytes of a tensor, whatever its type; `info` is from this file.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub(super) fn bytes_of(&self, info: &TensorInfo) -> Result<Vec<u8>, CheckpointError> {
         let (start, end) = info.data_offsets;
         let mut bytes = vec![0; end - start];
         let at = self.data_start + start as u64;
         self.file.read_exact_at(&mut bytes, at).map_err(CheckpointError::io("read", &self.path))?;
-        Ok(decode(info.dtype, &bytes))
+        Ok(bytes)
     }
 }
 
@@ -122,14 +130,14 @@ pub(super) fn readable(dtype: Dtype) -> bool {
 /// The types of [`readable`], for messages.
 pub(super) const READABLE: &str = "F32, BF16 or F16";
 
-/// The header of a safetensors file with these f32 tensors, in this order, with its length before it. The same tensors give
-/// the same bytes.
-pub(super) fn header_of<'a>(tensors: impl IntoIterator<Item = (&'a str, &'a [usize])>) -> Vec<u8> {
+/// The header of a safetensors file with these tensors of one type, in this order, with its length before it. The same tensors
+/// give the same bytes.
+pub(super) fn header_of<'a>(dtype: Dtype, tensors: impl IntoIterator<Item = (&'a str, &'a [usize])>) -> Vec<u8> {
     let mut end = 0;
     let infos = tensors.into_iter().map(|(name, shape)| {
         let start = end;
-        end += shape.iter().product::<usize>() * size_of::<f32>();
-        (name.to_owned(), TensorInfo { dtype: Dtype::F32, shape: shape.to_vec(), data_offsets: (start, end) })
+        end += shape.iter().product::<usize>() * dtype.bitsize() / 8;
+        (name.to_owned(), TensorInfo { dtype, shape: shape.to_vec(), data_offsets: (start, end) })
     });
     // transformers opens only files that say which framework's tensors they hold.
     let framework = HashMap::from([("format".to_owned(), "pt".to_owned())]);
@@ -192,7 +200,7 @@ mod tests {
     #[test]
     fn what_is_written_here_is_what_the_library_reads() {
         let (a, b) = ([1.0, -2.5, f32::MIN_POSITIVE, 3.0], [7.0]);
-        let mut bytes = header_of([("b", [2, 2].as_slice()), ("a", [1].as_slice())]);
+        let mut bytes = header_of(Dtype::F32, [("b", [2, 2].as_slice()), ("a", [1].as_slice())]);
         bytes.extend(encode(&a));
         bytes.extend(encode(&b));
         let read = safetensors::SafeTensors::deserialize(&bytes).unwrap();
@@ -235,7 +243,7 @@ mod tests {
 
     #[test]
     fn each_way_a_file_can_be_broken_has_its_own_error() {
-        let mut whole = header_of([("a", [4].as_slice())]);
+        let mut whole = header_of(Dtype::F32, [("a", [4].as_slice())]);
         whole.extend(encode(&[1.0; 4]));
         let opened = |bytes: &[u8]| {
             let (_dir, path) = file(bytes);

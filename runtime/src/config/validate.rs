@@ -5,8 +5,11 @@
 
 use std::time::Duration;
 
-use super::{Config, RunConfig};
+use super::{Config, DataConfig, RunConfig};
+use crate::checkpoint::Selection;
+use crate::data::{is_path, tokenizer};
 use crate::invalid::InvalidValue;
+use crate::model::layout::Layout;
 
 /// The longest wait a collective can be given: a week.
 const LONGEST_TIMEOUT_S: f64 = 7.0 * 24.0 * 3600.0;
@@ -20,6 +23,7 @@ impl Config {
     pub fn validate(&self, world: usize) -> Result<(), InvalidValue> {
         self.validate_data()?;
         self.model.validate(&self.router)?;
+        self.validate_selection()?;
         self.validate_parallel(world)?;
         self.validate_optimizer()?;
         self.validate_schedule()?;
@@ -33,22 +37,68 @@ impl Config {
     }
 
     fn validate_data(&self) -> Result<(), InvalidValue> {
-        let name = &self.data.tokenizer;
-        let Ok(tokenizer) = crate::data::tokenizer(name) else {
-            return Err(InvalidValue::new("data.tokenizer", format!("{name:?}"), "must be \"bytes\""));
-        };
-        let (vocabulary, needed) = (self.model.vocab_size, tokenizer.vocab_size());
-        if vocabulary < needed {
-            let reason =
-                format!("data.tokenizer = {name:?} makes {needed} different tokens; set it to {needed} or more");
-            return Err(InvalidValue::new("model.vocab_size", vocabulary, reason));
+        let (data, vocabulary) = (&self.data, self.model.vocab_size);
+        let name = &data.tokenizer;
+        // The vocabulary of a file is compared where the file is read for its tokens; here it decided `model.vocab_size`, or could
+        // not be read.
+        if !is_path(name) || vocabulary == 0 {
+            let tokenizer = tokenizer(name)
+                .map_err(|error| InvalidValue::new("data.tokenizer", format!("{name:?}"), error.to_string()))?;
+            let needed = tokenizer.vocab_size();
+            if vocabulary < needed {
+                let reason =
+                    format!("data.tokenizer = {name:?} makes {needed} different tokens; set it to {needed} or more");
+                return Err(InvalidValue::new("model.vocab_size", vocabulary, reason));
+            }
         }
-        let fraction = self.data.validation_fraction;
+        let fraction = data.validation_fraction;
         if !(0.0..1.0).contains(&fraction) {
             let reason = "must be at least 0 and below 1: the share of the text that is held out";
             return Err(InvalidValue::new("data.validation_fraction", fraction, reason));
         }
+        if data.text_field.is_empty() {
+            let reason = "must be the name of the field that holds a record's text, as \"text\"";
+            return Err(InvalidValue::new("data.text_field", "\"\"", reason));
+        }
+        self.validate_sources()
+    }
+
+    fn validate_sources(&self) -> Result<(), InvalidValue> {
+        let DataConfig { sources, paths, validation_paths, .. } = &self.data;
+        if !sources.is_empty() && !paths.is_empty() {
+            let reason = "is set beside data.sources; give either paths or named sources";
+            return Err(InvalidValue::new("data.paths", format!("{paths:?}"), reason));
+        }
+        if sources.is_empty() && paths.is_empty() && !validation_paths.is_empty() {
+            let reason = "there is nothing beside it to train on; set data.paths or data.sources as well";
+            return Err(InvalidValue::new("data.validation_paths", format!("{validation_paths:?}"), reason));
+        }
+        let weighted = sources.values().filter(|source| source.weight.is_some()).count();
+        for (name, source) in sources {
+            let key = |field: &str| format!("data.sources.{name}.{field}");
+            if source.paths.is_empty() {
+                return Err(InvalidValue::new(&key("paths"), "[]", "must name at least one file or directory"));
+            }
+            match source.weight {
+                Some(weight) if !(weight.is_finite() && weight > 0.0) => {
+                    return Err(InvalidValue::new(&key("weight"), weight, "must be a positive number"));
+                }
+                None if weighted > 0 => {
+                    let reason = "other sources have a weight; give every source one, or none of them";
+                    return Err(InvalidValue::new(&key("weight"), "not set", reason));
+                }
+                _ => {}
+            }
+        }
         Ok(())
+    }
+
+    fn validate_selection(&self) -> Result<(), InvalidValue> {
+        let selection = Selection::new(&self.train.freeze, &self.train.trainable)?;
+        if selection.is_all() {
+            return Ok(());
+        }
+        selection.check(self.model.family, &Layout::new(&self.model, &self.router, 0..self.model.experts))
     }
 
     fn validate_parallel(&self, world: usize) -> Result<(), InvalidValue> {
@@ -155,14 +205,31 @@ fn countable(key: &str, value: u64) -> Result<(), InvalidValue> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::SourceConfig;
+
+    fn source(weight: Option<f64>) -> SourceConfig {
+        SourceConfig { paths: vec!["a.txt".into()], weight }
+    }
 
     #[test]
     fn each_impossible_value_is_refused_by_its_key() {
         type Break = fn(&mut Config);
-        let table: [(&str, Break); 33] = [
+        let table: [(&str, Break); 42] = [
             ("data.tokenizer", |c| c.data.tokenizer = "words".into()),
             ("data.validation_fraction", |c| c.data.validation_fraction = 1.0),
             ("data.validation_fraction", |c| c.data.validation_fraction = f64::NAN),
+            ("data.tokenizer", |c| (c.data.tokenizer, c.model.vocab_size) = ("absent/tokenizer.json".into(), 0)),
+            ("data.text_field", |c| c.data.text_field.clear()),
+            ("data.validation_paths", |c| c.data.validation_paths = vec!["v.txt".into()]),
+            ("data.paths", |c| {
+                c.data.paths.push("a".into());
+                c.data.sources.insert("web".into(), source(None));
+            }),
+            ("data.sources.web.paths", |c| drop(c.data.sources.insert("web".into(), SourceConfig::default()))),
+            ("data.sources.web.weight", |c| drop(c.data.sources.insert("web".into(), source(Some(0.0))))),
+            ("data.sources.web.weight", |c| {
+                c.data.sources.extend([("code".into(), source(Some(1.0))), ("web".into(), source(None))]);
+            }),
             ("model.vocab_size", |c| c.model.vocab_size = 255),
             ("model.top_k", |c| c.model.top_k = 9),
             ("router.balance_coefficient", |c| c.router.balance_coefficient = -1.0),
@@ -189,6 +256,8 @@ mod tests {
             ("train.micro_batch", |c| c.train.micro_batch = Some(1 << 40)),
             ("train.sequence_length", |c| c.train.sequence_length = 0),
             ("train.sequence_length", |c| c.train.sequence_length = 4097),
+            ("train.freeze", |c| c.train.freeze = vec!["model.layers.7.*".into()]),
+            ("train.trainable", |c| c.train.trainable = vec!["[".into()]),
             ("train.keep_checkpoints", |c| c.train.keep_checkpoints = 0),
             ("train.log_every", |c| c.train.log_every = 0),
             ("run.collective_timeout_s", |c| c.run.collective_timeout_s = 0.0),

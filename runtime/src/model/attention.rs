@@ -9,6 +9,7 @@ use moe_kernels::{
 use super::config::{ModelConfig, QkNorm};
 use super::layout::{BlockTensors, TensorId};
 use super::parameters::{Gradients, Weights};
+use super::rotary::Frequencies;
 use crate::memory::{Kind, Slot, Tally};
 
 /// Rotary tables `[S, D/2]`, shared by all blocks.
@@ -25,17 +26,15 @@ impl<B: Backend> RotaryTables<B> {
         tally.add(Kind::Activations, [self.cos.bytes(), self.sin.bytes()]);
     }
 
-    /// Tables for `positions` positions: angle of pair i at position s is `s · theta^(−2i/D)`.
+    /// Tables for `positions` positions.
     pub(super) fn new(device: &B, config: &ModelConfig, positions: usize) -> Result<Self, DeviceError> {
         let half = config.head_width() / 2;
-        let angle = |i: usize| {
-            let (s, pair) = (i / half, i % half);
-            s as f64 / config.rope_theta.powf(pair as f64 / half as f64)
-        };
+        let Frequencies { radians, amplitude } = Frequencies::of(config);
+        let angle = |i: usize| (i / half) as f64 * radians[i % half];
         let table = |what, f: fn(f64) -> f64| {
             let mut slot = Slot::new(device, what)?;
             slot.reserve(device, positions * half)?;
-            let values: Vec<f32> = (0..positions * half).map(|i| f(angle(i)) as f32).collect();
+            let values: Vec<f32> = (0..positions * half).map(|i| (amplitude * f(angle(i))) as f32).collect();
             device.upload(&values, slot.view_mut(values.len()));
             Ok(slot)
         };

@@ -4,6 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::rotary::RopeScaling;
 use crate::invalid::InvalidValue;
 use crate::routing::RouterConfig;
 
@@ -77,6 +78,10 @@ pub struct ModelConfig {
     pub qkv_bias: bool,
     /// Base of the rotary angles.
     pub rope_theta: f64,
+    /// How they are stretched for longer texts; absent: not at all.
+    pub rope_scaling: Option<RopeScaling>,
+    /// Whether the head's weights are the embedding's.
+    pub tie_embeddings: bool,
     /// Added to the mean square in every norm.
     pub norm_eps: f32,
     /// Longest sequence the model is meant for.
@@ -108,6 +113,8 @@ impl Default for ModelConfig {
             qk_norm: QkNorm::None,
             qkv_bias: false,
             rope_theta: 10_000.0,
+            rope_scaling: None,
+            tie_embeddings: false,
             norm_eps: 1e-5,
             max_positions: 4096,
             padding_token: None,
@@ -185,6 +192,9 @@ impl ModelConfig {
             if !(value.is_finite() && value > 0.0) {
                 return Err(InvalidValue::new(key, value, "must be a positive number"));
             }
+        }
+        if let Some(scaling) = &self.rope_scaling {
+            scaling.validate()?;
         }
         if let Some(&layer) = self.dense_layers.iter().find(|&&layer| layer >= self.layers) {
             let reason = format!("there is no block {layer}: blocks are numbered 0 to {}", self.layers - 1);

@@ -189,7 +189,7 @@ pub struct Layout {
     pub embedding: TensorId,
     /// `[H]`.
     pub final_norm: TensorId,
-    /// `[V, H]`.
+    /// `[V, H]`; the embedding itself where the two are tied.
     pub head: TensorId,
     /// Blocks, in order.
     pub blocks: Vec<BlockTensors>,
@@ -206,7 +206,8 @@ impl Layout {
         let embedding = build.whole(PartKind::Embedding, None, &[v, h], std);
         let blocks = (0..config.layers).map(|layer| build.block(layer, router, local_experts.clone())).collect();
         let final_norm = build.whole(PartKind::FinalNorm, None, &[h], Init::Ones);
-        let head = build.whole(PartKind::Head, None, &[v, h], std);
+        let tied = config.tie_embeddings;
+        let head = if tied { embedding } else { build.whole(PartKind::Head, None, &[v, h], std) };
         let mut tensors = build.tensors;
         let regions = assign_offsets(&mut tensors);
         Self { tensors, embedding, final_norm, head, blocks, regions }
@@ -402,6 +403,13 @@ mod tests {
         expected.sort();
         found.sort();
         assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn a_tied_head_is_the_embedding_and_no_part_of_its_own() {
+        let tied = Layout::new(&ModelConfig { tie_embeddings: true, ..config() }, &RouterConfig::default(), 0..8);
+        assert_eq!(tied.head, tied.embedding);
+        assert!(tied.parts().all(|(part, _)| part.id.kind != PartKind::Head));
     }
 
     #[test]

@@ -11,11 +11,13 @@ mod head;
 pub mod layout;
 mod moe;
 pub mod parameters;
+pub mod rotary;
 mod transformer;
 
 pub use config::{Family, ModelConfig, QkNorm};
 pub use head::logits_rows;
 pub use parameters::Parameters;
+pub use rotary::RopeScaling;
 pub use transformer::{LogitsOf, ModelSetup, PassTokens, StepSums, Transformer};
 
 use crate::collectives::CollectiveError;

@@ -93,6 +93,8 @@ pub struct Transformer<B: Backend> {
     scratch: Scratch<B>,
     /// `[2]`: Σ losses, dropped choices.
     totals: Slot<B, f64>,
+    /// `[H]`: the padding token's gradient before the embedding adds its share.
+    padding_grad: Slot<B, f32>,
 }
 
 const LOSS: std::ops::Range<usize> = 0..1;
@@ -123,6 +125,7 @@ impl<B: Backend> Transformer<B> {
                 dbranch: Slot::new(&device, "branch gradients")?,
             },
             totals,
+            padding_grad: Slot::new(&device, "gradient of the padding token")?,
             parameters: Parameters::new(&device, layout)?,
             setup,
             device,
@@ -155,7 +158,7 @@ impl<B: Backend> Transformer<B> {
     pub fn tally(&self, tally: &mut Tally) {
         self.parameters.tally(tally);
         self.rotary.tally(tally);
-        tally.add(Kind::Activations, [self.ids.bytes(), self.totals.bytes()]);
+        tally.add(Kind::Activations, [self.ids.bytes(), self.totals.bytes(), self.padding_grad.bytes()]);
         tally.add(Kind::Activations, self.stream.iter().map(Slot::bytes));
         for block in &self.blocks {
             block.tally(tally);
@@ -210,9 +213,16 @@ impl<B: Backend> Transformer<B> {
         let embedding = self.parameters.layout().embedding;
         let (_, mut gradients) = self.parameters.split();
         let dstream = self.scratch.dstream.view(t * h);
+        let padding = self.setup.model.padding_token.map(|token| token * h..(token + 1) * h);
+        if let Some(row) = &padding {
+            // Not zero where the head is tied: only the embedding's share is left out.
+            self.padding_grad.reserve(&self.device, h)?;
+            let row = gradients.get(embedding).slice(row.clone());
+            self.device.copy(row.as_view(), self.padding_grad.view_mut(h));
+        }
         self.device.embedding_grad(h, self.ids.view(t), dstream, gradients.get(embedding));
-        if let Some(token) = self.setup.model.padding_token {
-            self.device.fill(gradients.get(embedding).slice(token * h..(token + 1) * h), 0.0);
+        if let Some(row) = padding {
+            self.device.copy(self.padding_grad.view(h), gradients.get(embedding).slice(row));
         }
         clock.lap(Stage::Embedding);
         Ok(())

@@ -25,6 +25,8 @@ pub struct Optimizer<B: Backend> {
     m: B::Buffer<f32>,
     v: B::Buffer<f32>,
     updates: u64,
+    /// Stretches of the flat buffer that stay as they are, ascending.
+    frozen: Vec<Range<usize>>,
     /// `[2]`: Σ of squared gradients of replicated parameters and of experts.
     squares: Slot<B, f64>,
 }
@@ -36,7 +38,19 @@ impl<B: Backend> Optimizer<B> {
         squares.reserve(device, 2)?;
         let len = shard.state_len();
         let (m, v) = (device.alloc(len, "first moments")?, device.alloc(len, "second moments")?);
-        Ok(Self { config: config.clone(), shard, m, v, updates: 0, squares })
+        Ok(Self { config: config.clone(), shard, m, v, updates: 0, frozen: Vec::new(), squares })
+    }
+
+    /// Leaves these stretches of the flat buffer, ascending and apart, as they are: no norm, no update, no decay.
+    pub fn freeze(&mut self, frozen: Vec<Range<usize>>) {
+        self.frozen = frozen;
+    }
+
+    /// Clears the gradients of what is frozen, before they are summed over ranks.
+    pub fn clear_frozen(&self, device: &B, parameters: &mut Parameters<B>) {
+        for range in &self.frozen {
+            device.fill(parameters.grads_mut().slice(range.clone()), 0.0);
+        }
     }
 
     /// Updates so far.
@@ -104,8 +118,8 @@ impl<B: Backend> Optimizer<B> {
         };
         for (region, decays) in self.groups(&parameters.layout().regions) {
             let settings = AdamW { weight_decay: if decays { settings.weight_decay } else { 0.0 }, ..settings };
-            for span in self.shard.spans() {
-                let Span { flat, state } = span.within(&region);
+            let runs = outside(region, &self.frozen);
+            for Span { flat, state } in runs.flat_map(|run| self.shard.spans().map(|span| span.within(&run))) {
                 if flat.is_empty() {
                     continue;
                 }
@@ -121,5 +135,32 @@ impl<B: Backend> Optimizer<B> {
     fn groups(&self, regions: &Regions) -> [(Range<usize>, bool); 3] {
         let all = self.config.decay == DecayGroups::All;
         [(regions.replicated.clone(), true), (regions.replicated_vectors.clone(), all), (regions.experts.clone(), true)]
+    }
+}
+
+/// The runs of `region` outside the ranges `cut`, which are ascending and apart.
+fn outside(region: Range<usize>, cut: &[Range<usize>]) -> impl Iterator<Item = Range<usize>> {
+    let mut start = region.start;
+    let ends = cut.iter().cloned().chain(std::iter::once(region.end..region.end));
+    ends.filter_map(move |cut| {
+        let run = start..cut.start.clamp(start, region.end.max(start));
+        start = start.max(cut.end);
+        (!run.is_empty()).then_some(run)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_outside_are_what_is_left() {
+        let runs = |region: Range<usize>, cut: &[Range<usize>]| outside(region, cut).collect::<Vec<_>>();
+        assert_eq!(runs(10..20, &[]), [10..20]);
+        assert_eq!(runs(10..20, &[0..5, 12..14, 18..30]), [10..12, 14..18]);
+        assert_eq!(runs(10..20, &[5..12]), [12..20]);
+        assert_eq!(runs(10..20, &[5..25]), Vec::<Range<usize>>::new());
+        assert_eq!(runs(10..20, &[20..25, 30..40]), [10..20]);
+        assert_eq!(runs(10..10, &[0..5]), Vec::<Range<usize>>::new());
     }
 }

@@ -136,6 +136,7 @@ fn activations(job: &Job, tally: &mut Tally) {
             2 * th,
             norm + logits + 8 * t,
             8 * world_sums,
+            c.padding_token.map_or(0, |_| 4 * h),
         ],
     );
     if moe > 0 {

@@ -7,6 +7,7 @@ mod console;
 mod logs;
 mod metrics;
 mod progress;
+mod task;
 mod tensorboard;
 mod trace;
 
@@ -14,5 +15,6 @@ pub use console::Console;
 pub use logs::{LogError, LogFile, init_logs, log_filter};
 pub use metrics::{MetricsError, MetricsFile, StageMs, StepMetrics};
 pub use progress::{Progress, ProgressMode, ProgressSpec};
+pub use task::TaskProgress;
 pub use tensorboard::EventFile;
 pub use trace::{TraceError, TraceFile, merge_traces};

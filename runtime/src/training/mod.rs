@@ -2,11 +2,13 @@
 //!
 //! Owns the arithmetic of a step over ranks. When steps, evaluations and checkpoints happen is `worker`'s.
 
+mod evaluation;
 mod persist;
 mod sampling;
 mod sharing;
 mod step;
 
+pub use evaluation::{TextLoss, text_loss};
 pub use persist::{PersistError, load_model};
 pub use sampling::{Sampling, generate};
 pub use step::{Requests, StepError, Trainer, TrainingData};

@@ -19,6 +19,8 @@ pub struct Sampling {
     pub temperature: f64,
     /// Only the likeliest `top_k` tokens are drawn from; 0: all.
     pub top_k: usize,
+    /// Only the likeliest tokens are drawn from whose probabilities together first reach this (Holtzman et al. 2020); 1: all.
+    pub top_p: f64,
     /// Seed of the draws.
     pub seed: u64,
 }
@@ -59,7 +61,19 @@ fn draw(logits: &[f32], sampling: Sampling, uniform: f64) -> i32 {
     }
     let highest = f64::from(logits[order[0]]);
     let weight = |&token: &usize| ((f64::from(logits[token]) - highest) / sampling.temperature).exp();
-    let weights: Vec<f64> = order.iter().map(weight).collect();
+    let mut weights: Vec<f64> = order.iter().map(weight).collect();
+    if sampling.top_p < 1.0 {
+        let enough = sampling.top_p * weights.iter().sum::<f64>();
+        let mut reached = 0.0;
+        let wanted = weights.iter().take_while(|weight| {
+            let wanted = reached < enough;
+            reached += **weight;
+            wanted
+        });
+        let kept = wanted.count().max(1);
+        weights.truncate(kept);
+        order.truncate(kept);
+    }
     let mut left = uniform * weights.iter().sum::<f64>();
     for (&token, weight) in order.iter().zip(&weights) {
         left -= weight;
@@ -74,13 +88,23 @@ fn draw(logits: &[f32], sampling: Sampling, uniform: f64) -> i32 {
 mod tests {
     use super::*;
 
-    const SAMPLING: Sampling = Sampling { tokens: 1, temperature: 1.0, top_k: 0, seed: 0 };
+    const SAMPLING: Sampling = Sampling { tokens: 1, temperature: 1.0, top_k: 0, top_p: 1.0, seed: 0 };
 
     #[test]
     fn draws_follow_the_softmax() {
         let logits = [0.0, 3.0f32.ln(), f32::NEG_INFINITY];
         assert_eq!(draw(&logits, SAMPLING, 0.74), 1);
         assert_eq!(draw(&logits, SAMPLING, 0.76), 0);
+    }
+
+    #[test]
+    fn top_p_keeps_the_likeliest_that_together_reach_it() {
+        // Probabilities 0.5, 0.3, 0.2.
+        let logits = [5f32, 3.0, 2.0].map(f32::ln);
+        let drawn = |top_p, uniform| draw(&logits, Sampling { top_p, ..SAMPLING }, uniform);
+        assert_eq!((drawn(1.0, 0.99), drawn(0.81, 0.99)), (2, 2));
+        assert_eq!((drawn(0.7, 0.99), drawn(0.7, 0.5)), (1, 0), "0.5 and 0.3 share what is left: 5/8 and 3/8");
+        assert_eq!((drawn(0.4, 0.99), drawn(0.0, 0.99)), (0, 0));
     }
 
     #[test]

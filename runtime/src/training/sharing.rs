@@ -43,6 +43,7 @@ impl<B: Backend> Sharing<B> {
         optimizer: &mut Optimizer<B>,
     ) -> Result<f64, StepError> {
         let shard = optimizer.shard().clone();
+        optimizer.clear_frozen(&self.device, parameters);
         self.reduce_run(&groups.world, parameters, &shard.dense)?;
         self.reduce_run(&groups.replica, parameters, &shard.experts)?;
         let device = &self.device;

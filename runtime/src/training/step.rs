@@ -8,10 +8,12 @@ use std::time::Instant;
 use moe_kernels::{Backend, DeviceError};
 
 use super::sharing::Sharing;
+use crate::checkpoint::Selection;
 use crate::collectives::{CollectiveError, Communicator, Groups, ReduceOp};
 use crate::config::Config;
 use crate::data::{Batch, Loader};
 use crate::exit::{Classified, ExitCode};
+use crate::invalid::InvalidValue;
 use crate::memory::{Kind, Slot, Tally};
 use crate::model::{ModelError, PassTokens, StepSums, Transformer};
 use crate::optimizer::{Optimizer, Schedule, Shard};
@@ -29,6 +31,9 @@ pub enum StepError {
     /// Another rank or the way to it failed.
     #[error(transparent)]
     Collective(#[from] CollectiveError),
+    /// A setting of training that cannot be.
+    #[error(transparent)]
+    Setting(#[from] InvalidValue),
     /// The loss or the gradient is not a number: the parameters are as they were before the step.
     #[error("step {step}: the {what} is {value}; the parameters are those of step {}", step - 1)]
     NotFinite {
@@ -54,6 +59,7 @@ impl Classified for StepError {
     fn exit_code(&self) -> ExitCode {
         match self {
             Self::Device(_) | Self::NotFinite { .. } => ExitCode::Internal,
+            Self::Setting(error) => error.exit_code(),
             Self::Collective(error) => error.exit_code(),
         }
     }
@@ -113,19 +119,24 @@ pub struct Trainer<B: Backend, C, D> {
     clock: StageClock,
     stage_times: Vec<(Stage, f64)>,
     sums: Slot<B, f64>,
+    selection: Selection,
 }
 
 impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
     /// A trainer of `model`, whose parameters are set already.
-    pub fn new(model: Transformer<B>, groups: Groups<C>, config: &Config, data: D) -> Result<Self, DeviceError> {
+    pub fn new(model: Transformer<B>, groups: Groups<C>, config: &Config, data: D) -> Result<Self, StepError> {
         let device = model.device();
         let regions = &model.parameters().layout().regions;
         let shard = match config.parallel.shard_optimizer {
             true => Shard::of_groups(regions, &groups),
             false => Shard::whole(regions),
         };
+        let selection = Selection::new(&config.train.freeze, &config.train.trainable)?;
+        let mut optimizer = Optimizer::new(device, &config.optimizer, shard)?;
+        optimizer.freeze(selection.frozen_ranges(config.model.family, model.parameters().layout()));
         Ok(Self {
-            optimizer: Optimizer::new(device, &config.optimizer, shard)?,
+            optimizer,
+            selection,
             sharing: Sharing::new(device)?,
             schedule: Schedule::new(config.optimizer.lr, config.train.steps, &config.schedule),
             sums: Slot::new(device, "sums over ranks")?,
@@ -331,6 +342,9 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         let experts = self.config.model.experts;
         let rate = self.config.router.bias_update_rate;
         for (layer, mut bias) in self.model.selection_biases()? {
+            if self.selection.freezes_bias(self.config.model.family, layer) {
+                continue;
+            }
             let index = self.config.model.moe_layers().take_while(|&moe| moe < layer).count();
             let loads = &loads[index * experts..(index + 1) * experts];
             let mean = loads.iter().sum::<f64>() / experts as f64;

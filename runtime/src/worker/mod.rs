@@ -20,7 +20,7 @@ use moe_kernels::{Cpu, Device};
 pub use args::{DeviceChoice, Resume, WorkerArgs};
 pub use coordinate::{coordinator_listener, reachable_addr};
 pub use run_dir::{RunDir, RunDirError};
-pub use settle::{read_corpus, resolved_config};
+pub use settle::{configured_corpus, read_corpus, resolved_config};
 pub use world::World;
 
 use crate::checkpoint::{Checkpoint, HfFolder, Store, probe_shared};
@@ -191,9 +191,9 @@ pub fn build<D: crate::training::TrainingData>(
         max_sequences: config.train.micro_batch_for(grid.world()),
         sequence_length: config.train.sequence_length,
     };
-    let no_memory = |error: moe_kernels::DeviceError| Failure::new(ExitCode::Usage, error);
-    let model = Transformer::new(Cpu, setup).map_err(no_memory)?;
-    Trainer::new(model, groups, config, data).map_err(no_memory)
+    // What fails here is memory or a setting: the same command fails again.
+    let model = Transformer::new(Cpu, setup).map_err(|error| Failure::new(ExitCode::Usage, error))?;
+    Trainer::new(model, groups, config, data).map_err(|error| Failure::new(ExitCode::Usage, error))
 }
 
 /// Loads what the run starts from and returns the steps that are done.
@@ -208,6 +208,10 @@ fn start_values<D: crate::training::TrainingData>(
     let Some(checkpoint) = &plan.resume else { return Ok(0) };
     let checkpoint = Checkpoint::open(checkpoint)?;
     let progress = trainer.restore(&checkpoint)?;
+    if progress.step == 0 {
+        // A model that was brought in: it has no place in any text yet.
+        return Ok(0);
+    }
     let then = serde_json::from_value::<DataState>(progress.cursor.clone()).map(|state| state.text_sha256);
     match then {
         Ok(then) if then == corpus.sha256 => Ok(progress.step),
