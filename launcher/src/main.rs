@@ -3,6 +3,7 @@
 
 mod bench;
 mod generate;
+mod render;
 mod run;
 mod status;
 
@@ -16,6 +17,7 @@ Examples:
   moe-launch run -n 4 -- --preset shakespeare --data input.txt --run-dir runs/a
   moe-launch status --run-dir runs/a
   moe-launch generate --checkpoint runs/a --prompt \"ROMEO:\"
+  moe-launch render slurm --config run.toml -n 16 --nodes 2
   moe-launch bench train --preset moe-15m --device cpu --json
 
 Exit codes: 0 done, 64 wrong usage or configuration, 65 bad input data, 70 internal error, 74 input/output error,
@@ -37,6 +39,8 @@ enum Command {
     Status(status::StatusArgs),
     /// Let a trained model write.
     Generate(generate::GenerateArgs),
+    /// Write the job files of one run for Slurm or Kubernetes.
+    Render(render::RenderArgs),
     /// Measure speed, as a fraction of what the machine can do.
     Bench(bench::BenchArgs),
 }
@@ -49,6 +53,7 @@ fn main() -> ExitCode {
             status::run(&args, &mut std::io::stdout()).map(|()| ExitCode::SUCCESS).map_err(Failure::from)
         }
         Ok(Cli { command: Command::Generate(args) }) => generate::run(&args),
+        Ok(Cli { command: Command::Render(args) }) => render::run(&args),
         Ok(Cli { command: Command::Bench(args) }) => bench::run(&args),
     };
     match result {

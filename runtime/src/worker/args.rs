@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 
+use super::coordinate::Seat;
 use crate::config::ConfigBuilder;
+use crate::exit::{ExitCode, Failure};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -14,9 +16,14 @@ Examples:
   mpirun -n 4 moe-worker --run-dir runs/a                 resumes where it stopped
   moe-worker --model HF_DIR --data texts/                 starts from a Hugging Face folder
   moe-worker --set model.experts=16 --set optimizer.lr=1e-3
+  MOE_JOIN_TOKEN=… mpirun -x MOE_JOIN_TOKEN -n 4 moe-worker --coordinator head:7400
 
 Exit codes: 0 done, 64 wrong usage or configuration, 65 bad input data, 70 internal error, 74 input/output error,
 75 temporary failure (a lost peer, or stopped after a checkpoint): start the same command again, 77 refused.
+
+Places: mpirun and srun --mpi=pmix say which rank a process is. Without them --rank and --world-size do, or the variables
+SLURM_PROCID and SLURM_NTASKS (srun), JOB_COMPLETION_INDEX and WORLD_SIZE (Kubernetes), RANK and WORLD_SIZE. Several CPU ranks
+need MPI for their data.
 
 Signals: SIGUSR1 (and Ctrl-C where no mpirun stands between) finishes the step, writes a checkpoint and leaves with 75; a second
 one, or SIGTERM, gives up the step.";
@@ -58,6 +65,18 @@ pub struct WorkerArgs {
     /// Hugging Face folder to start from: config.json and safetensors.
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
+    /// Rank of this process, from 0, where no launcher says it.
+    #[arg(long, value_name = "R")]
+    pub rank: Option<usize>,
+    /// Number of ranks, where no launcher says it.
+    #[arg(long, value_name = "N")]
+    pub world_size: Option<usize>,
+    /// Where the coordinator answers; its join token stands in the variable MOE_JOIN_TOKEN. Default: rank 0 hosts one.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub coordinator: Option<String>,
+    /// Rank 0 hosts the coordinator on the port that --coordinator names, instead of finding it there.
+    #[arg(long, requires = "coordinator")]
+    pub host_coordinator: bool,
     /// One JSON object a line instead of text.
     #[arg(long)]
     pub json: bool,
@@ -85,6 +104,24 @@ pub enum Resume {
 }
 
 impl WorkerArgs {
+    /// Where the coordinator is to be.
+    ///
+    /// # Errors
+    /// Usage: an address that is none.
+    pub(super) fn seat(&self) -> Result<Seat, Failure> {
+        let Some(addr) = self.coordinator.clone() else { return Ok(Seat::Rank0 { port: 0, addr: None }) };
+        match addr.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse().ok()?))) {
+            Some((host, port)) if !host.is_empty() && port > 0 => Ok(match self.host_coordinator {
+                true => Seat::Rank0 { port, addr: Some(addr) },
+                false => Seat::Elsewhere { addr },
+            }),
+            _ => {
+                let message = format!("--coordinator {addr}: must be HOST:PORT, as node07:7400 or [::1]:7400");
+                Err(Failure::new(ExitCode::Usage, message))
+            }
+        }
+    }
+
     /// Lays what was said over `builder`.
     pub fn configure(&self, mut builder: ConfigBuilder) -> ConfigBuilder {
         if let Some(preset) = &self.preset {

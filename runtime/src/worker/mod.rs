@@ -22,7 +22,7 @@ pub use settle::read_corpus;
 pub use world::World;
 
 use crate::checkpoint::{Checkpoint, HfFolder, Store, probe_shared};
-use crate::collectives::{Communicator, Groups, HostCommunicator};
+use crate::collectives::{Communicator, Groups, HostCommunicator, RankFlags};
 use crate::config::Config;
 use crate::data::{Corpus, Loader};
 use crate::exit::{ExitCode, Failure};
@@ -50,7 +50,8 @@ pub fn main() -> ! {
             std::process::exit(i32::from(code.number()));
         }
     };
-    let world = match World::join(START_DEADLINE) {
+    let flags = RankFlags { rank: args.rank, world_size: args.world_size };
+    let world = match World::join_as(flags, START_DEADLINE) {
         Ok(world) => world,
         Err(failure) => {
             eprintln!("error: {failure}");
@@ -91,7 +92,8 @@ fn train(args: &WorkerArgs, world: &World) -> Result<Ending, Failure> {
         .map_err(|error| Failure::new(ExitCode::Io, format!("cannot listen to signals: {error}")))?;
     probe_shared::<Cpu, _>(&world.communicator, run_dir.path())?;
     let fingerprint = config.fingerprint()?;
-    let coordination = Coordination::start(world, &grid, &fingerprint, run_dir.path(), context.abort_handle())?;
+    let coordination =
+        Coordination::start(world, &args.seat()?, &grid, &fingerprint, run_dir.path(), context.abort_handle())?;
     let corpus = share_corpus(&world.communicator, config)?;
     let loader = Loader::new(&corpus, config.loader_spec(rank, size))?;
     let groups = Groups::of_grid::<Cpu>(duplicate(&world.communicator)?, &grid)?;

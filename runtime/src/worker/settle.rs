@@ -67,6 +67,8 @@ where
 
 /// Decides on rank 0: resolves and checks the configuration, claims the run directory, finds what to resume.
 pub(super) fn decide(args: &WorkerArgs, world: usize, held: &mut Option<File>) -> Result<Plan, Failure> {
+    // Only checked here: rank 0 alone speaks, and nothing is made yet.
+    args.seat()?;
     let given = args.run_dir.as_ref().map(RunDir::at);
     let saved = given.as_ref().map(RunDir::saved_config).transpose()?.flatten();
     let newest = match &given {

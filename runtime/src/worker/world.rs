@@ -1,4 +1,4 @@
-//! How this process became part of a world: alone, or started by an MPI launcher.
+//! How this process became part of a world: alone, started by an MPI launcher, or placed by flags and variables.
 //!
 //! Owns the start and the end of MPI. It knows nothing of training.
 
@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use moe_kernels::Cpu;
 
-use crate::collectives::{Communicator, Context, HostCommunicator, LauncherFacts, launcher, local};
+use crate::collectives::{
+    Communicator, Context, HostCommunicator, LaunchError, LauncherFacts, RankFlags, local, rank_facts,
+};
 use crate::exit::{ExitCode, Failure};
 
 /// This process's place among the ranks, until it leaves.
@@ -22,12 +24,22 @@ pub struct World {
 impl World {
     /// Joins the world that a launcher made; without a launcher, a world of one.
     pub fn join(deadline: Duration) -> Result<Self, Failure> {
+        Self::join_as(RankFlags::default(), deadline)
+    }
+
+    /// As [`World::join`], where the command line says something about this process's place too.
+    ///
+    /// # Errors
+    /// [`LaunchError`]: facts that make up no place, or several CPU ranks without MPI.
+    pub fn join_as(flags: RankFlags, deadline: Duration) -> Result<Self, Failure> {
         let context = Context::new(deadline);
-        match launcher(|name| std::env::var(name).ok()) {
-            Some(facts) => Self::launched(facts, context),
-            None => Ok(Self {
+        let facts = rank_facts(flags, |name| std::env::var(name).ok())?;
+        match facts {
+            Some(facts) if facts.launcher.has_mpi() => Self::launched(facts, context),
+            Some(facts) if facts.size > 1 => Err(LaunchError::NeedsMpi { facts }.into()),
+            facts => Ok(Self {
                 communicator: local::solo(context),
-                facts: None,
+                facts,
                 #[cfg(feature = "mpi")]
                 mpi: None,
             }),
@@ -55,14 +67,14 @@ impl World {
         (Communicator::<Cpu>::rank(world), Communicator::<Cpu>::size(world))
     }
 
-    /// Ranks that share this machine.
+    /// Ranks that share this machine; all of them where nobody says.
     pub fn ranks_here(&self) -> usize {
         self.facts.and_then(|facts| facts.local_size).unwrap_or(self.place().1).max(1)
     }
 
-    /// Whether all ranks are on this machine.
+    /// Whether all ranks are on this machine, as far as is known.
     pub fn is_one_machine(&self) -> bool {
-        self.ranks_here() == self.place().1
+        self.facts.is_none_or(|facts| facts.size == facts.local_size.unwrap_or(1))
     }
 
     /// Ends the process. After a success MPI is ended in order; after a failure no peer is waited for.
