@@ -78,7 +78,7 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 # A requeued job waits for its credential to expire: two minutes by default.
-AuthInfo=socket={home}/munge.socket,cred_expire=3
+AuthInfo=socket={home}/munge.socket,cred_expire=5
 StateSaveLocation={home}/state
 SlurmdSpoolDir={home}/spool
 SlurmctldPidFile={home}/slurmctld.pid
@@ -104,11 +104,11 @@ PartitionName=test Nodes={host} Default=YES MaxTime=INFINITE State=UP
         self.wait("an idle node", lambda: self.tool("sinfo", "-h", "-o", "%T").stdout.strip() == "idle")
 
     def daemon(self, name, *arguments):
-        log = open(self.home / f"{name}.out", "w")
-        process = subprocess.Popen(
-            [shutil.which(name, path=self.environment["PATH"]), *arguments],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=self.environment,
-        )  # fmt: skip
+        with open(self.home / f"{name}.out", "w") as log:
+            process = subprocess.Popen(
+                [shutil.which(name, path=self.environment["PATH"]), *arguments],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=self.environment,
+            )  # fmt: skip
         self.processes.append(process)
 
     def wait(self, what, condition):
