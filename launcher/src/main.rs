@@ -11,6 +11,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use moe_runtime::exit::Failure;
+use moe_runtime::telemetry::{Console, init_logs, log_filter};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -46,15 +47,23 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let result = match Cli::try_parse() {
+    let cli = match Cli::try_parse() {
         Err(error) => return usage(&error),
-        Ok(Cli { command: Command::Run(args) }) => run::run(&args),
-        Ok(Cli { command: Command::Status(args) }) => {
+        Ok(cli) => cli,
+    };
+    let rust_log = std::env::var("RUST_LOG").ok();
+    if let Err(error) = init_logs(0, &log_filter(0, 0, rust_log.as_deref()), &Console::new()) {
+        report(&error.into());
+        return moe_runtime::exit::ExitCode::Usage.into();
+    }
+    let result = match cli {
+        Cli { command: Command::Run(args) } => run::run(&args),
+        Cli { command: Command::Status(args) } => {
             status::run(&args, &mut std::io::stdout()).map(|()| ExitCode::SUCCESS).map_err(Failure::from)
         }
-        Ok(Cli { command: Command::Generate(args) }) => generate::run(&args),
-        Ok(Cli { command: Command::Render(args) }) => render::run(&args),
-        Ok(Cli { command: Command::Bench(args) }) => bench::run(&args),
+        Cli { command: Command::Generate(args) } => generate::run(&args),
+        Cli { command: Command::Render(args) } => render::run(&args),
+        Cli { command: Command::Bench(args) } => bench::run(&args),
     };
     match result {
         Ok(code) => code,

@@ -2,6 +2,11 @@
 //!
 //! See ARCHITECTURE.md for the map. Arrows point down: `training` knows everything below it; `model` never names a device,
 //! a transport or a file.
+//!
+//! Where to enter: [`worker`] is the program `moe-worker`, from command line to exit code; [`training::Trainer`] is the step,
+//! generic over a device ([`moe_kernels::Backend`]) and a group of ranks ([`collectives::Communicator`]);
+//! [`model::Transformer`] is the model on one rank; [`config::ConfigBuilder`] makes the configuration all of them are built
+//! from. [`collectives::local::run`] runs a body on several ranks as threads of one process, which is how tests do it.
 
 // Shape letters (x_TH, y_NH) stand in names throughout.
 #![allow(non_snake_case)]

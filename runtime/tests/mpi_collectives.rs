@@ -4,9 +4,7 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
-use std::io::{Read, Seek};
-use std::process::{Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use moe_kernels::{Cpu, View, ViewMut};
 use moe_runtime::collectives::mpi::{MpiOptions, MpiWorld};
@@ -14,12 +12,10 @@ use moe_runtime::collectives::{CollectiveError, Communicator, Context, HostCommu
 use moe_runtime::topology::Rank;
 
 mod collective_bodies;
+mod support;
 
-/// Starting four ranks on a busy machine takes seconds; a hang takes for ever.
-const LIMIT: Duration = Duration::from_secs(100);
-
-/// Temporary failure, as the worker's exit codes have it.
-const RETRY: i32 = 75;
+use support::mpirun::{available, mpirun};
+use support::process::{DONE, Ended, LIMIT, Program, RETRY};
 
 /// Counts what a thread allocates, and leaves the rest to the system.
 struct Counting;
@@ -53,50 +49,29 @@ fn under_mpirun(
     context: Context,
     options: MpiOptions,
     body: impl FnOnce(MpiWorld, HostCommunicator),
-) -> Option<ExitStatus> {
+) -> Option<Ended> {
     if let Some(facts) = launcher(|name| std::env::var(name).ok()) {
         let (mpi, world) = MpiWorld::init(&facts, context, options).unwrap();
         assert_eq!(world.size(), ranks);
         body(mpi, world);
         return None;
     }
-    let mut output = tempfile::tempfile().unwrap();
-    let started = Command::new("mpirun")
-        .args(["--oversubscribe", "--allow-run-as-root", "-n", &ranks.to_string()])
-        .arg(std::env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture"])
-        .stdin(Stdio::null())
-        .stdout(output.try_clone().unwrap())
-        .stderr(output.try_clone().unwrap())
-        .spawn();
-    let mut mpirun = match started {
-        Ok(mpirun) => mpirun,
-        Err(error) => {
-            assert_ne!(std::env::var("CI").as_deref(), Ok("true"), "mpirun cannot be started: {error}");
-            eprintln!("not tested here, since mpirun cannot be started: {error}");
-            return None;
-        }
-    };
-    let began = Instant::now();
-    let status = loop {
-        if let Some(status) = mpirun.try_wait().unwrap() {
-            break status;
-        }
-        if began.elapsed() > LIMIT {
-            mpirun.kill().unwrap();
-            panic!("{test} still runs after {LIMIT:?}\n{}", text(&mut output));
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    };
-    println!("{}", text(&mut output));
-    Some(status)
+    if !available() {
+        return None;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = mpirun(ranks, dir.path());
+    command.arg(std::env::current_exe().unwrap()).args(["--exact", test, "--nocapture"]);
+    let ended = Program::start(command).wait();
+    println!("{}", ended.output);
+    Some(ended)
 }
 
-fn text(output: &mut std::fs::File) -> String {
-    let mut text = String::new();
-    output.rewind().unwrap();
-    output.read_to_string(&mut text).unwrap();
-    text
+/// Asserts how the job of a test ended, where there was one.
+fn assert_code(ended: Option<Ended>, code: i32) {
+    if let Some(ended) = ended {
+        ended.expect(code);
+    }
 }
 
 #[test]
@@ -105,7 +80,7 @@ fn every_collective_on_four_ranks() {
         under_mpirun("every_collective_on_four_ranks", 4, Context::default(), MpiOptions::default(), |_mpi, world| {
             collective_bodies::every_collective(&world);
         });
-    assert!(ended.is_none_or(|status| status.success()), "{ended:?}");
+    assert_code(ended, DONE);
 }
 
 #[test]
@@ -115,7 +90,7 @@ fn every_collective_on_three_ranks_in_small_pieces() {
     let ended = under_mpirun(test, 3, Context::default(), options, |_mpi, world| {
         collective_bodies::every_collective(&world);
     });
-    assert!(ended.is_none_or(|status| status.success()), "{ended:?}");
+    assert_code(ended, DONE);
 }
 
 #[test]
@@ -144,7 +119,7 @@ fn a_missing_rank_is_named_and_all_leave_with_the_same_code() {
         world.barrier().unwrap();
         mpi.abandon(RETRY);
     });
-    assert!(ended.is_none_or(|status| status.code() == Some(RETRY)), "{ended:?}");
+    assert_code(ended, RETRY);
 }
 
 #[test]
@@ -157,7 +132,7 @@ fn a_rank_that_leaves_early_takes_the_job_with_it() {
         let waited_in_vain = world.barrier();
         panic!("{waited_in_vain:?}");
     });
-    assert!(ended.is_none_or(|status| status.code() == Some(RETRY)), "{ended:?}");
+    assert_code(ended, RETRY);
 }
 
 #[test]
@@ -183,5 +158,5 @@ fn nothing_is_allocated_after_the_first_calls() {
         }
         assert_eq!(ALLOCATIONS.get() - before, 0);
     });
-    assert!(ended.is_none_or(|status| status.success()), "{ended:?}");
+    assert_code(ended, DONE);
 }

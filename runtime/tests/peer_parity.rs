@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use moe_kernels::Cpu;
+use moe_kernels::{Accumulate, Cpu, DenseOps, GateDims, GateSpec, GemmDims, RoutingOps, Score, View, ViewMut};
 use moe_runtime::checkpoint::HfFolder;
 use moe_runtime::checkpoint::names::tensor_name;
 use moe_runtime::collectives::{Groups, HostCommunicator, local};
@@ -322,5 +322,117 @@ fn twenty_steps_of_adamw_follow_the_peers() {
             }
             println!("{} W={world} EP={ep}: {} steps follow the peer", fixture.name, steps.len());
         }
+    }
+}
+
+/// A fixture of noisy top-k gating alone, as numbers.
+struct NoisyGate {
+    dims: GateDims,
+    gemm: GemmDims,
+    /// `[T, H]`.
+    x: Vec<f32>,
+    /// `[E, H]` each, as the runtime stores them.
+    w_gate: Vec<f32>,
+    w_noise: Vec<f32>,
+    /// `[T, E]`.
+    noise: Vec<f32>,
+}
+
+/// What the operations make of it, under the names of the fixture.
+type Named = BTreeMap<&'static str, Vec<f32>>;
+
+fn transposed(matrix: &[f32], columns: usize) -> Vec<f32> {
+    (0..columns).flat_map(|c| matrix.iter().skip(c).step_by(columns).copied()).collect()
+}
+
+impl NoisyGate {
+    fn open(reference: &Reference) -> Self {
+        let tensor = |name: &str| reference.f32(name).unwrap_or_else(|| panic!("{name} is missing"));
+        let (experts, tokens) = (tensor("load").len(), tensor("gates").len() / tensor("load").len());
+        let (x, w_gate) = (tensor("x"), tensor("w_gate"));
+        let hidden = x.len() / tokens;
+        assert_eq!(w_gate.len(), hidden * experts);
+        let chosen: Vec<usize> =
+            tensor("gates").chunks(experts).map(|row| row.iter().filter(|&&gate| gate != 0.0).count()).collect();
+        assert!(chosen.iter().all(|&k| k == chosen[0]), "tokens with different numbers of experts: {chosen:?}");
+        Self {
+            dims: GateDims { tokens, experts, top_k: chosen[0] },
+            gemm: GemmDims { m: tokens, n: experts, k: hidden },
+            w_gate: transposed(&w_gate, experts),
+            w_noise: transposed(&tensor("w_noise"), experts),
+            noise: tensor("noise"),
+            x,
+        }
+    }
+
+    /// Forward and backward of both losses with their coefficient of 0.01.
+    fn compute(&self) -> Named {
+        const COEFFICIENT: f32 = 0.01;
+        let Self { dims, gemm, .. } = *self;
+        let (te, tk, e) = (dims.tokens * dims.experts, dims.tokens * dims.top_k, dims.experts);
+        let zeros = |len: usize| vec![0.0f32; len];
+        let (x, w_gate, w_noise, noise) =
+            (View::of(&self.x), View::of(&self.w_gate), View::of(&self.w_noise), View::of(&self.noise));
+        let (mut clean, mut raw, mut noisy, mut load) = (zeros(te), zeros(te), zeros(te), zeros(e));
+        Cpu.linear_f32(gemm, x, w_gate, ViewMut::of(&mut clean));
+        Cpu.linear_f32(gemm, x, w_noise, ViewMut::of(&mut raw));
+        let (clean, raw) = (View::of(&clean), View::of(&raw));
+        Cpu.noisy_logits(dims, clean, raw, noise, ViewMut::of(&mut noisy), ViewMut::of(&mut load));
+        let noisy = View::of(&noisy);
+        let spec = GateSpec { dims, score: Score::Softmax, renormalize: true, scale: 1.0 };
+        let (mut scores, mut ids, mut weights, mut importance) = (zeros(te), vec![0; tk], zeros(tk), zeros(e));
+        let (scores_out, ids_out) = (ViewMut::of(&mut scores), ViewMut::of(&mut ids));
+        Cpu.gate(spec, noisy, None, scores_out, ids_out, ViewMut::of(&mut weights));
+        Cpu.importance(dims, View::of(&ids), View::of(&weights), ViewMut::of(&mut importance));
+        let mut gates = zeros(te);
+        for (choice, (&id, &weight)) in ids.iter().zip(&weights).enumerate() {
+            gates[choice / dims.top_k * e + id as usize] = weight;
+        }
+
+        let (mut loss, mut dimportance, mut dload) = (vec![0.0f64], zeros(e), zeros(e));
+        Cpu.cv_squared(COEFFICIENT, View::of(&importance), ViewMut::of(&mut loss), ViewMut::of(&mut dimportance));
+        Cpu.cv_squared(COEFFICIENT, View::of(&load), ViewMut::of(&mut loss), ViewMut::of(&mut dload));
+        let (mut dweights, mut dnoisy, mut dclean, mut draw) = (zeros(tk), zeros(te), zeros(te), zeros(te));
+        let (scores, ids) = (View::of(&scores), View::of(&ids));
+        Cpu.importance_grad(dims, ids, View::of(&dimportance), ViewMut::of(&mut dweights));
+        Cpu.gate_grad(spec, noisy, scores, ids, View::of(&dweights), None, 0.0, ViewMut::of(&mut dnoisy));
+        let (incoming, dload) = (View::of(&dnoisy), View::of(&dload));
+        let (dclean_out, draw_out) = (ViewMut::of(&mut dclean), ViewMut::of(&mut draw));
+        Cpu.noisy_logits_grad(dims, clean, raw, noise, noisy, incoming, dload, dclean_out, draw_out);
+        let (dclean, draw) = (View::of(&dclean), View::of(&draw));
+        let (mut dx, mut dw_gate, mut dw_noise) =
+            (zeros(self.x.len()), zeros(self.w_gate.len()), zeros(self.w_noise.len()));
+        Cpu.linear_f32_grad_input(gemm, dclean, w_gate, ViewMut::of(&mut dx), Accumulate::Overwrite);
+        Cpu.linear_f32_grad_input(gemm, draw, w_noise, ViewMut::of(&mut dx), Accumulate::Add);
+        Cpu.linear_f32_grad_weight(gemm, dclean, x, ViewMut::of(&mut dw_gate));
+        Cpu.linear_f32_grad_weight(gemm, draw, x, ViewMut::of(&mut dw_noise));
+        BTreeMap::from([
+            ("gates", gates),
+            ("load", load),
+            ("importance", importance),
+            ("loss", vec![COEFFICIENT * loss[0] as f32]),
+            ("grad.w_gate", transposed(&dw_gate, gemm.k)),
+            ("grad.w_noise", transposed(&dw_noise, gemm.k)),
+            ("grad.x", dx),
+        ])
+    }
+}
+
+#[test]
+fn noisy_top_k_gates_losses_and_gradients_are_the_peers() {
+    for folder in folders().into_iter().filter(|folder| !folder.join("config.json").exists()) {
+        let (name, reference) = (folder.file_name().unwrap().to_string_lossy(), Reference::open(&folder));
+        if reference.f32("w_gate").is_none() {
+            continue;
+        }
+        let mut worst = 0.0f64;
+        for (what, found) in NoisyGate::open(&reference).compute() {
+            let expected = reference.f32(what).unwrap_or_else(|| panic!("{name}: {what} is missing"));
+            let found: Vec<f64> = found.into_iter().map(f64::from).collect();
+            let error = relative_error(&found, &expected);
+            assert!(error <= 1e-4, "{name}: {what} differs by {error:.2e}");
+            worst = worst.max(error);
+        }
+        println!("{name}: largest relative difference {worst:.2e}");
     }
 }

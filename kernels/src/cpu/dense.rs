@@ -3,7 +3,7 @@
 //! Owns the `DenseOps` implementation, which unwraps views, and the cutting of matrix products over threads: an output's rows
 //! in contiguous parts, one single-threaded product each, so that no sum is ever shared between threads.
 
-use super::gemm::{Mat, MatMut, gemm};
+use super::gemm::{Mat, MatMut, add_outer_products, gemm};
 use super::parallel::{for_parts, parts, rows_mut};
 use super::{activation, embedding, norm, slice, slice_mut};
 use crate::{Accumulate, Cpu, DenseOps, GemmDims, NormDims, Rows, View, ViewMut};
@@ -165,8 +165,7 @@ fn linear_grad_weight(dims: GemmDims, dy: &[f32], x: &[f32], dw: &mut [f32]) {
         return;
     }
     for_parts(n, parts(m * n * k), rows_mut(dw, k), |range, dw| {
-        let dy = Mat::rows(&dy[range.start.min(dy.len())..], m, range.len(), n);
-        gemm(MatMut::rows(dw.data, range.len(), k, k), Accumulate::Add, 1.0, dy.t(), Mat::rows(x, m, k, k));
+        add_outer_products(dw.data, &dy[range.start.min(dy.len())..], n, x, k);
     });
 }
 

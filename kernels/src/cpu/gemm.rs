@@ -87,3 +87,33 @@ pub(super) fn gemm(dst: MatMut<'_>, accumulate: Accumulate, alpha: f32, a: Mat<'
         );
     }
 }
+
+/// Below this width of a weight gradient, packing dy is not paid for by the multiplications that follow.
+const NARROW: usize = 512;
+/// Tokens that one product of a narrow weight gradient reduces over. The product packs dy in strips of a few columns, reading one
+/// short piece of every token's row: with more rows than the first-level cache has room for pieces (rows of 4 KiB and more all fall
+/// into the same few sets) and the TLB for pages, each piece is fetched again for the next strip. On one thread at k = 256 the rates
+/// of 64 tokens against all at once were 100 against 78 GF/s at n = 4096 and 111 against 94 at n = 1024.
+const TOKENS_AT_ONCE: usize = 64;
+/// Elements of a narrow weight gradient that are worked on at once, since every few tokens they are read and written again:
+/// 1 MiB, half of a second-level cache.
+pub(super) const BLOCK_ELEMENTS: usize = 256 * 1024;
+
+/// `dw += dyᵀ · x` on the calling thread: `dw[n', k]`, `x[tokens, k]`; `dy[tokens, n']` has rows `dy_stride` apart.
+pub(super) fn add_outer_products(dw: &mut [f32], dy: &[f32], dy_stride: usize, x: &[f32], k: usize) {
+    if dw.is_empty() || x.is_empty() {
+        return;
+    }
+    let (tokens, rows) = (x.len() / k, dw.len() / k);
+    let (rows_at_once, tokens_at_once) =
+        if k < NARROW { (BLOCK_ELEMENTS.div_ceil(k), TOKENS_AT_ONCE) } else { (rows, tokens) };
+    for (block, dw) in dw.chunks_mut(rows_at_once * k).enumerate() {
+        let height = dw.len() / k;
+        for (chunk, x) in x.chunks(tokens_at_once * k).enumerate() {
+            let depth = x.len() / k;
+            let first = chunk * tokens_at_once * dy_stride + block * rows_at_once;
+            let dy = Mat::rows(&dy[first..first + (depth - 1) * dy_stride + height], depth, height, dy_stride);
+            gemm(MatMut::rows(dw, height, k, k), Accumulate::Add, 1.0, dy.t(), Mat::rows(x, depth, k, k));
+        }
+    }
+}

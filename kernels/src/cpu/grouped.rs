@@ -9,7 +9,7 @@ mod tests;
 
 use std::ops::Range;
 
-use super::gemm::{Mat, MatMut, gemm};
+use super::gemm::{Mat, MatMut, add_outer_products, gemm};
 use crate::{Accumulate, GroupedDims};
 
 /// Multiplications below which another thread is not worth waking.
@@ -18,16 +18,6 @@ const MIN_PRODUCTS_PER_PART: u64 = 1 << 19;
 const TILE: u64 = 8;
 /// What reading and writing one row of a weight gradient costs, in rows of input reduced into it.
 const UPDATE_COST: u64 = 8;
-
-/// Below this width of a weight gradient, packing dy is not paid for by the multiplications that follow.
-const NARROW: usize = 512;
-/// Tokens that one product of a narrow weight gradient reduces over. The product packs dy in strips of eight columns, reading one
-/// short piece of every token's row: with more rows than the first-level cache has room for pieces (and the TLB for pages), each
-/// piece is fetched again for the next strip, and packing takes a fifth of the time.
-const MAX_TOKENS_AT_ONCE: usize = 96;
-/// Elements of a narrow weight gradient that are worked on at once, since every few tokens they are read and written again:
-/// 1 MiB, half of a second-level cache.
-const BLOCK_ELEMENTS: usize = 256 * 1024;
 
 /// How many parts to cut the work into.
 fn parts(products: u64) -> usize {
@@ -95,7 +85,8 @@ pub(super) fn grad_weight(dims: GroupedDims, offsets: &[i32], dy: &[f32], x: &[f
             if tokens.is_empty() || mine.is_empty() {
                 continue;
             }
-            add_outer_products(dims, (dy, x), tokens, mine, head);
+            let dy = &dy[tokens.start * n + mine.start..(tokens.end - 1) * n + mine.end];
+            add_outer_products(head, dy, n, &x[tokens.start * k..tokens.end * k], k);
         }
     };
     if n == 0 || k == 0 {
@@ -111,34 +102,6 @@ pub(super) fn grad_weight(dims: GroupedDims, offsets: &[i32], dy: &[f32], x: &[f
         _ => cut_by_cost(costs(), n, total * part as u64 / parts as u64),
     };
     share(0..parts, k, dw, &cut, &run);
-}
-
-/// `dw += dy[tokens, rows]ᵀ · x[tokens]`, where `dw` is those rows alone.
-fn add_outer_products(
-    dims: GroupedDims,
-    (dy, x): (&[f32], &[f32]),
-    tokens: Range<usize>,
-    rows: Range<usize>,
-    dw: &mut [f32],
-) {
-    let GroupedDims { n, k, .. } = dims;
-    let (rows_at_once, tokens_at_once) = if k < NARROW {
-        let chunks = tokens.len().div_ceil(MAX_TOKENS_AT_ONCE);
-        (BLOCK_ELEMENTS.div_ceil(k), tokens.len().div_ceil(chunks))
-    } else {
-        (rows.len(), tokens.len())
-    };
-    for (block, dw) in dw.chunks_mut(rows_at_once * k).enumerate() {
-        let height = dw.len() / k;
-        let first_row = rows.start + block * rows_at_once;
-        for first in tokens.clone().step_by(tokens_at_once) {
-            let depth = tokens_at_once.min(tokens.end - first);
-            let dy = &dy[first * n + first_row..(first + depth - 1) * n + first_row + height];
-            let dy = Mat::rows(dy, depth, height, n);
-            let x = Mat::rows(&x[first * k..(first + depth) * k], depth, k, k);
-            gemm(MatMut::rows(dw, height, k, k), Accumulate::Add, 1.0, dy.t(), x);
-        }
-    }
 }
 
 /// The cost of one row of a weight gradient whose group has that many rows of input.

@@ -40,7 +40,11 @@ impl Device for Cpu {
     type Event = ();
 
     fn describe(&self) -> String {
-        format!("CPU, {} threads", rayon::current_num_threads())
+        format!(
+            "CPU, {} thread{}",
+            rayon::current_num_threads(),
+            if rayon::current_num_threads() == 1 { "" } else { "s" }
+        )
     }
 
     fn fork(&self) -> Self {

@@ -10,8 +10,6 @@ mod normal;
 mod statistics;
 
 #[cfg(test)]
-mod fixture_tests;
-#[cfg(test)]
 mod gate_tests;
 #[cfg(test)]
 mod noisy_tests;

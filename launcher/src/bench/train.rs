@@ -89,7 +89,7 @@ pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode, Failure> {
         }
         Err(failure) => {
             eprintln!("error: {failure}");
-            world.leave(failure.exit_code())
+            world.abandon(failure.exit_code())
         }
     }
 }

@@ -15,7 +15,8 @@ pub struct ParallelConfig {
     /// EP: ranks that share one set of experts; None (`"auto"`): chosen from the ranks and the experts.
     #[serde(with = "automatic")]
     pub ep: Option<usize>,
-    /// Parts a layer's tokens are cut into, so that one part's shuffle overlaps another's experts.
+    /// Parts a layer's tokens are cut into, so that one part's shuffle can overlap another's experts. On a CPU they run one after
+    /// another.
     pub chunks: usize,
 }
 

@@ -3,6 +3,7 @@
 //! Owns the choice between the sources of the project's dependencies and the generated corpus. It is told where cargo keeps
 //! sources; only [`cargo_registry`] looks at the environment, as cargo itself does.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use super::corpus::{CorpusBuilder, text_files};
@@ -17,6 +18,22 @@ const FILE_LIMIT_BYTES: u64 = 256 * 1024;
 /// With less text than this there is nothing to learn from: the generated corpus is better.
 const LEAST_BYTES: usize = 64 * 1024;
 
+/// The packages this program was built from. Others come and go in cargo's folder with every project that is built there, and the
+/// text would change with them, its held-out end most of all.
+const LOCK_FILE: &str = include_str!("../../../Cargo.lock");
+
+/// The folder names of the locked packages, `name-version`.
+fn locked_packages() -> HashSet<String> {
+    let lock: toml::Table = LOCK_FILE.parse().unwrap_or_default();
+    let packages = lock.get("package").and_then(toml::Value::as_array);
+    let text = |package: &toml::Value, key: &str| package.get(key)?.as_str().map(str::to_owned);
+    packages
+        .into_iter()
+        .flatten()
+        .filter_map(|package| Some(format!("{}-{}", text(package, "name")?, text(package, "version")?)))
+        .collect()
+}
+
 /// Where cargo keeps the sources of packages: `registry/src` below `$CARGO_HOME`, or below `~/.cargo`.
 pub fn cargo_registry() -> Option<PathBuf> {
     let home = || std::env::home_dir().map(|home| home.join(".cargo"));
@@ -28,15 +45,25 @@ pub fn cargo_registry() -> Option<PathBuf> {
 /// there are none, the generated corpus, whose entropy is known.
 pub fn default_corpus(registry: Option<&Path>, tokenizer: &dyn Tokenizer) -> Corpus {
     registry
-        .and_then(|registry| registry_corpus(registry, DEFAULT_CORPUS_LIMIT_BYTES, tokenizer))
+        .and_then(|registry| registry_corpus(registry, &locked_packages(), DEFAULT_CORPUS_LIMIT_BYTES, tokenizer))
         .unwrap_or_else(generated_corpus)
 }
 
-/// The corpus below `registry`, of at most `limit` bytes; None: there is too little. Nobody named these files, so one that
+/// The corpus of `packages` below `registry`, of at most `limit` bytes; None: there is too little. Nobody named these files, so one that
 /// cannot be read as text is left out.
-fn registry_corpus(registry: &Path, limit: usize, tokenizer: &dyn Tokenizer) -> Option<Corpus> {
+fn registry_corpus(
+    registry: &Path,
+    packages: &HashSet<String>,
+    limit: usize,
+    tokenizer: &dyn Tokenizer,
+) -> Option<Corpus> {
     let mut builder = CorpusBuilder::new(tokenizer);
     for path in text_files(registry, |extension| extension == "rs" || extension == "md").flatten() {
+        // registry/src/<index>/<name-version>/…
+        let package = path.strip_prefix(registry).ok().and_then(|path| path.iter().nth(1)?.to_str());
+        if !package.is_some_and(|package| packages.contains(package)) {
+            continue;
+        }
         if std::fs::metadata(&path).map_or(true, |file| file.len() > FILE_LIMIT_BYTES) {
             continue;
         }
@@ -69,14 +96,30 @@ mod tests {
         fs::write(package.join("src/lib.rs"), "é".repeat(30_000)).unwrap();
         fs::write(package.join("src/data.json"), "no".repeat(30_000)).unwrap();
 
-        let whole = registry_corpus(folder.path(), 1_000_000, &ByteTokenizer).unwrap();
-        assert_eq!(whole.tokens.len(), 100_000, "one file is not UTF-8, one a program's, one neither source nor text");
+        let other = folder.path().join("index-1/zzz-1.0.0");
+        fs::create_dir_all(&other).unwrap();
+        fs::write(other.join("lib.rs"), "z".repeat(80_000)).unwrap();
+        let locked = HashSet::from(["aaa-1.0.0".to_owned()]);
+
+        let whole = registry_corpus(folder.path(), &locked, 1_000_000, &ByteTokenizer).unwrap();
+        assert_eq!(
+            whole.tokens.len(),
+            100_000,
+            "one file is not UTF-8, one a program's, one neither source nor text, one another project's"
+        );
         assert_eq!(whole.entropy, None);
         // The limit falls inside an é of two bytes, which is left out whole.
-        let cut = registry_corpus(folder.path(), 70_001, &ByteTokenizer).unwrap();
+        let cut = registry_corpus(folder.path(), &locked, 70_001, &ByteTokenizer).unwrap();
         assert_eq!(cut.tokens.len(), 70_000);
         let Tokens::U8(bytes) = &cut.tokens else { panic!("bytes are narrow") };
         assert!(bytes.starts_with(b"rrr") && bytes.ends_with("é".as_bytes()));
+    }
+
+    #[test]
+    fn the_lock_file_names_this_programs_dependencies() {
+        let packages = locked_packages();
+        let has = |name: &str| packages.iter().any(|package| package.starts_with(name));
+        assert!(packages.len() > 50 && has("tonic-0") && has("safetensors-0"), "{packages:?}");
     }
 
     #[test]

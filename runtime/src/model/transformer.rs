@@ -357,8 +357,8 @@ impl<B: Backend> Transformer<B> {
             BlockContext { device, config: &setup.model, weights, rotary: &self.rotary, group: &groups.expert, route };
         let x = self.stream[index].view(route.tokens * setup.model.hidden_size);
         let moe_index = setup.model.moe_layers().take_while(|&layer| layer < index).count();
-        let losses =
-            RouterLosses { balance: self.balance.coefficients(moe_index), z_scale: self.balance.z_scale(batch) };
+        let balance = setup.model.is_moe(index).then(|| self.balance.coefficients(moe_index)).flatten();
+        let losses = RouterLosses { balance, z_scale: self.balance.z_scale(batch) };
         self.blocks[index].backward(&context, &mut gradients, losses, &mut self.scratch, clock, x)
     }
 }

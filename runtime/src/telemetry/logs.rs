@@ -1,7 +1,7 @@
 //! Log lines: who speaks, how loudly, and in which form.
 //!
-//! Owns the set-up of `tracing`. Lines go to stderr and to a file of the run; each carries its rank. Rank 0 tells what happens, the others only what is
-//! wrong, unless they are asked for more.
+//! Owns the set-up of `tracing`. Lines go to stderr and to a file of the run; each carries its rank. Rank 0 tells what happens,
+//! the others only what is wrong, unless they are asked for more.
 
 use std::fmt;
 use std::fs::File;

@@ -1,4 +1,6 @@
-//! Training: the step, the run around it, evaluation and sampling.
+//! Training: the step, evaluation, sampling, and a trainer's state to a checkpoint and back.
+//!
+//! Owns the arithmetic of a step over ranks. When steps, evaluations and checkpoints happen is `worker`'s.
 
 mod persist;
 mod sampling;

@@ -57,8 +57,8 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         Ok(store.save(self.model.device(), &self.groups().world, &setup.grid, &state)?)
     }
 
-    /// Restores the state that a checkpoint holds and returns the steps it has done. All ranks call this.
-    pub fn restore(&mut self, checkpoint: &Checkpoint) -> Result<u64, PersistError> {
+    /// Restores the state that a checkpoint holds and returns how far it had come. All ranks call this.
+    pub fn restore(&mut self, checkpoint: &Checkpoint) -> Result<Progress, PersistError> {
         let device = self.model.device().clone();
         let setup = self.model.setup().clone();
         let (m, v) = self.optimizer.moments_mut();
@@ -71,7 +71,7 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         let restored = checkpoint.load(&device, &self.groups.world, target)?;
         set_biases(&mut self.model, &restored.router_biases);
         self.optimizer.set_updates(restored.progress.optimizer_step);
-        Ok(restored.progress.step)
+        Ok(restored.progress)
     }
 }
 

@@ -6,6 +6,7 @@ use clap::{Parser, ValueEnum};
 
 use super::coordinate::Seat;
 use crate::config::ConfigBuilder;
+use crate::coordination::{CoordinationError, JoinToken};
 use crate::exit::{ExitCode, Failure};
 
 const EXAMPLES: &str = "\
@@ -71,10 +72,13 @@ pub struct WorkerArgs {
     /// Number of ranks, where no launcher says it.
     #[arg(long, value_name = "N")]
     pub world_size: Option<usize>,
-    /// Where the coordinator answers; its join token stands in the variable MOE_JOIN_TOKEN. Default: rank 0 hosts one.
-    #[arg(long, value_name = "HOST:PORT")]
+    /// Coordinator that is hosted elsewhere, as by moe-launch run; otherwise rank 0 hosts it.
+    #[arg(long, value_name = "HOST:PORT", requires = "join_token")]
     pub coordinator: Option<String>,
-    /// Rank 0 hosts the coordinator on the port that --coordinator names, instead of finding it there.
+    /// Join token of that coordinator; better given by the variable, which other users of the machine do not see.
+    #[arg(long, value_name = "HEX", env = "MOE_JOIN_TOKEN", hide_env_values = true)]
+    pub join_token: Option<String>,
+    /// Rank 0 hosts the coordinator itself, on the port that --coordinator names.
     #[arg(long, requires = "coordinator")]
     pub host_coordinator: bool,
     /// One JSON object a line instead of text.
@@ -104,16 +108,17 @@ pub enum Resume {
 }
 
 impl WorkerArgs {
-    /// Where the coordinator is to be.
+    /// Who hosts the coordinator.
     ///
     /// # Errors
-    /// Usage: an address that is none.
+    /// Usage: an address that is none, or a token that is none.
     pub(super) fn seat(&self) -> Result<Seat, Failure> {
-        let Some(addr) = self.coordinator.clone() else { return Ok(Seat::Rank0 { port: 0, addr: None }) };
+        let (Some(addr), Some(token)) = (self.coordinator.clone(), &self.join_token) else { return Ok(Seat::Rank0) };
+        let token = token.parse::<JoinToken>().map_err(CoordinationError::from)?;
         match addr.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse().ok()?))) {
             Some((host, port)) if !host.is_empty() && port > 0 => Ok(match self.host_coordinator {
-                true => Seat::Rank0 { port, addr: Some(addr) },
-                false => Seat::Elsewhere { addr },
+                true => Seat::Rank0At { addr, port, token },
+                false => Seat::Elsewhere { addr, token },
             }),
             _ => {
                 let message = format!("--coordinator {addr}: must be HOST:PORT, as node07:7400 or [::1]:7400");
@@ -146,5 +151,31 @@ impl WorkerArgs {
             builder = builder.flag("--ep", "parallel.ep", ep as u64);
         }
         builder
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seat(arguments: &[&str]) -> Result<Seat, Failure> {
+        WorkerArgs::try_parse_from([&["moe-worker"][..], arguments].concat()).unwrap().seat()
+    }
+
+    #[test]
+    fn the_coordinators_seat_follows_from_its_flags() {
+        let token = "00112233445566778899aabbccddeeff";
+        assert!(matches!(seat(&[]), Ok(Seat::Rank0)));
+        let named = ["--join-token", token, "--coordinator", "[::1]:7400"];
+        assert!(matches!(seat(&named), Ok(Seat::Elsewhere { addr, .. }) if addr == "[::1]:7400"));
+        let hosted = seat(&[&named[..], &["--host-coordinator"]].concat());
+        assert!(matches!(hosted, Ok(Seat::Rank0At { port: 7400, .. })), "{hosted:?}");
+        for addr in ["head", ":7400", "head:0", "head:70000"] {
+            let failure = seat(&["--join-token", token, "--coordinator", addr]).unwrap_err();
+            assert_eq!(failure.exit_code(), ExitCode::Usage);
+            assert!(failure.to_string().starts_with(&format!("--coordinator {addr}: must be HOST:PORT")), "{failure}");
+        }
+        let failure = seat(&["--join-token", "short", "--coordinator", "head:7400"]).unwrap_err();
+        assert_eq!(failure.exit_code(), ExitCode::Usage, "{failure}");
     }
 }

@@ -1,66 +1,76 @@
-//! The worker's side of coordination: rank 0 hosts the coordinator or is told where it is, every rank joins it.
+//! The worker's side of coordination: rank 0 hosts the coordinator unless somebody else does, every rank joins it.
 //!
 //! Owns the host and the session of this process, and turns the coordinator's abort into the end of every collective's wait.
 
 use std::net::{Ipv4Addr, TcpListener};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::settle::from_rank_0;
-use super::world::World;
+use super::world::{World, host_name};
 use crate::collectives::{AbortHandle, CollectiveError};
 use crate::coordination::{
-    BadToken, ContactFile, CoordinatorHandle, ErrorReport, Identity, JobSpec, JoinToken, Order, Session, SessionConfig,
+    ContactFile, CoordinatorHandle, ErrorReport, Identity, JobSpec, JoinToken, Operator, Order, Session, SessionConfig,
 };
 use crate::exit::{ExitCode, Failure};
 use crate::topology::{Grid, Rank};
 use crate::training::Requests;
 
+/// How long rank 0 waits for the coordinator to take note of a stop.
+const ANNOUNCEMENT: Duration = Duration::from_secs(5);
+
 /// How long a host waits for the others to say good-bye.
 const FAREWELL: Duration = Duration::from_secs(5);
 
-/// The variable that holds the join token of a coordinator that is named on the command line.
-const TOKEN_VARIABLE: &str = "MOE_JOIN_TOKEN";
-
-/// Where the coordinator is to be.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Who hosts the coordinator.
+#[derive(Clone, Debug)]
 pub(super) enum Seat {
-    /// With rank 0.
-    Rank0 {
-        /// Its port; 0: one that is free.
+    /// Rank 0, on a free port, with a token of its own.
+    Rank0,
+    /// Rank 0, on the port of an address that is known beforehand.
+    Rank0At {
+        /// `HOST:PORT`, by which the others reach it.
+        addr: String,
+        /// The port of `addr`.
         port: u16,
-        /// `HOST:PORT` by which the others reach it; none: found out.
-        addr: Option<String>,
+        /// What they must show.
+        token: JoinToken,
     },
-    /// Hosted by somebody else.
+    /// Somebody else.
     Elsewhere {
         /// `HOST:PORT`.
         addr: String,
+        /// What ranks must show.
+        token: JoinToken,
     },
 }
 
-impl Seat {
-    /// The join token: the one that is `given` in the environment, or a new one where rank 0 hosts and none is.
-    fn token(&self, given: Option<String>) -> Result<JoinToken, Failure> {
-        match (given, self) {
-            (Some(text), _) => text
-                .parse()
-                .map_err(|error: BadToken| Failure::new(ExitCode::Usage, format!("{TOKEN_VARIABLE}: {error}"))),
-            (None, Self::Rank0 { .. }) => Ok(JoinToken::generate()),
-            (None, Self::Elsewhere { addr }) => {
-                let message = format!("--coordinator {addr}: its join token is missing; set {TOKEN_VARIABLE}");
-                Err(Failure::new(ExitCode::Usage, message))
-            }
-        }
-    }
+/// What a job is coordinated as.
+pub(super) struct Coordinated<'a> {
+    /// Its grid.
+    pub grid: &'a Grid,
+    /// Hash of its configuration.
+    pub fingerprint: &'a str,
+    /// Where tools look for the contact.
+    pub run_dir: &'a Path,
+    /// Who hosts the coordinator.
+    pub seat: Seat,
 }
 
 /// This process's part in the coordination of its job.
 pub(super) struct Coordination {
+    addr: String,
+    token: JoinToken,
     session: Session,
-    host: Option<CoordinatorHandle>,
+    host: Option<Host>,
+}
+
+/// The coordinator that rank 0 hosts, and the file that says where.
+struct Host {
+    handle: CoordinatorHandle,
+    contact: PathBuf,
 }
 
 /// Where the coordinator is.
@@ -72,43 +82,53 @@ struct Contact {
 
 impl Coordination {
     /// Hosts on rank 0, unless somebody else does, and joins on every rank.
-    pub(super) fn start(
-        world: &World,
-        seat: &Seat,
-        grid: &Grid,
-        fingerprint: &str,
-        run_dir: &Path,
-        abort: AbortHandle,
-    ) -> Result<Self, Failure> {
+    pub(super) fn start(world: &World, job: Coordinated<'_>, abort: AbortHandle) -> Result<Self, Failure> {
+        let Coordinated { grid, fingerprint, run_dir, seat } = job;
         let (rank, size) = world.place();
         let mut host = None;
         let contact = from_rank_0(&world.communicator, || {
-            let token = seat.token(std::env::var(TOKEN_VARIABLE).ok())?;
-            let addr = match seat {
-                Seat::Elsewhere { addr } => addr.clone(),
-                Seat::Rank0 { port, addr } => {
-                    // A port that is named is meant to be reached from elsewhere.
-                    let one_machine = addr.is_none() && world.is_one_machine();
-                    let ip = if one_machine { Ipv4Addr::LOCALHOST } else { Ipv4Addr::UNSPECIFIED };
-                    let handle = host.insert(serve((ip, *port), grid, fingerprint, token.clone())?);
-                    addr.clone().unwrap_or_else(|| reachable(world, handle.addr().port()))
+            let (handle, addr, token) = match seat {
+                Seat::Elsewhere { addr, token } => (None, addr, token),
+                Seat::Rank0At { addr, port, token } => {
+                    let at = (Ipv4Addr::UNSPECIFIED, port);
+                    (Some(serve(at, grid, fingerprint, token.clone())?), addr, token)
+                }
+                Seat::Rank0 => {
+                    let ip = if world.is_one_machine() { Ipv4Addr::LOCALHOST } else { Ipv4Addr::UNSPECIFIED };
+                    let handle = serve((ip, 0), grid, fingerprint, JoinToken::generate())?;
+                    let (addr, token) = (reachable(world, handle.addr().port()), handle.token().clone());
+                    (Some(handle), addr, token)
                 }
             };
             let contact = Contact { addr: addr.clone(), token: token.expose() };
-            ContactFile { addr, token, pid: std::process::id() }.write(run_dir)?;
+            let file = ContactFile { addr, token, pid: std::process::id() }.write(run_dir)?;
+            host = handle.map(|handle| Host { handle, contact: file });
             Ok(contact)
         })??;
         let token = contact.token.parse::<JoinToken>().map_err(|e| Failure::new(ExitCode::Internal, e.to_string()))?;
         let session = Session::join(SessionConfig {
-            addr: contact.addr,
-            token,
+            addr: contact.addr.clone(),
+            token: token.clone(),
             identity: Identity::of_this_process(rank as u32, size as u32, fingerprint.to_owned()),
             connect_timeout: Duration::from_secs(30),
             on_abort: Box::new(move |order| {
                 abort.abort(order.culprit.map(|rank| Rank(rank as usize)), order.reason.clone());
             }),
         })?;
-        Ok(Self { session, host })
+        Ok(Self { addr: contact.addr, token, session, host })
+    }
+
+    /// Tells the coordinator that all ranks stop after `step`, through rank 0 and before any of them leaves: a rank that leaves
+    /// early is a failure otherwise, for which the others would be aborted while they still write the checkpoint.
+    pub(super) fn announce_stop(&self, step: u64) {
+        if self.session.rank() != 0 {
+            return;
+        }
+        let told = Operator::new(&self.addr, &self.token, ANNOUNCEMENT)
+            .and_then(|operator| operator.drain(&format!("all ranks stop after step {step}")));
+        if let Err(error) = told {
+            tracing::warn!(step, %error, "the coordinator could not be told of the stop");
+        }
     }
 
     /// What the coordinator asks of this rank.
@@ -150,20 +170,17 @@ impl Coordination {
         if let Err(error) = self.session.leave(i32::from(code.number())) {
             tracing::debug!(%error, "leaving without the coordinator");
         }
-        if let Some(host) = self.host {
-            host.wait_over(FAREWELL);
+        if let Some(Host { handle, contact }) = self.host {
+            handle.wait_over(FAREWELL);
+            // What is left behind says only that nobody answers there any more.
+            let _ = std::fs::remove_file(contact);
         }
     }
 }
 
-fn serve(
-    (ip, port): (Ipv4Addr, u16),
-    grid: &Grid,
-    fingerprint: &str,
-    token: JoinToken,
-) -> Result<CoordinatorHandle, Failure> {
-    let listener = TcpListener::bind((ip, port)).map_err(|error| {
-        Failure::new(ExitCode::Io, format!("cannot listen on {ip}:{port} for the coordinator: {error}"))
+fn serve(at: (Ipv4Addr, u16), grid: &Grid, fingerprint: &str, token: JoinToken) -> Result<CoordinatorHandle, Failure> {
+    let listener = TcpListener::bind(at).map_err(|error| {
+        Failure::new(ExitCode::Io, format!("cannot listen on {}:{} for the coordinator: {error}", at.0, at.1))
     })?;
     let spec = JobSpec {
         world_size: grid.world() as u32,
@@ -176,29 +193,8 @@ fn serve(
 
 /// How other ranks reach a port of this machine: by loopback where they are all here, else by its name.
 fn reachable(world: &World, port: u16) -> String {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    match name.trim() {
+    match host_name() {
         name if !world.is_one_machine() && !name.is_empty() => format!("{name}:{port}"),
         _ => format!("127.0.0.1:{port}"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_coordinator_elsewhere_needs_its_token_and_a_bad_one_is_refused() {
-        let (mine, elsewhere) = (Seat::Rank0 { port: 0, addr: None }, Seat::Elsewhere { addr: "head:7400".into() });
-        let text = "00112233445566778899aabbccddeeff";
-        for seat in [&mine, &elsewhere] {
-            assert_eq!(seat.token(Some(text.into())).unwrap().expose(), text);
-            let failure = seat.token(Some("short".into())).unwrap_err();
-            assert!(failure.to_string().starts_with("MOE_JOIN_TOKEN: the join token must be 32"), "{failure}");
-        }
-        assert!(mine.token(None).is_ok());
-        let failure = elsewhere.token(None).unwrap_err();
-        assert_eq!(failure.exit_code(), ExitCode::Usage);
-        assert!(failure.to_string().contains("head:7400") && failure.to_string().contains("set MOE_JOIN_TOKEN"));
     }
 }

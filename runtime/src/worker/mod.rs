@@ -31,13 +31,13 @@ use crate::model::{ModelSetup, Transformer};
 use crate::telemetry::{Console, Progress, ProgressMode, ProgressSpec, init_logs, log_filter};
 use crate::topology::{Grid, Rank};
 use crate::training::Trainer;
-use coordinate::Coordination;
-use run_loop::{Ending, RunLoop, Surroundings};
-use settle::{Plan, decide, from_rank_0, share_corpus};
+use coordinate::{Coordinated, Coordination};
+use run_loop::{DataState, Ending, RunLoop, Surroundings};
+use settle::{Kept, Plan, decide, from_rank_0, share_corpus};
 use signals::StopRequest;
 
-/// Waiting for peers before the configuration, which has its own figure, is known.
-const START_DEADLINE: Duration = Duration::from_secs(60);
+/// Waiting for peers until the text is shared: rank 0 may have much to read before it speaks.
+const START_DEADLINE: Duration = Duration::from_secs(600);
 
 /// Runs the worker of this process and ends the process.
 pub fn main() -> ! {
@@ -59,18 +59,19 @@ pub fn main() -> ! {
         }
     };
     let (rank, size) = world.place();
-    let code = match train(&args, &world) {
-        Ok(Ending::Done) => ExitCode::Done,
-        Ok(Ending::Stopped) => ExitCode::Temporary,
+    match train(&args, &world) {
+        Ok(Ending::Done) => world.leave(ExitCode::Done),
+        Ok(Ending::Stopped) => world.leave(ExitCode::Temporary),
         Err(failure) => {
             if !failure.is_told_elsewhere() {
                 let who = if size > 1 { format!("rank {rank}: ") } else { String::new() };
-                eprintln!("error: {who}{failure}");
+                // In one piece: ranks share the terminal.
+                let line = format!("error: {who}{failure}\n");
+                eprint!("{line}");
             }
-            failure.exit_code()
+            world.abandon(failure.exit_code())
         }
-    };
-    world.leave(code)
+    }
 }
 
 /// Everything between the start and the end of MPI.
@@ -79,26 +80,26 @@ fn train(args: &WorkerArgs, world: &World) -> Result<Ending, Failure> {
     let console = Console::new();
     let rust_log = std::env::var("RUST_LOG").ok();
     let log_file = init_logs(rank, &log_filter(rank, args.verbose, rust_log.as_deref()), &console)?;
-    let mut held = None;
-    let plan: Plan = from_rank_0(&world.communicator, || decide(args, size, &mut held))??;
+    let mut kept = Kept::default();
+    let plan: Plan = from_rank_0(&world.communicator, || decide(args, size, &mut kept))??;
     let config = &plan.config;
     let run_dir = RunDir::at(&plan.run_dir);
-    log_file.write_to(&run_dir.logs().join(format!("rank-{rank:05}.log")))?;
     let grid = grid_of(config, size)?;
     set_threads(config, world)?;
     let context = Communicator::<Cpu>::context(&world.communicator);
-    context.set_deadline(config.run.collective_timeout());
     let stop = StopRequest::listen(context.abort_handle())
         .map_err(|error| Failure::new(ExitCode::Io, format!("cannot listen to signals: {error}")))?;
     probe_shared::<Cpu, _>(&world.communicator, run_dir.path())?;
+    log_file.write_to(&run_dir.logs().join(format!("rank-{rank:05}.log")))?;
     let fingerprint = config.fingerprint()?;
-    let coordination =
-        Coordination::start(world, &args.seat()?, &grid, &fingerprint, run_dir.path(), context.abort_handle())?;
-    let corpus = share_corpus(&world.communicator, config)?;
+    let job = Coordinated { grid: &grid, fingerprint: &fingerprint, run_dir: run_dir.path(), seat: args.seat()? };
+    let coordination = Coordination::start(world, job, context.abort_handle())?;
+    let corpus = share_corpus(&world.communicator, &mut kept)?;
+    context.set_deadline(config.run.collective_timeout());
     let loader = Loader::new(&corpus, config.loader_spec(rank, size))?;
     let groups = Groups::of_grid::<Cpu>(duplicate(&world.communicator)?, &grid)?;
     let mut trainer = build(config, &grid, Rank(rank), groups, loader)?;
-    let done = start_values(&mut trainer, &plan)?;
+    let done = start_values(&mut trainer, &plan, &corpus)?;
     let mode =
         ProgressMode::choose(rank, args.json, std::io::stdout().is_terminal() && std::io::stderr().is_terminal());
     let spec = ProgressSpec { mode, done, steps: config.train.steps, log_every: config.train.log_every };
@@ -108,7 +109,14 @@ fn train(args: &WorkerArgs, world: &World) -> Result<Ending, Failure> {
         let _ = progress.message(&line);
     }
     let store = Store::new(run_dir.checkpoints(), config.train.keep_checkpoints);
-    let surroundings = Surroundings { config, run_dir: &run_dir, store, coordination: &coordination, stop: &stop };
+    let surroundings = Surroundings {
+        config,
+        run_dir: &run_dir,
+        store,
+        text_sha256: &corpus.sha256,
+        coordination: &coordination,
+        stop: &stop,
+    };
     let ending = RunLoop::new(&mut trainer, surroundings, &mut progress).run(done);
     progress.finish();
     match &ending {
@@ -178,13 +186,27 @@ pub fn build<D: crate::training::TrainingData>(
 fn start_values<D: crate::training::TrainingData>(
     trainer: &mut Trainer<Cpu, HostCommunicator, D>,
     plan: &Plan,
+    corpus: &Corpus,
 ) -> Result<u64, Failure> {
     if let Some(folder) = &plan.weights {
         HfFolder::open(folder)?.load_into(&Cpu, trainer.model.parameters_mut())?;
     }
-    match &plan.resume {
-        Some(checkpoint) => Ok(trainer.restore(&Checkpoint::open(checkpoint)?)?),
-        None => Ok(0),
+    let Some(checkpoint) = &plan.resume else { return Ok(0) };
+    let checkpoint = Checkpoint::open(checkpoint)?;
+    let progress = trainer.restore(&checkpoint)?;
+    let then = serde_json::from_value::<DataState>(progress.cursor.clone()).map(|state| state.text_sha256);
+    match then {
+        Ok(then) if then == corpus.sha256 => Ok(progress.step),
+        Ok(then) => {
+            let now = &corpus.sha256;
+            let reason = "its place in the data would mean other text; bring the old text back, or begin a new run";
+            let message = format!("the text has sha256 {now}, and had {then} when the run began: {reason}");
+            Err(Failure::new(ExitCode::BadData, message))
+        }
+        Err(error) => {
+            let message = format!("{}: the cursor in manifest.json: {error}", checkpoint.dir().display());
+            Err(Failure::new(ExitCode::BadData, message))
+        }
     }
 }
 
@@ -216,7 +238,9 @@ fn introduction(plan: &Plan, grid: &Grid, corpus: &Corpus, done: u64) -> Vec<Str
     if let Some(entropy) = corpus.entropy {
         lines.push(format!("entropy        {entropy:.4} nats per token: the loss cannot stay below"));
     }
-    if done > 0 {
+    if done >= train.steps {
+        lines.push(format!("nothing to do  {done} steps are done already; give a larger --steps to go on"));
+    } else if done > 0 {
         lines.push(format!("resuming       after step {done}"));
     }
     lines

@@ -117,7 +117,7 @@ impl RunDir {
         self.path.join("checkpoints")
     }
 
-    /// One file a start.
+    /// One file a rank, added to by each start.
     pub fn logs(&self) -> PathBuf {
         self.path.join("logs")
     }

@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 
 use moe_kernels::Cpu;
+use serde::{Deserialize, Serialize};
 
 use super::coordinate::Coordination;
 use super::run_dir::RunDir;
@@ -13,7 +14,7 @@ use crate::checkpoint::Store;
 use crate::collectives::{CollectiveError, Communicator, HostCommunicator};
 use crate::config::Config;
 use crate::coordination::{Activity, Progress as Reading};
-use crate::data::Loader;
+use crate::data::{Cursor, Loader};
 use crate::exit::{Classified, ExitCode, Failure};
 use crate::telemetry::{MetricsFile, Progress, StepMetrics};
 use crate::training::{Requests, StepError, Trainer};
@@ -27,6 +28,15 @@ pub(super) enum Ending {
     Stopped,
 }
 
+/// Where the data stands, as a checkpoint keeps it.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct DataState {
+    #[serde(flatten)]
+    cursor: Cursor,
+    /// The text that the cursor counts in.
+    pub(super) text_sha256: String,
+}
+
 /// What surrounds the steps.
 pub(super) struct Surroundings<'a> {
     /// The configuration.
@@ -35,6 +45,8 @@ pub(super) struct Surroundings<'a> {
     pub run_dir: &'a RunDir,
     /// Its checkpoints.
     pub store: Store,
+    /// Hash of the text.
+    pub(super) text_sha256: &'a str,
     /// Who may ask for something.
     pub coordination: &'a Coordination,
     /// What signals asked.
@@ -82,6 +94,9 @@ impl<'a> RunLoop<'a> {
                 metrics.val_loss = self.trainer.evaluate().map_err(|error| self.failed(step, error))?;
             }
             self.record(&metrics)?;
+            if agreed.stop && !last {
+                self.surroundings.coordination.announce_stop(step);
+            }
             if due(step, train.checkpoint_every) || last || agreed != Requests::default() {
                 self.tell(&metrics, Activity::Checkpointing);
                 self.save(step)?;
@@ -106,9 +121,13 @@ impl<'a> RunLoop<'a> {
     }
 
     fn save(&mut self, step: u64) -> Result<(), Failure> {
-        let cursor = serde_json::to_value(self.trainer.data().cursor(step))
+        let text_sha256 = self.surroundings.text_sha256.to_owned();
+        let cursor = serde_json::to_value(DataState { cursor: self.trainer.data().cursor(step), text_sha256 })
             .map_err(|error| Failure::new(ExitCode::Internal, format!("the data cursor: {error}")))?;
-        let path = self.trainer.save(&self.surroundings.store, step, cursor)?;
+        let path = self.trainer.save(&self.surroundings.store, step, cursor).map_err(|error| {
+            let message = format!("the checkpoint of step {step} was not written: {error}; {}", self.remedy());
+            Failure::new(error.exit_code(), message)
+        })?;
         tracing::debug!(path = %path.display(), step, "checkpoint written");
         self.last_checkpoint = Some(path);
         Ok(())
@@ -119,15 +138,20 @@ impl<'a> RunLoop<'a> {
         self.surroundings.coordination.session().progress(Reading { step, loss, tokens_per_s, activity });
     }
 
+    /// Where the next start goes on.
+    fn remedy(&self) -> String {
+        match &self.last_checkpoint {
+            Some(path) => format!("the last checkpoint is {}", path.display()),
+            None => "there is no checkpoint yet".to_owned(),
+        }
+    }
+
     /// Why the run ends at `step`, with what a reader needs to go on.
     fn failed(&self, step: u64, error: StepError) -> Failure {
         if let StepError::Collective(error) = &error {
             self.surroundings.coordination.report(step, error);
         }
-        let remedy = match &self.last_checkpoint {
-            Some(path) => format!("the last checkpoint is {}", path.display()),
-            None => "there is no checkpoint yet".to_owned(),
-        };
+        let remedy = self.remedy();
         let message = match &error {
             StepError::Collective(CollectiveError::Aborted { .. }) if self.surroundings.stop.immediate() => {
                 format!("step {step} was given up: {error}; {remedy}")

@@ -14,7 +14,7 @@ use super::run_dir::{RunDir, RunDirError};
 use crate::checkpoint::{HfFolder, Store};
 use crate::collectives::{Communicator, HostCommunicator};
 use crate::config::{Config, ConfigBuilder};
-use crate::data::{Corpus, Tokenizer, cargo_registry, default_corpus, tokenizer};
+use crate::data::{Corpus, Loader, Tokenizer, cargo_registry, default_corpus, tokenizer};
 use crate::exit::{ExitCode, Failure};
 
 /// What rank 0 decided.
@@ -65,8 +65,17 @@ where
     })
 }
 
-/// Decides on rank 0: resolves and checks the configuration, claims the run directory, finds what to resume.
-pub(super) fn decide(args: &WorkerArgs, world: usize, held: &mut Option<File>) -> Result<Plan, Failure> {
+/// What rank 0 keeps of its decision.
+#[derive(Default)]
+pub(super) struct Kept {
+    /// The lock of the run directory, held as long as the run.
+    lock: Option<File>,
+    corpus: Option<Corpus>,
+}
+
+/// Decides on rank 0: resolves and checks the configuration, reads the text, finds what to resume and, once nothing is left to
+/// refuse, claims the run directory.
+pub(super) fn decide(args: &WorkerArgs, world: usize, kept: &mut Kept) -> Result<Plan, Failure> {
     // Only checked here: rank 0 alone speaks, and nothing is made yet.
     args.seat()?;
     let given = args.run_dir.as_ref().map(RunDir::at);
@@ -95,8 +104,12 @@ pub(super) fn decide(args: &WorkerArgs, world: usize, held: &mut Option<File>) -
     if let (Some(base), Some(dir)) = (&base, &given) {
         resolved.config.check_resumes(base, &dir.config())?;
     }
+    let tokenizer = tokenizer(&resolved.config.data.tokenizer)?;
+    let corpus = read_corpus(&resolved.config.data.paths, tokenizer.as_ref())?;
+    Loader::new(&corpus, resolved.config.loader_spec(0, world))?;
+    kept.corpus = Some(corpus);
     let run_dir = given.map_or_else(RunDir::fresh, Ok)?;
-    *held = Some(run_dir.claim()?);
+    kept.lock = Some(run_dir.claim()?);
     run_dir.save_config(&resolved.config)?;
     Ok(Plan {
         config: resolved.config,
@@ -115,20 +128,14 @@ fn absolute_paths(paths: &mut [PathBuf]) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The text: read by rank 0, shared out.
-pub(super) fn share_corpus(world: &HostCommunicator, config: &Config) -> Result<Corpus, Failure> {
-    let tokenizer = tokenizer(&config.data.tokenizer)?;
-    let mut read = None;
-    from_rank_0(world, || {
-        let corpus = read_corpus(&config.data.paths, tokenizer.as_ref())?;
-        read = Some(corpus);
-        Ok(())
-    })??;
-    let mut bytes = read.as_ref().map(Corpus::to_bytes).unwrap_or_default();
-    if Communicator::<Cpu>::size(world) > 1 {
-        Communicator::<Cpu>::broadcast_bytes(world, &mut bytes, 0)?;
-    }
-    match read {
+/// The text that rank 0 read, on every rank.
+pub(super) fn share_corpus(world: &HostCommunicator, kept: &mut Kept) -> Result<Corpus, Failure> {
+    let mut bytes = match &kept.corpus {
+        Some(corpus) if Communicator::<Cpu>::size(world) > 1 => corpus.to_bytes(),
+        _ => Vec::new(),
+    };
+    Communicator::<Cpu>::broadcast_bytes(world, &mut bytes, 0)?;
+    match kept.corpus.take() {
         Some(corpus) => Ok(corpus),
         None => Ok(Corpus::from_bytes(&bytes)?),
     }

@@ -17,6 +17,7 @@ pub struct World {
     pub communicator: HostCommunicator,
     /// What the launcher says, where there is one.
     pub facts: Option<LauncherFacts>,
+    ranks_here: usize,
     #[cfg(feature = "mpi")]
     mpi: Option<crate::collectives::mpi::MpiWorld>,
 }
@@ -40,6 +41,7 @@ impl World {
             facts => Ok(Self {
                 communicator: local::solo(context),
                 facts,
+                ranks_here: 1,
                 #[cfg(feature = "mpi")]
                 mpi: None,
             }),
@@ -49,7 +51,11 @@ impl World {
     #[cfg(feature = "mpi")]
     fn launched(facts: LauncherFacts, context: Context) -> Result<Self, Failure> {
         let (mpi, communicator) = crate::collectives::mpi::MpiWorld::init(&facts, context, Default::default())?;
-        Ok(Self { communicator, facts: Some(facts), mpi: Some(mpi) })
+        // Launchers do not always say how many ranks share a machine; its name does.
+        let host = host_name();
+        let hosts = Communicator::<Cpu>::all_gather_bytes(&communicator, host.as_bytes())?;
+        let ranks_here = hosts.iter().filter(|other| **other == host.as_bytes()).count().max(1);
+        Ok(Self { communicator, facts: Some(facts), ranks_here, mpi: Some(mpi) })
     }
 
     #[cfg(not(feature = "mpi"))]
@@ -67,26 +73,38 @@ impl World {
         (Communicator::<Cpu>::rank(world), Communicator::<Cpu>::size(world))
     }
 
-    /// Ranks that share this machine; all of them where nobody says.
+    /// Ranks that share this machine.
     pub fn ranks_here(&self) -> usize {
-        self.facts.and_then(|facts| facts.local_size).unwrap_or(self.place().1).max(1)
+        self.ranks_here
     }
 
-    /// Whether all ranks are on this machine, as far as is known.
+    /// Whether all ranks are on this machine.
     pub fn is_one_machine(&self) -> bool {
-        self.facts.is_none_or(|facts| facts.size == facts.local_size.unwrap_or(1))
+        self.ranks_here() == self.place().1
     }
 
-    /// Ends the process. After a success MPI is ended in order; after a failure no peer is waited for.
+    /// Ends the process where all ranks have agreed to leave. MPI is ended in order: mpirun ends the other ranks as soon as one
+    /// leaves with another code than 0, and ending MPI waits until all of them have come this far.
     pub fn leave(self, code: ExitCode) -> ! {
         #[cfg(feature = "mpi")]
         if let Some(mpi) = self.mpi {
-            if code != ExitCode::Done {
-                mpi.abandon(i32::from(code.number()));
-            }
             drop(self.communicator);
             drop(mpi);
         }
         std::process::exit(i32::from(code.number()))
     }
+
+    /// Ends the process after a failure: no peer is waited for.
+    pub fn abandon(self, code: ExitCode) -> ! {
+        #[cfg(feature = "mpi")]
+        if let Some(mpi) = self.mpi {
+            mpi.abandon(i32::from(code.number()));
+        }
+        std::process::exit(i32::from(code.number()))
+    }
+}
+
+/// The name of this machine; empty where the system tells none.
+pub(super) fn host_name() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned()
 }

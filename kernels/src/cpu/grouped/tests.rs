@@ -117,7 +117,7 @@ fn any_number_of_threads_agrees_with_f64() {
 
 #[test]
 fn a_narrow_gradient_taller_than_a_block_agrees_with_f64() {
-    check(&case(&[3], (2 * super::BLOCK_ELEMENTS / 400 + 11, 400)));
+    check(&case(&[3], (2 * crate::cpu::gemm::BLOCK_ELEMENTS / 400 + 11, 400)));
 }
 
 #[test]
