@@ -57,7 +57,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<ExitCode, Failure> {
         return Err(Failure::new(Code::Usage, message));
     };
     let tokenizer = tokenizer(&config.data.tokenizer)?;
-    let prompt: Vec<i32> = tokenizer.encode(&args.prompt).into_iter().map(|id| id as i32).collect();
+    let prompt: Vec<i32> = tokenizer.encode(&args.prompt)?.into_iter().map(|id| id as i32).collect();
     if prompt.is_empty() {
         return Err(Failure::new(Code::Usage, "--prompt: give at least one character to continue"));
     }
@@ -66,7 +66,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<ExitCode, Failure> {
     load_model(&mut model, &world, &checkpoint)?;
     let groups = Groups::of_grid::<Cpu>(world, &model.setup().grid.clone())?;
     let sampling = Sampling { tokens: args.tokens, temperature: args.temperature, top_k: args.top_k, seed: args.seed };
-    let mut text = Stream { decode: |ids: &[i32]| tokenizer.decode(ids), ids: Vec::new(), shown: 0 };
+    let mut text = Stream::after(|ids: &[i32]| tokenizer.decode(ids), &prompt);
     show(&args.prompt)?;
     let mut broken = None;
     let made = generate(&mut model, &groups, &prompt, tokenizer.vocab_size(), sampling, |token| {
@@ -116,15 +116,22 @@ fn model(config: &Config) -> Result<Transformer<Cpu>, Failure> {
     Transformer::new(Cpu, setup).map_err(|error| Failure::new(Code::Usage, error))
 }
 
-/// Text that grows by tokens, of which some end inside a character.
+/// Text that grows by tokens, of which some end inside a character, and some have a space in front only behind others.
 struct Stream<F: Fn(&[i32]) -> String> {
     decode: F,
     ids: Vec<i32>,
+    /// Tokens from which on the text is decoded.
+    context: usize,
     /// Tokens already shown.
     shown: usize,
 }
 
 impl<F: Fn(&[i32]) -> String> Stream<F> {
+    /// The text that follows `prompt`.
+    fn after(decode: F, prompt: &[i32]) -> Self {
+        Self { decode, ids: prompt.to_vec(), context: 0, shown: prompt.len() }
+    }
+
     /// The text that `token` completes; None while a character is incomplete, but for `last`.
     fn push(&mut self, token: i32, last: bool) -> Option<String> {
         self.ids.push(token);
@@ -136,13 +143,15 @@ impl<F: Fn(&[i32]) -> String> Stream<F> {
     }
 
     fn take(&mut self, last: bool) -> Option<String> {
-        let text = (self.decode)(&self.ids[self.shown..]);
+        let before = (self.decode)(&self.ids[self.context..self.shown]);
+        let all = (self.decode)(&self.ids[self.context..]);
+        let text = all.get(before.len()..).unwrap_or_default().to_owned();
         // No character has more than four bytes: what stays incomplete longer is none.
         let incomplete = text.ends_with(char::REPLACEMENT_CHARACTER) && self.ids.len() - self.shown < 4;
         if text.is_empty() || (incomplete && !last) {
             return None;
         }
-        self.shown = self.ids.len();
+        (self.context, self.shown) = (self.shown, self.ids.len());
         Some(text)
     }
 }
@@ -152,12 +161,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_space_in_front_of_a_word_is_shown_though_a_text_never_begins_with_one() {
+        let words = ["a", "b", "c"];
+        let decode = |ids: &[i32]| ids.iter().map(|&id| words[id as usize]).collect::<Vec<_>>().join(" ");
+        let mut stream = Stream::after(decode, &[0, 1]);
+        assert_eq!(stream.push(2, false).as_deref(), Some(" c"));
+        assert_eq!(stream.push(0, false).as_deref(), Some(" a"));
+    }
+
+    #[test]
     fn characters_of_several_tokens_are_shown_whole() {
         let decode = |ids: &[i32]| {
             let bytes: Vec<u8> = ids.iter().map(|&id| id as u8).collect();
             String::from_utf8_lossy(&bytes).into_owned()
         };
-        let mut stream = Stream { decode, ids: Vec::new(), shown: 0 };
+        let mut stream = Stream::after(decode, b"x".map(i32::from).as_slice());
         let shown: Vec<_> = "aé€".bytes().map(|byte| stream.push(i32::from(byte), false)).collect();
         assert_eq!(shown, [Some("a".into()), None, Some("é".into()), None, None, Some("€".into())]);
         assert_eq!(stream.finish(), "");

@@ -2,10 +2,12 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod data;
 mod generate;
 mod render;
 mod run;
 mod status;
+mod tokenizer;
 
 use std::process::ExitCode;
 
@@ -17,6 +19,8 @@ const EXAMPLES: &str = "\
 Examples:
   moe-launch run -n 4 -- --preset shakespeare --data input.txt --run-dir runs/a
   moe-launch status --run-dir runs/a
+  moe-launch data prepare --data texts/ --out shards/
+  moe-launch tokenizer train --data texts/ --vocab-size 8192 --out tokenizer.json
   moe-launch generate --checkpoint runs/a --prompt \"ROMEO:\"
   moe-launch render slurm --config run.toml -n 16 --nodes 2
   moe-launch bench train --preset moe-15m --device cpu --json
@@ -38,6 +42,10 @@ enum Command {
     Run(run::RunArgs),
     /// Show the ranks, step and loss of a running job.
     Status(status::StatusArgs),
+    /// Prepare text for training, and look into token shards.
+    Data(data::DataArgs),
+    /// Make a tokenizer.
+    Tokenizer(tokenizer::TokenizerArgs),
     /// Let a trained model write.
     Generate(generate::GenerateArgs),
     /// Write the job files of one run for Slurm or Kubernetes.
@@ -61,6 +69,8 @@ fn main() -> ExitCode {
         Cli { command: Command::Status(args) } => {
             status::run(&args, &mut std::io::stdout()).map(|()| ExitCode::SUCCESS).map_err(Failure::from)
         }
+        Cli { command: Command::Data(args) } => data::run(&args),
+        Cli { command: Command::Tokenizer(args) } => tokenizer::run(&args),
         Cli { command: Command::Generate(args) } => generate::run(&args),
         Cli { command: Command::Render(args) } => render::run(&args),
         Cli { command: Command::Bench(args) } => bench::run(&args),

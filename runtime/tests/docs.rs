@@ -110,6 +110,8 @@ fn the_reference_has_every_types_name_and_every_choice() {
             "integer or `\"auto\"`" => [true, false, false, false, true],
             "number" => [true, true, false, false, false],
             "boolean" => [false, false, true, false, false],
+            "text" => [false, false, false, false, true],
+            "table" => [false; 5],
             "list of integers" => [false, false, false, true, false],
             "list of paths, or one path" => [false, false, false, true, true],
             other => panic!("{key}: {other:?} is no type that this test knows"),

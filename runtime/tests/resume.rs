@@ -33,7 +33,7 @@ fn leg(config: &Config, corpus: &Corpus, ranks: Ranks, store: &Store, (from, to)
     let mut of_ranks = local::run(ranks.world, |world| {
         let mut trainer = trainer(config, corpus, world, ranks.ep);
         if let Some(checkpoint) = &checkpoint {
-            assert_eq!(trainer.restore(checkpoint).unwrap(), from);
+            assert_eq!(trainer.restore(checkpoint).unwrap().step, from);
         }
         let metrics = take_steps(&mut trainer, from + 1..=to);
         let cursor = serde_json::to_value(trainer.data().cursor(to)).unwrap();

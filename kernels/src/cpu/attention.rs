@@ -2,18 +2,16 @@
 //!
 //! Owns the layout of the fused rows and of the packed operands. One task is one sequence and one key/value head: it packs the
 //! keys and values once and uses them for all query heads of the group, so that the backward pass can add their gradients up
-//! without atomics. Queries go in strips of eight, and a strip computes only the keys that causality lets it see. It never
-//! allocates once a thread has its scratch.
-
-use std::slice::ChunksExactMut;
+//! without atomics. Queries go in strips of eight, whose scores stay in the nearest cache, and a strip computes only the keys
+//! that causality lets it see. It never allocates once a thread has its scratch.
 
 use multiversion::multiversion;
 
-use super::panel::{Left, Right, TILE_COLUMNS, TILE_ROWS, multiply_tile};
+use super::panel::{Left, Right, Sink, TILE_COLUMNS, TILE_ROWS, multiply_strip};
 use super::parallel::{SharedRows, for_parts, parts, rows_mut, with_scratch};
-use super::simd::{LANES, exp, max, sum};
+use super::vector::{LANES, Task, Vector, dispatch, prefetch};
 use super::{attention_grad, slice, slice_mut};
-use crate::{Accumulate, AttentionDims, AttentionOps, Cpu, RotaryDirection, View, ViewMut};
+use crate::{AttentionDims, AttentionOps, Cpu, RotaryDirection, View, ViewMut};
 
 impl AttentionOps for Cpu {
     fn rotary(
@@ -83,7 +81,7 @@ fn rotate_row(row: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) {
 #[derive(Clone, Copy)]
 pub(super) struct Layout {
     pub(super) dims: AttentionDims,
-    /// Head width, rounded up to whole tiles; the surplus columns are zero.
+    /// Head width, rounded up to whole vectors; the surplus columns are zero.
     pub(super) padded_dim: usize,
     /// Positions, rounded up to whole tiles; the surplus keys are zero.
     pub(super) padded_seq: usize,
@@ -102,7 +100,7 @@ impl Layout {
         let padded_seq = dims.seq.next_multiple_of(TILE_COLUMNS);
         Self {
             dims,
-            padded_dim: head_dim.next_multiple_of(TILE_COLUMNS),
+            padded_dim: head_dim.next_multiple_of(LANES),
             padded_seq,
             score_stride: padded_seq + LANES,
             group: heads / kv_heads,
@@ -129,13 +127,47 @@ impl Layout {
     }
 
     /// One head of the rows of sequence `b` inside rows of `width` elements.
+    #[inline(always)]
     pub(super) fn head<'a>(&self, rows: &'a [f32], width: usize, b: usize, head: usize) -> Head<'a> {
         let from = b * self.dims.seq * width + self.column(head);
         Head { data: &rows[from..], stride: width, rows: self.dims.seq, width: self.dims.head_dim }
     }
 
-    pub(super) fn strips(&self) -> impl Iterator<Item = usize> + use<> {
-        (0..self.dims.seq).step_by(TILE_ROWS)
+    /// Keys and values of the task that a thread usually does next, if there is one.
+    #[inline(always)]
+    pub(super) fn next_keys_values<'a>(&self, qkv: &'a [f32], b: usize, kv: usize) -> Option<[Head<'a>; 2]> {
+        let AttentionDims { batch, heads, kv_heads, .. } = self.dims;
+        let (b, kv) = if kv + 1 < kv_heads { (b, kv + 1) } else { (b + 1, 0) };
+        let head = |head| self.head(qkv, self.dims.qkv_width(), b, head);
+        (b < batch).then(|| [head(heads + kv), head(heads + kv_heads + kv)])
+    }
+
+    /// `out = strip[8, D] · panelsᵀ` for all vectors that hold any of the first `keys` keys.
+    #[inline(always)]
+    pub(super) fn strip_times_panels<V: Vector>(
+        &self,
+        keys: usize,
+        strip: &[f32],
+        panels: &[f32],
+        out: &mut impl Sink<V>,
+    ) {
+        let left = Left { data: strip, row_stride: self.padded_dim, depth_stride: 1 };
+        let right = Right { data: panels, stride: TILE_COLUMNS };
+        let (depth, panel) = (self.dims.head_dim, self.dims.head_dim * TILE_COLUMNS);
+        multiply_strip::<V>(keys.next_multiple_of(LANES), depth, left, right, panel, out);
+    }
+
+    /// `out = Σ_k left[8, k] · rows[k, D]` for `k < depth`.
+    #[inline(always)]
+    pub(super) fn strip_times_rows<V: Vector>(
+        &self,
+        depth: usize,
+        left: Left<'_>,
+        rows: &[f32],
+        out: &mut impl Sink<V>,
+    ) {
+        let right = Right { data: rows, stride: self.padded_dim };
+        multiply_strip::<V>(self.padded_dim, depth, left, right, TILE_COLUMNS, out);
     }
 }
 
@@ -149,72 +181,104 @@ pub(super) struct Head<'a> {
 }
 
 impl<'a> Head<'a> {
+    #[inline(always)]
     pub(super) fn row(&self, row: usize) -> &'a [f32] {
         &self.data[row * self.stride..row * self.stride + self.width]
     }
 
-    /// All rows times `scale` into rows of `padded` elements, zeros where there is nothing. Whole heads at once, because the
-    /// rows lie far apart: the loads wait for memory together and not strip by strip.
-    pub(super) fn pack(&self, scale: f32, padded: usize, to: &mut [f32]) {
-        let (rows, surplus) = to.split_at_mut(self.rows * padded);
-        pack_rows(self.data, self.stride, self.width, scale, rows.chunks_exact_mut(padded));
-        surplus.fill(0.0);
+    /// Asks for rows ahead of their use. They lie far apart, where no processor looks ahead by itself.
+    #[inline(always)]
+    pub(super) fn prefetch(&self, rows: std::ops::Range<usize>) {
+        for row in rows.start..rows.end.min(self.rows) {
+            prefetch(self.row(row));
+        }
     }
 
-    /// All rows transposed, in panels `[positions / TILE_COLUMNS][width][TILE_COLUMNS]`, zeros where there is nothing.
-    pub(super) fn pack_transposed(&self, to: &mut [f32]) {
+    /// Rows from `first` on into rows of `padded` elements, zeros where there is nothing.
+    #[inline(always)]
+    pub(super) fn pack<V: Vector>(&self, first: usize, padded: usize, to: &mut [f32]) {
+        for (row, to) in to.chunks_exact_mut(padded).enumerate() {
+            let (to, _) = to.as_chunks_mut::<LANES>();
+            for (vector, to) in to.iter_mut().enumerate() {
+                self.vector::<V>(first + row, vector * LANES).store(to);
+            }
+        }
+    }
+
+    /// All rows times `scale`, transposed, in panels `[positions / TILE_COLUMNS][width][TILE_COLUMNS]`, zeros where there is
+    /// nothing.
+    #[inline(always)]
+    pub(super) fn pack_transposed<V: Vector>(&self, scale: f32, to: &mut [f32]) {
         for (panel, to) in to.chunks_exact_mut(self.width * TILE_COLUMNS).enumerate() {
-            for lane in 0..TILE_COLUMNS {
-                let row = panel * TILE_COLUMNS + lane;
-                if row < self.rows {
-                    for (column, x) in self.row(row).iter().enumerate() {
-                        to[column * TILE_COLUMNS + lane] = *x;
+            let (to, _) = to.as_chunks_mut::<LANES>();
+            for half in 0..TILE_COLUMNS / LANES {
+                for first in (0..self.width).step_by(LANES) {
+                    let mut rows = [V::splat(0.0); LANES];
+                    for (lane, row) in rows.iter_mut().enumerate() {
+                        *row = self.vector::<V>(panel * TILE_COLUMNS + half * LANES + lane, first).mul(V::splat(scale));
                     }
-                } else {
-                    for column in 0..self.width {
-                        to[column * TILE_COLUMNS + lane] = 0.0;
+                    let columns = V::transpose(rows);
+                    for (column, values) in (first..self.width).zip(&columns) {
+                        values.store(&mut to[column * (TILE_COLUMNS / LANES) + half]);
                     }
                 }
             }
         }
     }
-}
 
-#[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma"))]
-fn pack_rows(from: &[f32], stride: usize, width: usize, scale: f32, to: ChunksExactMut<'_, f32>) {
-    for (row, to) in to.enumerate() {
-        let (values, surplus) = to.split_at_mut(width);
-        for (to, from) in values.iter_mut().zip(&from[row * stride..]) {
-            *to = from * scale;
+    /// Sixteen elements of a row from `column` on, zeros where there is nothing.
+    #[inline(always)]
+    pub(super) fn vector<V: Vector>(&self, row: usize, column: usize) -> V {
+        if row >= self.rows {
+            return V::splat(0.0);
         }
-        surplus.fill(0.0);
+        let row = &self.row(row)[column..];
+        match row.first_chunk() {
+            Some(whole) => V::load(whole),
+            None => V::load_first(row),
+        }
     }
 }
 
-/// `out[8, keys] = rows[8, width] · panelsᵀ` for all panels that hold any of the first `keys` keys.
-pub(super) fn strip_times_panels(layout: &Layout, keys: usize, strip: &[f32], panels: &[f32], out: &mut [f32]) {
-    let left = Left { data: strip, row_stride: layout.padded_dim, depth_stride: 1 };
-    for (panel, data) in panels.chunks_exact(layout.dims.head_dim * TILE_COLUMNS).enumerate() {
-        if panel * TILE_COLUMNS >= keys {
-            break;
-        }
-        let (right, out) = (Right { data, stride: TILE_COLUMNS }, &mut out[panel * TILE_COLUMNS..]);
-        multiply_tile(Accumulate::Overwrite, layout.dims.head_dim, left, right, out, layout.score_stride);
+/// Keeps the sums as rows of `stride` vectors.
+struct Scores<'a> {
+    to: &'a mut [[f32; LANES]],
+    stride: usize,
+}
+
+impl<V: Vector> Sink<V> for Scores<'_> {
+    #[inline(always)]
+    fn take(&mut self, row: usize, column: usize, sums: V) {
+        sums.store(&mut self.to[row * self.stride + column / LANES]);
     }
 }
 
-/// `out[8, padded_dim] (+)= Σ_k left[8, k] · rows[k, padded_dim]` for `k < depth`.
-pub(super) fn tiles_times_rows(
-    layout: &Layout,
-    accumulate: Accumulate,
-    depth: usize,
-    left: Left<'_>,
-    rows: &[f32],
-    out: &mut [f32],
-) {
-    for column in (0..layout.padded_dim).step_by(TILE_COLUMNS) {
-        let right = Right { data: &rows[column..], stride: layout.padded_dim };
-        multiply_tile(accumulate, depth, left, right, &mut out[column..], layout.padded_dim);
+/// Writes each row times its factor to one head of a matrix, from row `first` on.
+pub(super) struct HeadRows<'a> {
+    pub(super) to: &'a SharedRows<'a>,
+    /// Row of the matrix that row 0 goes to, and how many there are to write.
+    pub(super) first: usize,
+    pub(super) rows: usize,
+    /// The head's columns.
+    pub(super) from: usize,
+    pub(super) width: usize,
+    pub(super) factors: [f32; TILE_ROWS],
+}
+
+impl<V: Vector> Sink<V> for HeadRows<'_> {
+    #[inline(always)]
+    fn take(&mut self, row: usize, column: usize, sums: V) {
+        if row >= self.rows {
+            return;
+        }
+        let columns = self.from + column..self.from + self.width.min(column + LANES);
+        // SAFETY: a task alone writes the columns of its heads in the rows of its sequence, one segment at a time.
+        let to = unsafe { self.to.segment(self.first + row, columns) };
+        let values = sums.mul(V::splat(self.factors[row]));
+        match to.first_chunk_mut() {
+            Some(whole) => values.store(whole),
+            None => values.store_first(to),
+        }
     }
 }
 
@@ -226,65 +290,119 @@ fn attention(dims: AttentionDims, qkv: &[f32], out: &mut [f32], lse: &mut [f32])
     let layout = Layout::new(dims);
     let (out, lse) = (SharedRows::new(out, out_width), SharedRows::new(lse, dims.heads));
     layout.for_tasks(|b, kv| {
-        let Layout { padded_dim, padded_seq, score_stride, group, .. } = layout;
-        let keys_len = dims.head_dim * padded_seq;
-        let values_len = padded_seq * padded_dim;
-        let strip_len = TILE_ROWS * padded_dim;
-        with_scratch(keys_len + 2 * values_len + strip_len + TILE_ROWS * score_stride, |scratch| {
-            let (keys, scratch) = scratch.split_at_mut(keys_len);
-            let (values, scratch) = scratch.split_at_mut(values_len);
-            let (queries, scratch) = scratch.split_at_mut(values_len);
-            let (sums, scores) = scratch.split_at_mut(strip_len);
-            layout.head(qkv, dims.qkv_width(), b, dims.heads + kv).pack_transposed(keys);
-            layout.head(qkv, dims.qkv_width(), b, dims.heads + dims.kv_heads + kv).pack(1.0, padded_dim, values);
-            for head in kv * group..(kv + 1) * group {
-                layout.head(qkv, dims.qkv_width(), b, head).pack(layout.scale, padded_dim, queries);
-                for first in layout.strips() {
-                    let visible = first + TILE_ROWS;
-                    strip_times_panels(&layout, visible, &queries[first * padded_dim..], keys, scores);
-                    let statistics = softmax_strip(scores, score_stride, first);
-                    let left = Left { data: scores, row_stride: score_stride, depth_stride: 1 };
-                    tiles_times_rows(&layout, Accumulate::Overwrite, visible, left, values, sums);
-                    for (r, (total, log)) in statistics.into_iter().enumerate().take(dims.seq - first) {
-                        let token = b * dims.seq + first + r;
-                        // SAFETY: this task alone writes this head's columns of this sequence's rows, one segment at a time.
-                        let (out, lse) = unsafe {
-                            let columns = layout.column(head)..layout.column(head + 1);
-                            (out.segment(token, columns), lse.segment(token, head..head + 1))
-                        };
-                        let inverse = 1.0 / total;
-                        for (out, sum) in out.iter_mut().zip(&sums[r * padded_dim..]) {
-                            *out = sum * inverse;
-                        }
-                        lse[0] = log;
-                    }
-                }
-            }
+        let rows = layout.padded_seq * layout.padded_dim;
+        let strip = TILE_ROWS * layout.padded_dim;
+        let keys = dims.head_dim * layout.padded_seq;
+        with_scratch(keys + rows + strip + TILE_ROWS * layout.score_stride, |scratch| {
+            let (keys, scratch) = scratch.split_at_mut(keys);
+            let (values, scratch) = scratch.split_at_mut(rows);
+            let (queries, scores) = scratch.split_at_mut(strip);
+            let work = Workspace { keys, values, queries, scores: scores.as_chunks_mut().0 };
+            dispatch(Forward { layout, qkv, out: &out, lse: &lse, b, kv, work });
         });
     });
 }
 
-/// Exponentials of eight rows of scores in place, each less its row's largest; row r sees the first `first + r + 1` keys, and
-/// zeros follow up to where the strip ends. Returns each row's sum, and its log of the sum of exponentials.
-#[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma"))]
-fn softmax_strip(scores: &mut [f32], stride: usize, first: usize) -> [(f32, f32); TILE_ROWS] {
-    // Row after row within each pass, because a row's passes wait for one another and rows do not.
-    let row = |r: usize| r * stride..r * stride + (first + r + 1).next_multiple_of(LANES);
-    let (mut largest, mut statistics) = ([0.0; TILE_ROWS], [(0.0, 0.0); TILE_ROWS]);
-    for (r, largest) in largest.iter_mut().enumerate() {
-        // Whole lanes: the strip's scores reach beyond, and e^−∞ is the zero that the product with the values needs.
-        let row = &mut scores[row(r)];
-        row[first + r + 1..].fill(f32::NEG_INFINITY);
-        *largest = max(row);
-    }
-    for (r, largest) in largest.into_iter().enumerate() {
-        for x in &mut scores[row(r)] {
-            *x = exp(*x - largest);
+/// Scratch of one task: keys transposed in panels, values as rows, one strip of queries and of scores.
+struct Workspace<'a> {
+    keys: &'a mut [f32],
+    values: &'a mut [f32],
+    queries: &'a mut [f32],
+    scores: &'a mut [[f32; LANES]],
+}
+
+/// The query heads of one sequence that share a key/value head.
+struct Forward<'a> {
+    layout: Layout,
+    qkv: &'a [f32],
+    out: &'a SharedRows<'a>,
+    lse: &'a SharedRows<'a>,
+    b: usize,
+    kv: usize,
+    work: Workspace<'a>,
+}
+
+impl Task for Forward<'_> {
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let Self { layout, qkv, out, lse, b, kv, work } = self;
+        let (dims, stride) = (layout.dims, layout.score_stride / LANES);
+        let head = |head| layout.head(qkv, dims.qkv_width(), b, head);
+        head(dims.heads + kv).pack_transposed::<V>(layout.scale, work.keys);
+        head(dims.heads + dims.kv_heads + kv).pack::<V>(0, layout.padded_dim, work.values);
+        let next = layout.next_keys_values(qkv, b, kv);
+        for query_head in kv * layout.group..(kv + 1) * layout.group {
+            let queries = head(query_head);
+            for first in (0..dims.seq).step_by(TILE_ROWS) {
+                queries.prefetch(first + TILE_ROWS..first + 2 * TILE_ROWS);
+                for head in next.iter().flatten() {
+                    head.prefetch(first..first + TILE_ROWS);
+                }
+                queries.pack::<V>(first, layout.padded_dim, work.queries);
+                let visible = first + TILE_ROWS;
+                let mut scores = Scores { to: work.scores, stride };
+                layout.strip_times_panels::<V>(visible, work.queries, work.keys, &mut scores);
+                let (totals, logs) = softmax_strip::<V>(work.scores, stride, first);
+                let rows = TILE_ROWS.min(dims.seq - first);
+                let mut sums = HeadRows {
+                    to: out,
+                    first: b * dims.seq + first,
+                    rows,
+                    from: layout.column(query_head),
+                    width: dims.head_dim,
+                    factors: totals.map(|total| 1.0 / total),
+                };
+                let left = Left { data: work.scores.as_flattened(), row_stride: layout.score_stride, depth_stride: 1 };
+                layout.strip_times_rows::<V>(visible, left, work.values, &mut sums);
+                for (r, log) in logs.into_iter().enumerate().take(rows) {
+                    // SAFETY: a task alone writes the columns of its heads in the rows of its sequence, one at a time.
+                    let lse = unsafe { lse.segment(b * dims.seq + first + r, query_head..query_head + 1) };
+                    lse[0] = log;
+                }
+            }
         }
     }
-    for (r, (statistics, largest)) in statistics.iter_mut().zip(largest).enumerate() {
-        let total = sum(&scores[row(r)]);
-        *statistics = (total, largest + total.ln());
+}
+
+/// Exponentials of eight rows of scores in place, each less its row's largest; row r sees the first `first + r + 1` keys, and
+/// zeros follow up to where the strip ends. Returns the rows' sums and the logs of their sums of exponentials.
+#[inline(always)]
+fn softmax_strip<V: Vector>(
+    scores: &mut [[f32; LANES]],
+    stride: usize,
+    first: usize,
+) -> ([f32; TILE_ROWS], [f32; TILE_ROWS]) {
+    // All rows at once, because a row's steps wait for one another and rows do not. `first` is a multiple of eight, so the causal
+    // edges of all rows lie in one vector.
+    let edge = first / LANES;
+    let mut largest = [V::splat(f32::NEG_INFINITY); TILE_ROWS];
+    for at in 0..edge {
+        for (r, largest) in largest.iter_mut().enumerate() {
+            *largest = V::load(&scores[r * stride + at]).larger(*largest);
+        }
     }
-    statistics
+    let mut maxima = [0.0; TILE_ROWS];
+    for (r, largest) in largest.iter_mut().enumerate() {
+        // e^−∞ is the zero that the product with the values needs.
+        let scores = &mut scores[r * stride + edge];
+        let masked = V::load(scores).keep_first(first % LANES + r + 1, f32::NEG_INFINITY);
+        masked.store(scores);
+        maxima[r] = masked.larger(*largest).largest();
+        *largest = V::splat(maxima[r]);
+    }
+    let mut sums = [V::splat(0.0); TILE_ROWS];
+    for at in 0..=edge {
+        for r in 0..TILE_ROWS {
+            let scores = &mut scores[r * stride + at];
+            let power = V::load(scores).sub(largest[r]).exp();
+            power.store(scores);
+            sums[r] = sums[r].add(power);
+        }
+    }
+    let (mut totals, mut logs) = ([0.0; TILE_ROWS], [0.0; TILE_ROWS]);
+    for (r, sum) in sums.iter().enumerate() {
+        totals[r] = sum.sum();
+        logs[r] = maxima[r] + totals[r].ln();
+    }
+    (totals, logs)
 }

@@ -21,6 +21,7 @@ mod shuffle;
 mod simd;
 #[cfg(test)]
 mod testkit;
+mod vector;
 
 use crate::{Buffer, Device, DeviceError, Element, View, ViewMut};
 

@@ -1,15 +1,16 @@
 //! Products of small tiles whose operands already lie packed in cache: what attention is made of.
 //!
-//! Owns one fixed-size microkernel per instruction set. A general matrix product packs its operands on every call, which for
-//! the short reductions of attention costs as much as the product; here the caller packs once and multiplies many times. It
-//! never packs, never splits work, and always computes whole tiles: callers pad.
+//! Owns one microkernel that leaves its sums in registers, where attention goes on with them, and the walk over the columns of a
+//! strip. A general matrix product packs its operands on every call, which for the short reductions of attention costs as much
+//! as the product; here the caller packs once and multiplies many times. It never packs, never splits work, and always computes
+//! whole tiles: callers pad.
 
-use crate::Accumulate;
+use super::vector::{LANES, Vector};
 
 /// Rows of a tile.
 pub(super) const TILE_ROWS: usize = 8;
-/// Columns of a tile.
-pub(super) const TILE_COLUMNS: usize = 32;
+/// Columns of a tile: two vectors. A narrower tile of one vector ends a strip.
+pub(super) const TILE_COLUMNS: usize = 2 * LANES;
 
 /// The left operand: element (row r, depth k) is `data[r · row_stride + k · depth_stride]`.
 #[derive(Clone, Copy)]
@@ -31,182 +32,158 @@ pub(super) struct Right<'a> {
     pub(super) stride: usize,
 }
 
-/// `out[r · out_stride + c] (+)= Σ_k left[r, k] · right[k, c]` for a whole tile and `k < depth`.
-#[inline]
-pub(super) fn multiply_tile(
-    accumulate: Accumulate,
+/// What happens to the sums of a tile: one call per row and vector, with the row and the column that the vector begins at.
+pub(super) trait Sink<V: Vector> {
+    /// Must be `#[inline(always)]`, as the kernel is.
+    fn take(&mut self, row: usize, column: usize, sums: V);
+}
+
+/// `sums[r, c] = Σ_k left[r, k] · right[k, c]` for eight rows, `columns` of a multiple of sixteen and `k < depth`. Of columns
+/// `panel` apart the right operand is found `panel_stride` further on; sums go to `sink`.
+#[inline(always)]
+pub(super) fn multiply_strip<V: Vector>(
+    columns: usize,
     depth: usize,
     left: Left<'_>,
     right: Right<'_>,
-    out: &mut [f32],
-    out_stride: usize,
+    panel_stride: usize,
+    sink: &mut impl Sink<V>,
+) {
+    let mut column = 0;
+    while column + TILE_COLUMNS <= columns {
+        let right = Right { data: &right.data[column / TILE_COLUMNS * panel_stride..], stride: right.stride };
+        multiply_tile::<V, 2>(depth, left, right, column, sink);
+        column += TILE_COLUMNS;
+    }
+    if column < columns {
+        let right = Right { data: &right.data[column / TILE_COLUMNS * panel_stride..], stride: right.stride };
+        multiply_tile::<V, 1>(depth, left, right, column, sink);
+    }
+}
+
+#[inline(always)]
+fn multiply_tile<V: Vector, const VECTORS: usize>(
+    depth: usize,
+    left: Left<'_>,
+    right: Right<'_>,
+    column: usize,
+    sink: &mut impl Sink<V>,
 ) {
     let last = depth.saturating_sub(1);
     assert!(left.data.len() > (TILE_ROWS - 1) * left.row_stride + last * left.depth_stride, "left operand of a tile");
-    assert!(right.data.len() >= last * right.stride + TILE_COLUMNS, "right operand of a tile");
-    assert!(out.len() >= (TILE_ROWS - 1) * out_stride + TILE_COLUMNS, "output of a tile");
-    let add = accumulate == Accumulate::Add;
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: the instruction set was detected on the line above, and the assertions bound every access.
-            return unsafe { tile_avx512(depth, left, right, out, out_stride, add) };
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            // SAFETY: as above.
-            return unsafe { tile_avx2(depth, left, right, out, out_stride, add) };
-        }
-    }
-    tile_portable(depth, left, right, out, out_stride, add);
-}
-
-/// The tile in sixteen accumulators of sixteen lanes; each step of the reduction is two loads, eight broadcasts, sixteen FMAs.
-///
-/// # Safety
-/// The operands and the output must reach as far as [`multiply_tile`] asserts.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-unsafe fn tile_avx512(depth: usize, left: Left<'_>, right: Right<'_>, out: &mut [f32], out_stride: usize, add: bool) {
-    use std::arch::x86_64::{
-        _mm512_add_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
-    };
-    let mut sums = [[_mm512_setzero_ps(); 2]; TILE_ROWS];
-    for k in 0..depth {
-        // SAFETY: `k < depth`, so by this function's contract the row of the right operand and the eight elements of the left
-        // one lie inside their slices.
-        unsafe {
-            let row = right.data.as_ptr().add(k * right.stride);
-            let halves = [_mm512_loadu_ps(row), _mm512_loadu_ps(row.add(16))];
-            let column = left.data.as_ptr().add(k * left.depth_stride);
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let x = _mm512_set1_ps(*column.add(r * left.row_stride));
-                sums[0] = _mm512_fmadd_ps(x, halves[0], sums[0]);
-                sums[1] = _mm512_fmadd_ps(x, halves[1], sums[1]);
-            }
-        }
-    }
-    for (r, sums) in sums.into_iter().enumerate() {
-        for (half, mut sum) in sums.into_iter().enumerate() {
-            // SAFETY: `r < TILE_ROWS` and `half < 2`, so by this function's contract the sixteen elements lie inside `out`.
-            unsafe {
-                let at = out.as_mut_ptr().add(r * out_stride + 16 * half);
-                if add {
-                    sum = _mm512_add_ps(sum, _mm512_loadu_ps(at));
-                }
-                _mm512_storeu_ps(at, sum);
-            }
-        }
-    }
-}
-
-/// The tile as four quarters of four rows and sixteen columns, since sixteen registers hold no more.
-///
-/// # Safety
-/// The operands and the output must reach as far as [`multiply_tile`] asserts.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn tile_avx2(depth: usize, left: Left<'_>, right: Right<'_>, out: &mut [f32], out_stride: usize, add: bool) {
-    use std::arch::x86_64::{
-        _mm256_add_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_storeu_ps,
-    };
-    const QUARTER_ROWS: usize = TILE_ROWS / 2;
-    for (first_row, first_column) in [(0, 0), (0, 16), (QUARTER_ROWS, 0), (QUARTER_ROWS, 16)] {
-        let mut sums = [[_mm256_setzero_ps(); 2]; QUARTER_ROWS];
-        for k in 0..depth {
-            // SAFETY: `k < depth`, so by this function's contract this quarter of the right operand's row and its four elements
-            // of the left one lie inside their slices.
-            unsafe {
-                let row = right.data.as_ptr().add(k * right.stride + first_column);
-                let halves = [_mm256_loadu_ps(row), _mm256_loadu_ps(row.add(8))];
-                let column = left.data.as_ptr().add(k * left.depth_stride + first_row * left.row_stride);
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    let x = _mm256_set1_ps(*column.add(r * left.row_stride));
-                    sums[0] = _mm256_fmadd_ps(x, halves[0], sums[0]);
-                    sums[1] = _mm256_fmadd_ps(x, halves[1], sums[1]);
-                }
-            }
-        }
-        for (r, sums) in sums.into_iter().enumerate() {
-            for (half, mut sum) in sums.into_iter().enumerate() {
-                // SAFETY: the row and the eight columns belong to the tile, which by this function's contract lies inside `out`.
+    assert!(right.data.len() >= last * right.stride + VECTORS * LANES, "right operand of a tile");
+    if V::MANY_REGISTERS {
+        // SAFETY: the assertions above bound every access.
+        unsafe { multiply_part::<V, TILE_ROWS, VECTORS>(depth, left, right, [0, column], sink) };
+    } else {
+        for row in (0..TILE_ROWS).step_by(TILE_ROWS / 2) {
+            for vector in 0..VECTORS {
+                let left = Left { data: &left.data[row * left.row_stride..], ..left };
+                let right = Right { data: &right.data[vector * LANES..], ..right };
+                // SAFETY: the assertions above bound every access of the whole tile, of which this is a part.
                 unsafe {
-                    let at = out.as_mut_ptr().add((first_row + r) * out_stride + first_column + 8 * half);
-                    if add {
-                        sum = _mm256_add_ps(sum, _mm256_loadu_ps(at));
-                    }
-                    _mm256_storeu_ps(at, sum);
-                }
+                    multiply_part::<V, { TILE_ROWS / 2 }, 1>(depth, left, right, [row, column + vector * LANES], sink)
+                };
             }
         }
     }
 }
 
-/// The tile row by row, for processors without the above.
-fn tile_portable(depth: usize, left: Left<'_>, right: Right<'_>, out: &mut [f32], out_stride: usize, add: bool) {
-    for r in 0..TILE_ROWS {
-        let mut sums = [0.0; TILE_COLUMNS];
-        for k in 0..depth {
-            let x = left.data[r * left.row_stride + k * left.depth_stride];
-            for (sum, y) in sums.iter_mut().zip(&right.data[k * right.stride..]) {
-                *sum += x * y;
+/// The sums of as many rows and vectors as registers hold. Of 8 x 2, each step of the reduction is two loads, eight broadcasts
+/// and sixteen multiply-adds, which keep both of a processor's units busy while each waits for its own last sum.
+///
+/// # Safety
+/// The operands must reach as far as [`multiply_tile`] asserts.
+#[inline(always)]
+unsafe fn multiply_part<V: Vector, const ROWS: usize, const VECTORS: usize>(
+    depth: usize,
+    left: Left<'_>,
+    right: Right<'_>,
+    [first_row, first_column]: [usize; 2],
+    sink: &mut impl Sink<V>,
+) {
+    let mut sums = [[V::splat(0.0); VECTORS]; ROWS];
+    let (left_data, right_data) = (left.data.as_ptr(), right.data.as_ptr());
+    for k in 0..depth {
+        // SAFETY: `k < depth`, so by this function's contract the row of the right operand lies inside its slice; an array of
+        // floats is aligned as a float is.
+        let row: [V; VECTORS] = unsafe {
+            let row = right_data.add(k * right.stride).cast::<[f32; LANES]>();
+            let mut vectors = [V::splat(0.0); VECTORS];
+            for (c, vector) in vectors.iter_mut().enumerate() {
+                *vector = V::load(&*row.add(c));
+            }
+            vectors
+        };
+        for (r, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: as above, for the elements of the left operand.
+            let x = V::splat(unsafe { *left_data.add(k * left.depth_stride + r * left.row_stride) });
+            for (c, sum) in sums.iter_mut().enumerate() {
+                *sum = x.mul_add(row[c], *sum);
             }
         }
-        for (out, sum) in out[r * out_stride..].iter_mut().zip(sums) {
-            *out = if add { *out + sum } else { sum };
+    }
+    for (r, sums) in sums.iter().enumerate() {
+        for (c, sum) in sums.iter().enumerate() {
+            sink.take(first_row + r, first_column + c * LANES, *sum);
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::vector::{Task, dispatch_to_each};
     use super::*;
 
-    type Tile = unsafe fn(usize, Left<'_>, Right<'_>, &mut [f32], usize, bool);
+    /// Rows of 50 of which the strip takes up to 48.
+    struct Rows<'a>(&'a mut [f32]);
 
-    fn available() -> Vec<(&'static str, Tile)> {
-        let mut tiles: Vec<(&'static str, Tile)> = vec![("portable", tile_portable)];
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                tiles.push(("avx2", tile_avx2));
-            }
-            if is_x86_feature_detected!("avx512f") {
-                tiles.push(("avx512", tile_avx512));
+    impl<V: Vector> Sink<V> for Rows<'_> {
+        #[inline(always)]
+        fn take(&mut self, row: usize, column: usize, sums: V) {
+            sums.store_first(&mut self.0[row * 50 + column..][..LANES]);
+        }
+    }
+
+    #[derive(Clone, Copy)]
+    struct Product<'a> {
+        columns: usize,
+        depth: usize,
+        left: Left<'a>,
+        right: Right<'a>,
+    }
+
+    impl Task for Product<'_> {
+        #[inline(always)]
+        fn run<V: Vector>(self) {
+            let Self { columns, depth, left, right } = self;
+            let mut out = vec![0.5; TILE_ROWS * 50];
+            multiply_strip::<V>(columns, depth, left, right, TILE_COLUMNS, &mut Rows(&mut out));
+            for (r, row) in out.chunks_exact(50).enumerate() {
+                assert!(row[columns..].iter().all(|x| *x == 0.5), "wrote beyond {columns} columns");
+                for (c, got) in row[..columns].iter().enumerate() {
+                    let product = |k| {
+                        let left = left.data[r * left.row_stride + k * left.depth_stride];
+                        f64::from(left) * f64::from(right.data[k * right.stride + c])
+                    };
+                    let error = (f64::from(*got) - (0..depth).map(product).sum::<f64>()).abs();
+                    assert!(error <= f64::from(f32::EPSILON) * (depth + 1) as f64, "{columns} {depth} {r} {c}");
+                }
             }
         }
-        tiles
     }
 
     #[test]
     fn every_instruction_set_gives_the_product_and_leaves_its_surroundings() {
         let value = |i: usize| ((i * 61 % 127) as f32 - 63.0) / 64.0;
-        // Left rows contiguous, left columns contiguous; depths around nothing, one and many.
+        let a: Vec<f32> = (0..1000).map(value).collect();
+        let b: Vec<f32> = (0..100 * 56).map(|i| value(i + 17)).collect();
+        // Left rows contiguous, left columns contiguous; strips of a narrow tile, a whole one and both; depths around nothing,
+        // one and many.
         for (row_stride, depth_stride) in [(100, 1), (1, 9)] {
-            for depth in [0, 1, 7, 32, 96] {
-                let a: Vec<f32> = (0..1000).map(value).collect();
-                let b: Vec<f32> = (0..100 * 40).map(|i| value(i + 17)).collect();
-                for (name, tile) in available() {
-                    for add in [false, true] {
-                        let mut out = vec![0.5; 8 * 33];
-                        let (left, right) =
-                            (Left { data: &a, row_stride, depth_stride }, Right { data: &b, stride: 40 });
-                        // SAFETY: 1000 and 4000 elements exceed the farthest access of depth 96, and `out` has 8 rows of 33.
-                        unsafe { tile(depth, left, right, &mut out, 33, add) };
-                        for r in 0..8 {
-                            assert_eq!(out[r * 33 + 32], 0.5, "{name} wrote beyond its columns");
-                            for c in 0..32 {
-                                let product =
-                                    |k| f64::from(a[r * row_stride + k * depth_stride]) * f64::from(b[k * 40 + c]);
-                                let exact = (0..depth).map(product).sum::<f64>() + if add { 0.5 } else { 0.0 };
-                                let error = (f64::from(out[r * 33 + c]) - exact).abs();
-                                assert!(
-                                    error <= f64::from(f32::EPSILON) * (depth + 1) as f64,
-                                    "{name} {depth} {r} {c}"
-                                );
-                            }
-                        }
-                    }
-                }
+            for (columns, depth) in [16, 32, 48].into_iter().flat_map(|c| [0, 1, 7, 32, 96].map(|d| (c, d))) {
+                let (left, right) = (Left { data: &a, row_stride, depth_stride }, Right { data: &b, stride: 56 });
+                dispatch_to_each(Product { columns, depth, left, right });
             }
         }
     }

@@ -11,6 +11,9 @@ use std::ops::Range;
 /// Elements below which handing work to another thread costs more than it saves.
 const WORTH_SPLITTING: usize = 16 * 1024;
 
+/// Floats of a cache line.
+const CACHE_LINE: usize = 16;
+
 /// Parts for an operation that touches `elements` numbers: one a thread, or one where the work is too small to share.
 pub(super) fn parts(elements: usize) -> usize {
     if elements < WORTH_SPLITTING { 1 } else { rayon::current_num_threads() }
@@ -169,17 +172,18 @@ thread_local! {
     static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
-/// Lends `work` a slice of `len` floats that this thread keeps from call to call, so that steady use allocates nothing. The
-/// content is whatever the last use left. A use inside another one, as when a waiting thread takes up other work, gets memory of
+/// Lends `work` a slice of `len` floats that this thread keeps from call to call, so that steady use allocates nothing. It begins
+/// with a cache line, so that aligned vectors never straddle two. The content is whatever the last use left. A use inside another one, as when a waiting thread takes up other work, gets memory of
 /// its own.
 pub(super) fn with_scratch<R>(len: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
     let mut memory = SCRATCH.take();
-    if memory.len() < len {
-        memory.resize(len, 0.0);
+    if memory.len() < len + CACHE_LINE {
+        memory.resize(len + CACHE_LINE, 0.0);
     }
-    let result = work(&mut memory[..len]);
+    let skipped = memory.as_ptr().align_offset(CACHE_LINE * size_of::<f32>()).min(CACHE_LINE);
+    let result = work(&mut memory[skipped..skipped + len]);
     let nested = SCRATCH.replace(memory);
-    if nested.len() > len {
+    if nested.len() > len + CACHE_LINE {
         SCRATCH.set(nested);
     }
     result

@@ -260,13 +260,20 @@ impl Merged {
                 let invalid = InvalidValue::new(&section, shown(&values), reason);
                 return Err(ConfigError::Value { origin: origin.clone(), invalid });
             };
+            let both = values.contains_key("paths") && values.contains_key("sources");
             for (key, value) in values {
                 let name = format!("{section}.{key}");
                 if !schema.knows(&name) {
                     return Err(unknown(schema, origin, &name, &value));
                 }
                 if let Some(Value::Table(below)) = self.table.get_mut(&section) {
-                    below.insert(key, value);
+                    // Named sources and plain paths stand for one another: what a higher layer says counts.
+                    match name.as_str() {
+                        "data.paths" if !both => drop(below.remove("sources")),
+                        "data.sources" if !both => drop(below.insert("paths".into(), Value::Array(Vec::new()))),
+                        _ => {}
+                    }
+                    merge(below, key, value);
                 }
                 self.origins.keys.insert(name, origin.clone());
             }
@@ -287,6 +294,16 @@ impl Merged {
                 Err(ConfigError::Value { origin: self.origins.of(key).clone(), invalid })
             }
         }
+    }
+}
+
+/// Puts `value` under `key`; a table goes into the one that is there, so that one key of it can be set alone.
+fn merge(table: &mut Table, key: String, value: Value) {
+    match (table.get_mut(&key), value) {
+        (Some(Value::Table(below)), Value::Table(values)) => {
+            values.into_iter().for_each(|(key, value)| merge(below, key, value));
+        }
+        (_, value) => drop(table.insert(key, value)),
     }
 }
 

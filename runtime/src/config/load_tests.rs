@@ -191,3 +191,30 @@ proptest! {
         prop_assert_eq!(&ConfigBuilder::new().file(file).build().unwrap().config, &config, "{}", text);
     }
 }
+
+#[test]
+fn named_sources_and_paths_replace_one_another_and_one_key_of_a_source_can_be_set_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("run.toml");
+    let text =
+        "[data.sources.web]\npaths = \"web/\"\nweight = 3\n[data.sources.code]\npaths = [\"a\", \"b\"]\nweight = 1\n";
+    std::fs::write(&file, text).unwrap();
+    let builder = || ConfigBuilder::new().file(&file);
+    let config = builder().set("data.sources.web.weight=2").build().unwrap().config;
+    config.validate(1).unwrap();
+    assert_eq!(config.data.sources["web"].weight, Some(2.0));
+    assert_eq!(config.data.sources["web"].paths, [PathBuf::from("web/")]);
+    assert_eq!(toml::from_str::<Config>(&config.to_toml().unwrap()).unwrap(), config);
+
+    let config = builder().flag("--data", "data.paths", vec![PathBuf::from("c")]).build().unwrap().config;
+    config.validate(1).unwrap();
+    assert!(config.data.sources.is_empty());
+    let below = builder().set("data.paths=c").set("data.sources.d.paths=d").build().unwrap().config;
+    assert_eq!(below.data.sources.keys().collect::<Vec<_>>(), ["d"]);
+    assert!(below.data.paths.is_empty());
+
+    std::fs::write(&file, format!("[data]\npaths = \"x\"\n{text}")).unwrap();
+    assert_eq!(builder().build().unwrap().config.validate(1).unwrap_err().key, "data.paths");
+    let error = builder().set("data.sources.web.wieght=2").build().unwrap_err().to_string();
+    assert!(error.contains("data.sources.web"), "{error}");
+}

@@ -1,8 +1,8 @@
 //! What a run is made of: every key, its default, where its value comes from and what it may be.
 //!
 //! Owns the keys (`section.name`), the presets, the order in which presets, file, `--set` and flags override one another, and
-//! the rules that need more than one section. Apart from reading the one file it is told to, it does no input or output: no
-//! environment variable, clock or directory decides a value.
+//! the rules that need more than one section. Apart from reading the one file it is told to and the tokenizer that decides the
+//! vocabulary, it does no input or output: no environment variable, clock or directory decides a value.
 
 mod error;
 mod load;
@@ -20,7 +20,8 @@ pub use load::{ConfigBuilder, FlagValue, Resolved};
 pub use presets::{DEFAULT_PRESET, PRESETS};
 pub use resume::Difference;
 pub use sections::{
-    DataConfig, DecayGroups, OptimizerConfig, ParallelConfig, RunConfig, ScheduleConfig, ScheduleKind, TrainConfig,
+    DataConfig, DecayGroups, OptimizerConfig, ParallelConfig, RunConfig, ScheduleConfig, ScheduleKind, SourceConfig,
+    TrainConfig,
 };
 
 use crate::data::LoaderSpec;
@@ -58,8 +59,8 @@ impl Config {
         })
     }
 
-    /// Sets what follows from other keys: the schedule's length from `train.steps`, the vocabulary from the tokenizer. An
-    /// unknown tokenizer leaves the vocabulary at 0, which [`Config::validate`] reports.
+    /// Sets what follows from other keys: the schedule's length from `train.steps`, the vocabulary from the tokenizer, whose
+    /// file is read for it. A tokenizer that cannot be read leaves the vocabulary at 0, which [`Config::validate`] reports.
     pub fn resolve(&mut self) {
         self.schedule.steps.get_or_insert(self.train.steps);
         if self.model.vocab_size == 0 {

@@ -2,11 +2,13 @@
 //!
 //! Owns names, units and defaults. What a value may be is checked in `validate`; what it does is its user's business.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use super::values::{automatic, one_or_many};
+use crate::data::{ByteTokenizer, CorpusSpec, EndOfDocument, SourceSpec};
 
 /// How the ranks share the work.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -162,22 +164,81 @@ impl Default for TrainConfig {
     }
 }
 
+/// One named source of a mixture.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SourceConfig {
+    /// As `data.paths`.
+    #[serde(deserialize_with = "one_or_many")]
+    pub paths: Vec<PathBuf>,
+    /// Its share of the samples in proportion to the other sources'. Without weights the sources' sizes decide.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight: Option<f64>,
+}
+
 /// The text.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataConfig {
-    /// Text files and directories of them; none: the default corpus. One path may stand without brackets.
+    /// Text, JSONL, token shards, directories of them and patterns; none: the default corpus. One path may stand without
+    /// brackets.
     #[serde(deserialize_with = "one_or_many")]
     pub paths: Vec<PathBuf>,
-    /// The tokenizer: `bytes`.
+    /// The tokenizer: `bytes`, or the path of a `tokenizer.json` or of a folder that holds one.
     pub tokenizer: String,
-    /// Share of the text, at its end, that is held out for evaluation; 0: none.
+    /// The field of JSONL records that holds their text.
+    pub text_field: String,
+    /// What ends a document: `auto`, the tokenizer's own token; `none`; or a token by its name.
+    pub end_of_document: String,
+    /// Share of each source, at its end, that is held out for evaluation; 0: none.
     pub validation_fraction: f64,
+    /// Held-out text of its own, as `paths`; then all of the sources is trained on.
+    #[serde(deserialize_with = "one_or_many")]
+    pub validation_paths: Vec<PathBuf>,
+    /// Sources of a mixture, by name, in place of `paths`.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub sources: BTreeMap<String, SourceConfig>,
+}
+
+impl DataConfig {
+    /// What the corpus is made of, for a model with `vocab_size` tokens; None: the default corpus.
+    pub fn corpus(&self, vocab_size: usize) -> Option<CorpusSpec> {
+        let source = |(name, source): (&String, &SourceConfig)| SourceSpec {
+            name: name.clone(),
+            paths: source.paths.clone(),
+            weight: source.weight,
+        };
+        let mut sources: Vec<_> = self.sources.iter().map(source).collect();
+        if !self.paths.is_empty() {
+            sources.push(SourceSpec { paths: self.paths.clone(), ..SourceSpec::default() });
+        }
+        (!sources.is_empty()).then(|| CorpusSpec {
+            sources,
+            validation: self.validation_paths.clone(),
+            text_field: self.text_field.clone(),
+            end_of_document: EndOfDocument::of_word(&self.end_of_document),
+            vocab_size,
+        })
+    }
+
+    /// Every path, for those who must change them.
+    pub fn paths_mut(&mut self) -> impl Iterator<Item = &mut PathBuf> {
+        let sources = self.sources.values_mut().flat_map(|source| &mut source.paths);
+        self.paths.iter_mut().chain(&mut self.validation_paths).chain(sources)
+    }
 }
 
 impl Default for DataConfig {
     fn default() -> Self {
-        Self { paths: Vec::new(), tokenizer: crate::data::ByteTokenizer::NAME.into(), validation_fraction: 0.1 }
+        Self {
+            paths: Vec::new(),
+            tokenizer: ByteTokenizer::NAME.into(),
+            text_field: CorpusSpec::TEXT_FIELD.into(),
+            end_of_document: "auto".into(),
+            validation_fraction: 0.1,
+            validation_paths: Vec::new(),
+            sources: BTreeMap::new(),
+        }
     }
 }
 

@@ -5,7 +5,8 @@
 
 use std::time::Duration;
 
-use super::{Config, RunConfig};
+use super::{Config, DataConfig, RunConfig};
+use crate::data::{is_path, tokenizer};
 use crate::invalid::InvalidValue;
 
 /// The longest wait a collective can be given: a week.
@@ -33,20 +34,58 @@ impl Config {
     }
 
     fn validate_data(&self) -> Result<(), InvalidValue> {
-        let name = &self.data.tokenizer;
-        let Ok(tokenizer) = crate::data::tokenizer(name) else {
-            return Err(InvalidValue::new("data.tokenizer", format!("{name:?}"), "must be \"bytes\""));
-        };
-        let (vocabulary, needed) = (self.model.vocab_size, tokenizer.vocab_size());
-        if vocabulary < needed {
-            let reason =
-                format!("data.tokenizer = {name:?} makes {needed} different tokens; set it to {needed} or more");
-            return Err(InvalidValue::new("model.vocab_size", vocabulary, reason));
+        let (data, vocabulary) = (&self.data, self.model.vocab_size);
+        let name = &data.tokenizer;
+        // The vocabulary of a file is compared where the file is read for its tokens; here it decided `model.vocab_size`, or could
+        // not be read.
+        if !is_path(name) || vocabulary == 0 {
+            let tokenizer = tokenizer(name)
+                .map_err(|error| InvalidValue::new("data.tokenizer", format!("{name:?}"), error.to_string()))?;
+            let needed = tokenizer.vocab_size();
+            if vocabulary < needed {
+                let reason =
+                    format!("data.tokenizer = {name:?} makes {needed} different tokens; set it to {needed} or more");
+                return Err(InvalidValue::new("model.vocab_size", vocabulary, reason));
+            }
         }
-        let fraction = self.data.validation_fraction;
+        let fraction = data.validation_fraction;
         if !(0.0..1.0).contains(&fraction) {
             let reason = "must be at least 0 and below 1: the share of the text that is held out";
             return Err(InvalidValue::new("data.validation_fraction", fraction, reason));
+        }
+        if data.text_field.is_empty() {
+            let reason = "must be the name of the field that holds a record's text, as \"text\"";
+            return Err(InvalidValue::new("data.text_field", "\"\"", reason));
+        }
+        self.validate_sources()
+    }
+
+    fn validate_sources(&self) -> Result<(), InvalidValue> {
+        let DataConfig { sources, paths, validation_paths, .. } = &self.data;
+        if !sources.is_empty() && !paths.is_empty() {
+            let reason = "is set beside data.sources; give either paths or named sources";
+            return Err(InvalidValue::new("data.paths", format!("{paths:?}"), reason));
+        }
+        if sources.is_empty() && paths.is_empty() && !validation_paths.is_empty() {
+            let reason = "there is nothing beside it to train on; set data.paths or data.sources as well";
+            return Err(InvalidValue::new("data.validation_paths", format!("{validation_paths:?}"), reason));
+        }
+        let weighted = sources.values().filter(|source| source.weight.is_some()).count();
+        for (name, source) in sources {
+            let key = |field: &str| format!("data.sources.{name}.{field}");
+            if source.paths.is_empty() {
+                return Err(InvalidValue::new(&key("paths"), "[]", "must name at least one file or directory"));
+            }
+            match source.weight {
+                Some(weight) if !(weight.is_finite() && weight > 0.0) => {
+                    return Err(InvalidValue::new(&key("weight"), weight, "must be a positive number"));
+                }
+                None if weighted > 0 => {
+                    let reason = "other sources have a weight; give every source one, or none of them";
+                    return Err(InvalidValue::new(&key("weight"), "not set", reason));
+                }
+                _ => {}
+            }
         }
         Ok(())
     }
@@ -155,14 +194,31 @@ fn countable(key: &str, value: u64) -> Result<(), InvalidValue> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::SourceConfig;
+
+    fn source(weight: Option<f64>) -> SourceConfig {
+        SourceConfig { paths: vec!["a.txt".into()], weight }
+    }
 
     #[test]
     fn each_impossible_value_is_refused_by_its_key() {
         type Break = fn(&mut Config);
-        let table: [(&str, Break); 33] = [
+        let table: [(&str, Break); 40] = [
             ("data.tokenizer", |c| c.data.tokenizer = "words".into()),
             ("data.validation_fraction", |c| c.data.validation_fraction = 1.0),
             ("data.validation_fraction", |c| c.data.validation_fraction = f64::NAN),
+            ("data.tokenizer", |c| (c.data.tokenizer, c.model.vocab_size) = ("absent/tokenizer.json".into(), 0)),
+            ("data.text_field", |c| c.data.text_field.clear()),
+            ("data.validation_paths", |c| c.data.validation_paths = vec!["v.txt".into()]),
+            ("data.paths", |c| {
+                c.data.paths.push("a".into());
+                c.data.sources.insert("web".into(), source(None));
+            }),
+            ("data.sources.web.paths", |c| drop(c.data.sources.insert("web".into(), SourceConfig::default()))),
+            ("data.sources.web.weight", |c| drop(c.data.sources.insert("web".into(), source(Some(0.0))))),
+            ("data.sources.web.weight", |c| {
+                c.data.sources.extend([("code".into(), source(Some(1.0))), ("web".into(), source(None))]);
+            }),
             ("model.vocab_size", |c| c.model.vocab_size = 255),
             ("model.top_k", |c| c.model.top_k = 9),
             ("router.balance_coefficient", |c| c.router.balance_coefficient = -1.0),

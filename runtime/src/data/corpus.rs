@@ -1,157 +1,159 @@
-//! A corpus: the tokens of a text, what it is, and its hash.
+//! A corpus: the tokens that are trained on, by source, what they are, and their hash.
 //!
-//! Owns reading files and directories, and the bytes in which rank 0 shares a corpus out. It cuts no windows.
+//! Owns the reading of files, shards and data sets into streams. It cuts no windows and mixes nothing.
 
-use std::ops::Range;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
 
 use sha2::{Digest, Sha256};
-use walkdir::{DirEntry, WalkDir};
 
-use super::{DataError, Tokenizer, hexadecimal};
+use super::encode::{Encoder, TokenSink};
+use super::inputs::{Format, InputFile, expand};
+use super::megatron::Megatron;
+use super::reader::{Reading, read_pieces};
+use super::shard::Shard;
+use super::stream::{DocumentList, Documents, Segment, Stream, Tokens};
+use super::tokenizer::{EndOfDocument, EndTokens};
+use super::{DataError, Piece, Tokenizer, hexadecimal};
 
-/// Endings of the files that are read in a directory; a file that is named itself is read whatever it is called.
-pub const TEXT_EXTENSIONS: [&str; 34] = [
-    "adoc", "bib", "c", "cc", "cfg", "cpp", "cs", "css", "cu", "cuh", "go", "h", "hpp", "html", "java", "jl", "js",
-    "kt", "md", "org", "proto", "py", "rb", "rs", "rst", "scala", "sh", "sql", "swift", "tex", "toml", "ts", "txt",
-    "yaml",
-];
-
-/// Token ids, as narrow as the vocabulary allows; cloning shares them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Tokens {
-    /// Ids below 256.
-    U8(Arc<[u8]>),
-    /// Any ids.
-    U32(Arc<[u32]>),
+/// A named source of a mixture.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SourceSpec {
+    /// Its name; empty where there is only one.
+    pub name: String,
+    /// Files, directories, patterns.
+    pub paths: Vec<PathBuf>,
+    /// Its share of the samples in proportion to the others'; None: by its tokens.
+    pub weight: Option<f64>,
 }
 
-impl Tokens {
-    /// How many.
-    pub fn len(&self) -> usize {
-        match self {
-            Self::U8(ids) => ids.len(),
-            Self::U32(ids) => ids.len(),
+/// What a corpus is made of.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CorpusSpec {
+    /// The sources.
+    pub sources: Vec<SourceSpec>,
+    /// Paths of text that is held out; none: the end of each source is.
+    pub validation: Vec<PathBuf>,
+    /// The field of records that holds their text.
+    pub text_field: String,
+    /// What ends a document.
+    pub end_of_document: EndOfDocument,
+    /// Tokens the model has.
+    pub vocab_size: usize,
+}
+
+impl CorpusSpec {
+    /// The field of records where none is named.
+    pub const TEXT_FIELD: &'static str = "text";
+
+    /// A corpus of `paths` alone, for a model with `vocab_size` tokens.
+    pub fn of_paths(paths: &[PathBuf], vocab_size: usize) -> Self {
+        Self {
+            sources: vec![SourceSpec { paths: paths.into(), ..SourceSpec::default() }],
+            validation: Vec::new(),
+            text_field: Self::TEXT_FIELD.into(),
+            end_of_document: EndOfDocument::Auto,
+            vocab_size,
         }
     }
+}
 
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Copies the ids of `range` to `into`, of the same length.
-    pub fn copy_to(&self, range: Range<usize>, into: &mut [i32]) {
-        match self {
-            Self::U8(ids) => into.iter_mut().zip(&ids[range]).for_each(|(to, &id)| *to = i32::from(id)),
-            Self::U32(ids) => into.iter_mut().zip(&ids[range]).for_each(|(to, &id)| *to = id as i32),
-        }
-    }
+/// A source, open.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Source {
+    /// Its name.
+    pub name: String,
+    /// Its share in proportion to the others'; None: by its tokens.
+    pub weight: Option<f64>,
+    /// Its tokens.
+    pub stream: Stream,
 }
 
 /// The tokens that are trained and evaluated on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Corpus {
-    /// The tokens.
-    pub tokens: Tokens,
+    /// The sources, at least one.
+    pub sources: Vec<Source>,
+    /// Tokens that are held out; None: the end of each source is.
+    pub validation: Option<Stream>,
     /// What it is, for people: where it comes from and how large it is.
     pub description: String,
-    /// SHA-256 of the text, in hexadecimal: that of all its files one after the other.
+    /// SHA-256, in hexadecimal, of all text one after the other; a shard takes part with its own hash.
     pub sha256: String,
     /// The least mean loss any model can reach, in nats per token, where it is known.
     pub entropy: Option<f64>,
 }
 
-/// First bytes of a corpus that is shared out.
-const MAGIC: [u8; 4] = *b"moeC";
-
 impl Corpus {
-    /// Reads `paths` in the order given: UTF-8 files, and directories with all they hold below them, sorted by path, without
-    /// hidden files and without those that do not end in one of [`TEXT_EXTENSIONS`]. Nothing is put between two files.
+    /// A corpus of one text's tokens.
+    pub fn of_tokens(tokens: Tokens, description: impl Into<String>, sha256: impl Into<String>) -> Self {
+        let stream = Stream::new([Segment { tokens, documents: Documents::default() }]);
+        Self::of_stream(stream, description.into(), sha256.into())
+    }
+
+    pub(super) fn of_stream(stream: Stream, description: String, sha256: String) -> Self {
+        let source = Source { name: String::new(), weight: None, stream };
+        Self { sources: vec![source], validation: None, description, sha256, entropy: None }
+    }
+
+    /// Tokens of all sources.
+    pub fn tokens(&self) -> usize {
+        self.sources.iter().map(|source| source.stream.len()).sum()
+    }
+
+    /// Reads `paths` in the order given, as [`Corpus::read`] does.
     pub fn from_paths(paths: &[PathBuf], tokenizer: &dyn Tokenizer) -> Result<Self, DataError> {
-        let mut builder = CorpusBuilder::new(tokenizer);
-        for path in paths {
-            let kind = std::fs::metadata(path).map_err(|reason| unreadable(path, reason))?;
-            if kind.is_file() {
-                let text = read_text(path)?;
-                if text.is_empty() {
-                    return Err(DataError::Empty { path: path.clone() });
-                }
-                builder.push(&text);
-            } else if kind.is_dir() {
-                let before = builder.bytes;
-                for entry in text_files(path, |extension| TEXT_EXTENSIONS.contains(&extension)) {
-                    builder.push(&read_text(&entry.map_err(|error| walk_error(path, error))?)?);
-                }
-                if builder.bytes == before {
-                    return Err(DataError::NoText { path: path.clone() });
-                }
-            } else {
-                return Err(DataError::NotRegular { path: path.clone() });
+        Self::read(&CorpusSpec::of_paths(paths, tokenizer.vocab_size()), tokenizer)
+    }
+
+    /// Reads what `spec` names: files in the order given, directories with all they hold below them, sorted by path, without
+    /// hidden files and without those whose ending says nothing. Text is encoded; token shards are mapped.
+    pub fn read(spec: &CorpusSpec, tokenizer: &dyn Tokenizer) -> Result<Self, DataError> {
+        let ends = spec.end_of_document.tokens(tokenizer)?;
+        let mut hash = Sha256::new();
+        let mut parts = Vec::new();
+        let mut read = |name: &str, paths: &[PathBuf]| {
+            let mut builder = CorpusBuilder::new(tokenizer, ends, std::mem::take(&mut hash));
+            for file in expand(paths)? {
+                builder.add(&file, spec)?;
             }
-        }
-        let names: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
-        Ok(builder.finish(&names.join(", ")))
-    }
-
-    /// The corpus as bytes, for rank 0 to share out; [`Corpus::from_bytes`] reads them.
-    pub fn to_bytes(&self) -> Vec<u8> {
-        let mut bytes = MAGIC.to_vec();
-        bytes.extend(self.entropy.unwrap_or(f64::NAN).to_le_bytes());
-        for text in [&self.description, &self.sha256] {
-            bytes.extend((text.len() as u64).to_le_bytes());
-            bytes.extend(text.as_bytes());
-        }
-        let width: u8 = match &self.tokens {
-            Tokens::U8(_) => 1,
-            Tokens::U32(_) => 4,
+            let names: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
+            let label = if name.is_empty() { String::new() } else { format!("{name}: ") };
+            parts.push(label + &builder.describe(&names.join(", ")));
+            let stream;
+            (stream, hash) = builder.finish();
+            Ok::<_, DataError>(stream)
         };
-        bytes.push(width);
-        bytes.extend((self.tokens.len() as u64).to_le_bytes());
-        match &self.tokens {
-            Tokens::U8(ids) => bytes.extend_from_slice(ids),
-            Tokens::U32(ids) => bytes.extend(ids.iter().flat_map(|id| id.to_le_bytes())),
+        let mut sources = Vec::with_capacity(spec.sources.len());
+        for source in &spec.sources {
+            let stream = read(&source.name, &source.paths)?;
+            sources.push(Source { name: source.name.clone(), weight: source.weight, stream });
         }
-        bytes
-    }
-
-    /// Reads what [`Corpus::to_bytes`] wrote.
-    pub fn from_bytes(bytes: &[u8]) -> Result<Self, DataError> {
-        let mut rest = bytes;
-        if take(&mut rest, MAGIC.len())? != MAGIC {
-            return Err(DataError::Damaged { reason: "its first bytes are not those of a corpus" });
-        }
-        let entropy = f64::from_bits(take_u64(&mut rest)?);
-        let description = take_text(&mut rest)?;
-        let sha256 = take_text(&mut rest)?;
-        let width = take(&mut rest, 1)?[0];
-        let tokens = take_u64(&mut rest)?;
-        if tokens.checked_mul(u64::from(width)) != Some(rest.len() as u64) {
-            return Err(DataError::Damaged { reason: "its length is not the one it states" });
-        }
-        let tokens = match width {
-            1 => Tokens::U8(rest.into()),
-            4 => Tokens::U32(rest.as_chunks().0.iter().map(|id| u32::from_le_bytes(*id)).collect()),
-            _ => return Err(DataError::Damaged { reason: "its tokens have an unknown width" }),
+        let validation = match spec.validation.as_slice() {
+            [] => None,
+            paths => Some(read("held out", paths)?),
         };
-        Ok(Self { tokens, description, sha256, entropy: Some(entropy).filter(|entropy| !entropy.is_nan()) })
+        let (description, sha256) = (parts.join("; "), hexadecimal(&hash.finalize()));
+        Ok(Self { sources, validation, description, sha256, entropy: None })
     }
 }
 
-/// Collects texts into a corpus.
+/// Collects files into a stream.
 pub(super) struct CorpusBuilder<'a> {
     tokenizer: &'a dyn Tokenizer,
-    narrow: Vec<u8>,
-    wide: Vec<u32>,
+    encoder: Encoder<'a>,
+    memory: Memory,
+    segments: Vec<Segment>,
     hash: Sha256,
     files: usize,
     bytes: usize,
 }
 
 impl<'a> CorpusBuilder<'a> {
-    pub(super) fn new(tokenizer: &'a dyn Tokenizer) -> Self {
-        Self { tokenizer, narrow: Vec::new(), wide: Vec::new(), hash: Sha256::new(), files: 0, bytes: 0 }
+    /// A builder that goes on with `hash`.
+    pub(super) fn new(tokenizer: &'a dyn Tokenizer, ends: EndTokens, hash: Sha256) -> Self {
+        let memory = Memory::new(tokenizer.vocab_size());
+        let encoder = Encoder::new(tokenizer, ends);
+        Self { tokenizer, encoder, memory, segments: Vec::new(), hash, files: 0, bytes: 0 }
     }
 
     /// Bytes of text so far.
@@ -159,89 +161,118 @@ impl<'a> CorpusBuilder<'a> {
         self.bytes
     }
 
-    /// Appends a text; an empty one does not count.
-    pub(super) fn push(&mut self, text: &str) {
+    /// Appends a whole text; an empty one does not count.
+    pub(super) fn push(&mut self, text: &str) -> Result<(), DataError> {
         if text.is_empty() {
-            return;
+            return Ok(());
         }
-        self.hash.update(text);
         self.files += 1;
-        self.bytes += text.len();
-        self.tokenizer.encode_into(text, &mut self.wide);
-        if self.tokenizer.vocab_size() <= 256 {
-            self.narrow.extend(self.wide.drain(..).map(|id| id as u8));
-        }
+        self.piece(Piece::File { text, last: true })
     }
 
-    /// The corpus, described as `name` and its size.
-    pub(super) fn finish(self, name: &str) -> Corpus {
-        let narrow = self.tokenizer.vocab_size() <= 256;
-        let tokens = if narrow { Tokens::U8(self.narrow.into()) } else { Tokens::U32(self.wide.into()) };
-        let files = if self.files == 1 { "1 file".into() } else { format!("{} files", self.files) };
-        Corpus {
-            description: format!("{name} ({files}, {:.2} MB, {} tokens)", self.bytes as f64 / 1e6, tokens.len()),
-            sha256: hexadecimal(&self.hash.finalize()),
-            tokens,
-            entropy: None,
-        }
-    }
-}
-
-/// The files below `folder` whose ending `wanted` accepts, sorted by path, hidden ones left out.
-pub(super) fn text_files(
-    folder: &Path,
-    wanted: impl Fn(&str) -> bool,
-) -> impl Iterator<Item = Result<PathBuf, walkdir::Error>> {
-    let visible = |entry: &DirEntry| entry.depth() == 0 || !entry.file_name().as_encoded_bytes().starts_with(b".");
-    WalkDir::new(folder)
-        .follow_links(true)
-        .sort_by_file_name()
-        .into_iter()
-        .filter_entry(visible)
-        .filter(move |entry| match entry {
-            Ok(entry) => {
-                let extension = entry.path().extension().and_then(|extension| extension.to_str());
-                entry.file_type().is_file() && extension.is_some_and(&wanted)
+    fn piece(&mut self, piece: Piece<'_>) -> Result<(), DataError> {
+        match piece {
+            Piece::File { text, .. } | Piece::Record { text } => self.hash.update(text),
+            Piece::Example { prompt, completion } => {
+                self.hash.update(prompt);
+                self.hash.update(completion);
             }
-            Err(_) => true,
-        })
-        .map(|entry| entry.map(DirEntry::into_path))
+        }
+        self.bytes += piece.bytes();
+        self.encoder.encode(piece, &mut self.memory)
+    }
+
+    /// Appends what `file` holds.
+    fn add(&mut self, file: &InputFile, spec: &CorpusSpec) -> Result<(), DataError> {
+        match file.format {
+            Format::Text | Format::Records => {
+                let before = self.bytes;
+                let reading = Reading { text_field: &spec.text_field, meter: &|_| {} };
+                read_pieces(file, None, &reading, &mut |piece| self.piece(piece))?;
+                if self.bytes == before && file.named {
+                    return Err(DataError::Empty { path: file.path.clone() });
+                }
+                self.files += usize::from(self.bytes > before);
+            }
+            Format::Shard => {
+                let shard = Shard::open(&file.path)?;
+                shard.check_fits((self.tokenizer.name(), self.tokenizer.identity()), spec.vocab_size)?;
+                self.mapped(shard.segment(), &shard.header().content);
+            }
+            Format::Megatron => {
+                let set = Megatron::open(&file.path)?;
+                set.check_fits(spec.vocab_size)?;
+                self.mapped(set.segment(), &set.identity());
+            }
+        }
+        Ok(())
+    }
+
+    fn mapped(&mut self, segment: Segment, identity: &[u8; 32]) {
+        self.hash.update(identity);
+        self.files += 1;
+        let memory = std::mem::replace(&mut self.memory, Memory::new(self.tokenizer.vocab_size()));
+        self.segments.extend([memory.finish(), segment]);
+    }
+
+    /// What was collected, as `name` and its size.
+    pub(super) fn describe(&self, name: &str) -> String {
+        let files = if self.files == 1 { "1 file".into() } else { format!("{} files", self.files) };
+        let tokens = self.memory.len() + self.segments.iter().map(|segment| segment.tokens.len()).sum::<usize>();
+        let text = if self.bytes > 0 { format!("{:.2} MB, ", self.bytes as f64 / 1e6) } else { String::new() };
+        format!("{name} ({files}, {text}{tokens} tokens)")
+    }
+
+    /// The stream, and the hash to go on with.
+    pub(super) fn finish(mut self) -> (Stream, Sha256) {
+        self.segments.push(self.memory.finish());
+        (Stream::new(self.segments), self.hash)
+    }
 }
 
-fn read_text(path: &Path) -> Result<String, DataError> {
-    let bytes = std::fs::read(path).map_err(|reason| unreadable(path, reason))?;
-    String::from_utf8(bytes).map_err(|error| {
-        let offset = error.utf8_error().valid_up_to();
-        let line = error.as_bytes()[..offset].iter().filter(|&&byte| byte == b'\n').count() + 1;
-        DataError::NotUtf8 { path: path.into(), offset, line, byte: error.as_bytes()[offset] }
-    })
+/// Tokens in memory, as narrow as the vocabulary allows.
+enum Memory {
+    Narrow(Vec<u8>, DocumentList),
+    Wide(Vec<u32>, DocumentList),
 }
 
-fn unreadable(path: &Path, reason: std::io::Error) -> DataError {
-    DataError::Unreadable { path: path.into(), reason }
+impl Memory {
+    fn new(vocab_size: usize) -> Self {
+        let list = DocumentList::default();
+        if vocab_size <= 256 { Self::Narrow(Vec::new(), list) } else { Self::Wide(Vec::new(), list) }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::Narrow(ids, _) => ids.len(),
+            Self::Wide(ids, _) => ids.len(),
+        }
+    }
+
+    fn finish(mut self) -> Segment {
+        // What is open ends here.
+        self.end_document(0);
+        match self {
+            Self::Narrow(ids, list) => Segment { tokens: Tokens::U8(ids.into()), documents: list.finish() },
+            Self::Wide(ids, list) => Segment { tokens: Tokens::U32(ids.into()), documents: list.finish() },
+        }
+    }
 }
 
-fn walk_error(folder: &Path, error: walkdir::Error) -> DataError {
-    let path = error.path().unwrap_or(folder).to_path_buf();
-    DataError::Unreadable { path, reason: error.into() }
-}
+impl TokenSink for Memory {
+    fn push(&mut self, ids: &[u32]) {
+        match self {
+            Self::Narrow(all, _) => all.extend(ids.iter().map(|&id| id as u8)),
+            Self::Wide(all, _) => all.extend_from_slice(ids),
+        }
+    }
 
-fn take<'a>(rest: &mut &'a [u8], count: usize) -> Result<&'a [u8], DataError> {
-    let (head, tail) = rest.split_at_checked(count).ok_or(DataError::Damaged { reason: "it ends too early" })?;
-    *rest = tail;
-    Ok(head)
-}
-
-fn take_u64(rest: &mut &[u8]) -> Result<u64, DataError> {
-    let bytes = take(rest, 8)?;
-    Ok(bytes.iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte)))
-}
-
-fn take_text(rest: &mut &[u8]) -> Result<String, DataError> {
-    let length = take_u64(rest)?;
-    let length = usize::try_from(length).map_err(|_| DataError::Damaged { reason: "it ends too early" })?;
-    String::from_utf8(take(rest, length)?.to_vec())
-        .map_err(|_| DataError::Damaged { reason: "its description is not UTF-8" })
+    fn end_document(&mut self, prompt: u64) {
+        let end = self.len() as u64;
+        match self {
+            Self::Narrow(_, list) | Self::Wide(_, list) => list.push(end, prompt),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -13,8 +13,8 @@ fn read(paths: &[PathBuf]) -> Result<Corpus, DataError> {
 }
 
 fn text_of(corpus: &Corpus) -> String {
-    let mut ids = vec![0; corpus.tokens.len()];
-    corpus.tokens.copy_to(0..corpus.tokens.len(), &mut ids);
+    let mut ids = vec![0; corpus.tokens()];
+    corpus.sources[0].stream.copy_to(0, &mut ids);
     ByteTokenizer.decode(&ids)
 }
 
@@ -61,7 +61,7 @@ fn what_cannot_be_read_as_text_is_named_with_place_and_reason() {
         (at("bad.txt"), "bad.txt: byte 8 (line 2) is 0xc3, which is not UTF-8", ExitCode::BadData),
         (folder.path().into(), "bad.txt: byte 8 (line 2)", ExitCode::BadData),
         (at("empty.txt"), "empty.txt: is empty", ExitCode::BadData),
-        (at("bare"), "bare: holds no text; files in a directory are read when they end in adoc", ExitCode::BadData),
+        (at("bare"), "bare: holds no text; files in a directory are read when they end in adoc bib", ExitCode::BadData),
         (at("absent.txt"), "absent.txt: cannot be read: No such file", ExitCode::Io),
         ("/dev/null".into(), "/dev/null: is neither a regular file nor a directory", ExitCode::BadData),
     ];
@@ -82,12 +82,7 @@ fn a_circle_of_links_is_an_error_and_not_an_endless_walk() {
 
 #[test]
 fn a_damaged_corpus_is_refused() {
-    let corpus = Corpus {
-        tokens: Tokens::U8([1, 2, 3].into()),
-        description: "d".into(),
-        sha256: "h".into(),
-        entropy: Some(1.5),
-    };
+    let corpus = Corpus { entropy: Some(1.5), ..Corpus::of_tokens(Tokens::U8([1, 2, 3].into()), "d", "h") };
     let bytes = corpus.to_bytes();
     for end in 0..bytes.len() {
         assert!(Corpus::from_bytes(&bytes[..end]).is_err(), "cut at {end}");
@@ -109,7 +104,9 @@ proptest! {
         entropy in proptest::option::of(0.0f64..9.0),
     ) {
         let tokens = if wide { Tokens::U32(ids.into()) } else { Tokens::U8(ids.iter().map(|&id| id as u8).collect()) };
-        let corpus = Corpus { tokens, description, sha256: "0f".into(), entropy };
+        let held_out = Corpus::of_tokens(Tokens::U8([7, 8].into()), "", "").sources.remove(0);
+        let mut corpus = Corpus { entropy, validation: Some(held_out.stream), ..Corpus::of_tokens(tokens, description, "0f") };
+        corpus.sources[0].weight = entropy;
         prop_assert_eq!(Corpus::from_bytes(&corpus.to_bytes()).unwrap(), corpus);
     }
 }

@@ -6,8 +6,12 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use super::corpus::{CorpusBuilder, text_files};
-use super::{Corpus, Tokenizer, generated_corpus};
+use sha2::{Digest, Sha256};
+
+use super::corpus::CorpusBuilder;
+use super::generated::generated_text;
+use super::inputs::files_below;
+use super::{ByteTokenizer, Corpus, DataError, EndOfDocument, Tokenizer, generated_corpus, hexadecimal};
 
 /// The default corpus ends after so many bytes of text.
 pub const DEFAULT_CORPUS_LIMIT_BYTES: usize = 16_000_000;
@@ -43,22 +47,31 @@ pub fn cargo_registry() -> Option<PathBuf> {
 
 /// The Rust sources and documentation below `registry`, sorted by path and cut after [`DEFAULT_CORPUS_LIMIT_BYTES`]; where
 /// there are none, the generated corpus, whose entropy is known.
-pub fn default_corpus(registry: Option<&Path>, tokenizer: &dyn Tokenizer) -> Corpus {
-    registry
-        .and_then(|registry| registry_corpus(registry, &locked_packages(), DEFAULT_CORPUS_LIMIT_BYTES, tokenizer))
-        .unwrap_or_else(generated_corpus)
+pub fn default_corpus(registry: Option<&Path>, tokenizer: &dyn Tokenizer) -> Result<Corpus, DataError> {
+    let read = |registry| registry_corpus(registry, &locked_packages(), DEFAULT_CORPUS_LIMIT_BYTES, tokenizer);
+    match registry.map(read).transpose()?.flatten() {
+        Some(corpus) => Ok(corpus),
+        None if tokenizer.name() == ByteTokenizer::NAME => Ok(generated_corpus()),
+        None => {
+            // Its entropy is known for bytes only.
+            let mut builder = builder(tokenizer)?;
+            builder.push(&generated_text())?;
+            Ok(corpus_of(builder, "generated, Markov source of order 2"))
+        }
+    }
 }
 
-/// The corpus of `packages` below `registry`, of at most `limit` bytes; None: there is too little. Nobody named these files, so one that
-/// cannot be read as text is left out.
+/// The corpus of `packages` below `registry`, of at most `limit` bytes; None: there is too little. Nobody named these files, so one
+/// that cannot be read as text is left out.
 fn registry_corpus(
     registry: &Path,
     packages: &HashSet<String>,
     limit: usize,
     tokenizer: &dyn Tokenizer,
-) -> Option<Corpus> {
-    let mut builder = CorpusBuilder::new(tokenizer);
-    for path in text_files(registry, |extension| extension == "rs" || extension == "md").flatten() {
+) -> Result<Option<Corpus>, DataError> {
+    let mut builder = builder(tokenizer)?;
+    let wanted = |path: &Path| path.extension().is_some_and(|ending| ending == "rs" || ending == "md");
+    for path in files_below(registry, wanted).flatten() {
         // registry/src/<index>/<name-version>/…
         let package = path.strip_prefix(registry).ok().and_then(|path| path.iter().nth(1)?.to_str());
         if !package.is_some_and(|package| packages.contains(package)) {
@@ -69,13 +82,23 @@ fn registry_corpus(
         }
         let Ok(text) = std::fs::read_to_string(&path) else { continue };
         let end = text.floor_char_boundary(limit - builder.bytes());
-        builder.push(&text[..end]);
+        builder.push(&text[..end])?;
         if end < text.len() {
             break;
         }
     }
-    (builder.bytes() >= LEAST_BYTES)
-        .then(|| builder.finish(&format!("sources and documentation of the dependencies in {}", registry.display())))
+    let name = format!("sources and documentation of the dependencies in {}", registry.display());
+    Ok((builder.bytes() >= LEAST_BYTES).then(|| corpus_of(builder, &name)))
+}
+
+fn builder(tokenizer: &dyn Tokenizer) -> Result<CorpusBuilder<'_>, DataError> {
+    Ok(CorpusBuilder::new(tokenizer, EndOfDocument::Auto.tokens(tokenizer)?, Sha256::new()))
+}
+
+fn corpus_of(builder: CorpusBuilder<'_>, name: &str) -> Corpus {
+    let description = builder.describe(name);
+    let (stream, hash) = builder.finish();
+    Corpus::of_stream(stream, description, hexadecimal(&hash.finalize()))
 }
 
 #[cfg(test)]
@@ -83,7 +106,7 @@ mod tests {
     use std::fs;
 
     use super::*;
-    use crate::data::{ByteTokenizer, Tokens};
+    use crate::data::Tokens;
 
     #[test]
     fn sources_are_taken_in_the_order_of_their_paths_up_to_the_limit() {
@@ -101,17 +124,17 @@ mod tests {
         fs::write(other.join("lib.rs"), "z".repeat(80_000)).unwrap();
         let locked = HashSet::from(["aaa-1.0.0".to_owned()]);
 
-        let whole = registry_corpus(folder.path(), &locked, 1_000_000, &ByteTokenizer).unwrap();
+        let whole = registry_corpus(folder.path(), &locked, 1_000_000, &ByteTokenizer).unwrap().unwrap();
         assert_eq!(
-            whole.tokens.len(),
+            whole.tokens(),
             100_000,
             "one file is not UTF-8, one a program's, one neither source nor text, one another project's"
         );
         assert_eq!(whole.entropy, None);
         // The limit falls inside an é of two bytes, which is left out whole.
-        let cut = registry_corpus(folder.path(), &locked, 70_001, &ByteTokenizer).unwrap();
-        assert_eq!(cut.tokens.len(), 70_000);
-        let Tokens::U8(bytes) = &cut.tokens else { panic!("bytes are narrow") };
+        let cut = registry_corpus(folder.path(), &locked, 70_001, &ByteTokenizer).unwrap().unwrap();
+        assert_eq!(cut.tokens(), 70_000);
+        let Tokens::U8(bytes) = &cut.sources[0].stream.segments()[0].tokens else { panic!("bytes are narrow") };
         assert!(bytes.starts_with(b"rrr") && bytes.ends_with("é".as_bytes()));
     }
 
@@ -126,7 +149,7 @@ mod tests {
     fn without_sources_the_corpus_is_generated() {
         let folder = tempfile::tempdir().unwrap();
         for registry in [None, Some(folder.path()), Some(&*folder.path().join("absent"))] {
-            assert_eq!(default_corpus(registry, &ByteTokenizer), generated_corpus());
+            assert_eq!(default_corpus(registry, &ByteTokenizer).unwrap(), generated_corpus());
         }
     }
 }

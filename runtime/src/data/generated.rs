@@ -27,12 +27,15 @@ const SEED: u64 = 2;
 /// The generated corpus: 2 MB, the same everywhere.
 pub fn generated_corpus() -> Corpus {
     let text = generate(LENGTH);
-    Corpus {
-        description: format!("generated, Markov source of order 2 ({:.2} MB, {LENGTH} tokens)", LENGTH as f64 / 1e6),
-        sha256: hexadecimal(&Sha256::digest(&text)),
-        tokens: Tokens::U8(text.into()),
-        entropy: Some(ENTROPY),
-    }
+    let description = format!("generated, Markov source of order 2 ({:.2} MB, {LENGTH} tokens)", LENGTH as f64 / 1e6);
+    let sha256 = hexadecimal(&Sha256::digest(&text));
+    Corpus { entropy: Some(ENTROPY), ..Corpus::of_tokens(Tokens::U8(text.into()), description, sha256) }
+}
+
+/// Its text.
+pub(super) fn generated_text() -> String {
+    // The alphabet is ASCII: each byte is a character.
+    generate(LENGTH).into_iter().map(char::from).collect()
 }
 
 fn generate(length: usize) -> Vec<u8> {
@@ -93,7 +96,7 @@ mod tests {
     fn everyone_has_the_same_text() {
         assert_eq!(generate(3_000)[..1_000], generate(1_000));
         let corpus = generated_corpus();
-        assert_eq!(corpus.tokens.len(), LENGTH);
+        assert_eq!(corpus.tokens(), LENGTH);
         assert_eq!(corpus.sha256, "fd794d7abd36ef6e1a6652745b6906e2d6317043beb4d780500e35c05a6e5c46");
     }
 }

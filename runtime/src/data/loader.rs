@@ -1,8 +1,8 @@
 //! Which tokens a rank sees in which pass of which step.
 //!
-//! Owns the cut into training and held-out text, the windows, and the share of a rank. Everything is a pure function of the
-//! settings and a number: a loader has no position, so that resuming needs nothing but the step, and the same samples come in the
-//! same order whatever the layout.
+//! Owns the cut into training and held-out text, the windows of each source, and the share of a rank. Everything is a pure
+//! function of the settings and a number: a loader has no position, so that resuming needs nothing but the step, and the same
+//! samples come in the same order whatever the layout.
 //!
 //! Letters: S tokens of a sequence, B sequences of the global batch, W ranks.
 
@@ -10,11 +10,10 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
+use super::mixture::Mixture;
 use super::order::{self, Permutation};
-use super::{Corpus, DataError, Tokens};
-
-/// Marks a position without a target.
-const NO_TARGET: i32 = -1;
+use super::stream::{NO_TARGET, Stream};
+use super::{Corpus, DataError};
 
 /// What a loader is made for.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,7 +30,7 @@ pub struct LoaderSpec {
     pub micro_batch: usize,
     /// S.
     pub sequence_length: usize,
-    /// Share of the text, at its end, that is held out.
+    /// Share of each source, at its end, that is held out; unused where the corpus has held-out text of its own.
     pub validation_fraction: f64,
     /// Global batches of an evaluation; 0: the whole held-out text.
     pub eval_batches: usize,
@@ -46,7 +45,7 @@ pub struct Batch {
     pub sequence_length: usize,
     /// `[n, S]`: token ids.
     pub inputs: Vec<i32>,
-    /// `[n, S]`: the token after each input; −1: none.
+    /// `[n, S]`: the token after each input; −1: none, or one that is given and not learned.
     pub targets: Vec<i32>,
     /// Number of the first sequence: in training since the start of the run, in evaluation of the held-out windows. The others
     /// follow it.
@@ -81,70 +80,89 @@ pub struct Cursor {
 /// Cuts a corpus into the passes of one rank.
 #[derive(Clone, Debug)]
 pub struct Loader {
-    tokens: Tokens,
     spec: LoaderSpec,
+    parts: Vec<Part>,
+    mixture: Mixture,
+    held_out: Vec<HeldOut>,
+}
+
+/// A source in training.
+#[derive(Clone, Debug)]
+struct Part {
+    stream: Stream,
     /// Tokens `0..train_tokens` are trained on, the rest is held out.
     train_tokens: usize,
     /// Training windows of an epoch.
     windows: u64,
     /// First tokens an epoch can start at.
     offsets: u64,
-    eval_windows: usize,
+}
+
+/// Tokens that are evaluated on and never trained on.
+#[derive(Clone, Debug)]
+struct HeldOut {
+    stream: Stream,
+    /// Which tokens of the stream.
+    tokens: Range<usize>,
+    /// Windows of an evaluation.
+    windows: usize,
 }
 
 impl Loader {
     /// A loader of `corpus`, whose tokens are shared and not copied.
     ///
     /// Windows are S + 1 tokens and overlap by one, so that every token but the first of an epoch is a target once. An epoch
-    /// starts at a seeded offset below S where the text is long enough, so that epochs cut it differently; its windows come in a
-    /// seeded order. Fails where the training text is shorter than one window, or the held-out text shorter than two tokens.
+    /// of a source starts at a seeded offset below S where the text is long enough, so that epochs cut it differently; its windows
+    /// come in a seeded order. Where nothing else is held out, the end of each source is, from the start of a document where
+    /// documents are known. Fails where a source's training text is shorter than one window, or all held-out text shorter than
+    /// two tokens.
     pub fn new(corpus: &Corpus, spec: LoaderSpec) -> Result<Self, DataError> {
         debug_assert!(
             spec.rank < spec.world && spec.global_batch > 0 && spec.micro_batch > 0 && spec.sequence_length > 0
         );
-        let length = corpus.tokens.len();
-        let train_tokens = ((length as f64 * (1.0 - spec.validation_fraction)) as usize).min(length);
-        let s = spec.sequence_length;
-        let remedy = "give more text, or set a smaller train.sequence_length or data.validation_fraction";
-        if train_tokens < s + 1 {
-            let what = format!("a sequence of train.sequence_length = {s} with its last target");
-            return Err(DataError::TooShort {
-                part: "the training text",
-                tokens: train_tokens,
-                what,
-                needed: s + 1,
-                remedy,
-            });
-        }
-        let held_out = length - train_tokens;
-        if spec.validation_fraction > 0.0 && held_out < 2 {
-            let what = format!("evaluation on data.validation_fraction = {}", spec.validation_fraction);
-            let remedy = "give more text, a larger data.validation_fraction, or 0 to hold nothing out";
-            return Err(DataError::TooShort { part: "the held-out text", tokens: held_out, what, needed: 2, remedy });
-        }
-        let windows = ((train_tokens - s) / s).max(1);
-        let offsets = (train_tokens - windows * s).min(s) as u64;
-        let all = held_out.saturating_sub(1).div_ceil(s);
-        let eval_windows = match spec.eval_batches {
-            0 => all,
-            batches => all.min(batches.saturating_mul(spec.global_batch)),
+        let fraction = if corpus.validation.is_some() { 0.0 } else { spec.validation_fraction };
+        let named = |name: &str| if name.is_empty() { String::new() } else { format!(" of data.sources.{name}") };
+        let parts = corpus
+            .sources
+            .iter()
+            .map(|source| Part::new(&source.stream, &named(&source.name), fraction, spec.sequence_length))
+            .collect::<Result<Vec<_>, _>>()?;
+        let weight = |(source, part): (&super::Source, &Part)| source.weight.unwrap_or(part.train_tokens as f64);
+        let weights: Vec<_> = corpus.sources.iter().zip(&parts).map(weight).collect();
+        let held_out = match &corpus.validation {
+            Some(stream) => vec![(stream.clone(), 0..stream.len())],
+            None => parts.iter().map(|part| (part.stream.clone(), part.train_tokens..part.stream.len())).collect(),
         };
-        Ok(Self { tokens: corpus.tokens.clone(), spec, train_tokens, windows: windows as u64, offsets, eval_windows })
+        let tokens: usize = held_out.iter().map(|(_, tokens)| tokens.len()).sum();
+        if tokens < 2 && (corpus.validation.is_some() || spec.validation_fraction > 0.0) {
+            let what = match &corpus.validation {
+                Some(_) => "evaluation on data.validation_paths".to_owned(),
+                None => format!("evaluation on data.validation_fraction = {}", spec.validation_fraction),
+            };
+            let remedy = "give more text, a larger data.validation_fraction, or 0 to hold nothing out";
+            return Err(DataError::TooShort { part: "the held-out text".into(), tokens, what, needed: 2, remedy });
+        }
+        let limit = match spec.eval_batches {
+            0 => usize::MAX,
+            batches => batches.saturating_mul(spec.global_batch),
+        };
+        let held_out = HeldOut::share(held_out, spec.sequence_length, limit);
+        Ok(Self { mixture: Mixture::new(&weights), spec, parts, held_out })
     }
 
     /// Tokens that are trained on; the rest of the corpus is held out.
     pub fn train_tokens(&self) -> usize {
-        self.train_tokens
+        self.parts.iter().map(|part| part.train_tokens).sum()
     }
 
-    /// Training windows of an epoch.
+    /// Training windows of an epoch, over all sources.
     pub fn windows_per_epoch(&self) -> u64 {
-        self.windows
+        self.parts.iter().map(|part| part.windows).sum()
     }
 
     /// Held-out windows of an evaluation, over all ranks.
     pub fn eval_windows(&self) -> usize {
-        self.eval_windows
+        self.held_out.iter().map(|part| part.windows).sum()
     }
 
     /// Passes of a step: the same on every rank, so that all join the same collectives.
@@ -154,13 +172,13 @@ impl Loader {
 
     /// Passes of an evaluation, the same on every rank; 0: nothing is held out.
     pub fn eval_passes(&self) -> usize {
-        self.passes_of(self.eval_windows)
+        self.passes_of(self.eval_windows())
     }
 
     /// Where the data stands after `step` steps.
     pub fn cursor(&self, step: u64) -> Cursor {
         let samples_seen = step * self.spec.global_batch as u64;
-        Cursor { step, samples_seen, epoch: samples_seen / self.windows }
+        Cursor { step, samples_seen, epoch: samples_seen / self.windows_per_epoch() }
     }
 
     /// Fills `batch` with pass `pass`, from 0, of the step that follows `steps_done` steps (0: the first).
@@ -173,30 +191,41 @@ impl Loader {
     /// Fills `batch` with pass `pass`, from 0, of an evaluation: the held-out text from its start, in windows whose targets do not
     /// overlap. The last one may lack targets.
     pub fn eval_pass(&self, pass: usize, batch: &mut Batch) {
-        let share = self.pass_share(self.eval_windows, pass);
+        let share = self.pass_share(self.eval_windows(), pass);
         let first = share.start as u64;
         self.fill(batch, share, first, |number, inputs, targets| self.eval_window(number, inputs, targets));
     }
 
     /// Training sample `number`, counted from the start of the run: S inputs and S targets.
     pub fn sample(&self, number: u64, inputs: &mut [i32], targets: &mut [i32]) {
-        let (epoch, index) = (number / self.windows, number % self.windows);
-        let offset = order::key([self.spec.seed, epoch, 0]) % self.offsets;
-        let window = Permutation::new(self.windows, order::key([self.spec.seed, epoch, 1])).at(index);
-        let start = offset as usize + window as usize * self.spec.sequence_length;
-        self.tokens.copy_to(start..start + inputs.len(), inputs);
-        self.tokens.copy_to(start + 1..start + 1 + targets.len(), targets);
+        let (source, number) = self.mixture.at(number);
+        let part = &self.parts[source];
+        let (epoch, index) = (number / part.windows, number % part.windows);
+        // Two keys for each source.
+        let key = |purpose: u64| order::key([self.spec.seed, epoch, 2 * source as u64 + purpose]);
+        let window = Permutation::new(part.windows, key(1)).at(index);
+        let start = (key(0) % part.offsets) as usize + window as usize * self.spec.sequence_length;
+        part.stream.copy_to(start, inputs);
+        part.stream.copy_targets_to(start + 1, targets);
     }
 
     fn eval_window(&self, number: u64, inputs: &mut [i32], targets: &mut [i32]) {
-        let start = self.train_tokens + number as usize * self.spec.sequence_length;
-        let valid = inputs.len().min(self.tokens.len() - 1 - start);
-        let (known, rest) = inputs.split_at_mut(valid);
-        self.tokens.copy_to(start..start + valid, known);
-        rest.fill(0);
-        let (known, rest) = targets.split_at_mut(valid);
-        self.tokens.copy_to(start + 1..start + 1 + valid, known);
-        rest.fill(NO_TARGET);
+        let mut number = number as usize;
+        for part in &self.held_out {
+            if number >= part.windows {
+                number -= part.windows;
+                continue;
+            }
+            let start = part.tokens.start + number * self.spec.sequence_length;
+            let valid = inputs.len().min(part.tokens.end - 1 - start);
+            let (known, rest) = inputs.split_at_mut(valid);
+            part.stream.copy_to(start, known);
+            rest.fill(0);
+            let (known, rest) = targets.split_at_mut(valid);
+            part.stream.copy_targets_to(start + 1, known);
+            rest.fill(NO_TARGET);
+            return;
+        }
     }
 
     fn fill(&self, batch: &mut Batch, share: Range<usize>, first: u64, read: impl Fn(u64, &mut [i32], &mut [i32])) {
@@ -221,6 +250,56 @@ impl Loader {
         let start = share.start.saturating_add(pass.saturating_mul(self.spec.micro_batch)).min(share.end);
         start..start.saturating_add(self.spec.micro_batch).min(share.end)
     }
+}
+
+impl Part {
+    /// The source of `stream`; `name` is how messages go on.
+    fn new(stream: &Stream, name: &str, validation_fraction: f64, s: usize) -> Result<Self, DataError> {
+        let train_tokens = train_tokens(stream, validation_fraction);
+        if train_tokens < s + 1 {
+            return Err(DataError::TooShort {
+                part: format!("the training text{name}"),
+                tokens: train_tokens,
+                what: format!("a sequence of train.sequence_length = {s} with its last target"),
+                needed: s + 1,
+                remedy: "give more text, or set a smaller train.sequence_length or data.validation_fraction",
+            });
+        }
+        let windows = ((train_tokens - s) / s).max(1);
+        let offsets = (train_tokens - windows * s).min(s) as u64;
+        Ok(Self { stream: stream.clone(), train_tokens, windows: windows as u64, offsets })
+    }
+}
+
+impl HeldOut {
+    /// The held-out text of the streams in windows of `s` tokens, whose targets do not overlap: at most `limit` of them, each
+    /// stream's part in proportion to its length.
+    fn share(streams: Vec<(Stream, Range<usize>)>, s: usize, limit: usize) -> Vec<Self> {
+        let windows = |tokens: &Range<usize>| tokens.len().saturating_sub(1).div_ceil(s);
+        let mut left: usize = streams.iter().map(|(_, tokens)| windows(tokens)).sum();
+        let mut limit = limit.min(left);
+        let share = |(stream, tokens): (Stream, Range<usize>)| {
+            let all = windows(&tokens);
+            // Of what is left; a product of two lengths needs the room.
+            let windows = (limit as u128 * all as u128).div_ceil(left.max(1) as u128) as usize;
+            left -= all;
+            limit -= windows;
+            Self { stream, tokens, windows }
+        };
+        streams.into_iter().map(share).collect()
+    }
+}
+
+/// Tokens of `stream` that are trained on: all but the share at its end. The cut moves back to the start of the document it falls
+/// into, unless that would give up half of the training text.
+fn train_tokens(stream: &Stream, validation_fraction: f64) -> usize {
+    let length = stream.len();
+    let position = ((length as f64 * (1.0 - validation_fraction)) as usize).min(length);
+    if position == length {
+        return length;
+    }
+    let start = stream.document_start(position);
+    if start >= position.div_ceil(2) { start } else { position }
 }
 
 /// The contiguous part of `0..count` that is `rank`'s: parts differ by at most one, the longer ones come first.

@@ -3,16 +3,13 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::data::stream::{DocumentList, Segment};
+use crate::data::{Source, Tokens};
 use crate::exit::{Classified, ExitCode};
 
 /// A corpus whose tokens are their own positions.
 fn counting(length: usize) -> Corpus {
-    Corpus {
-        tokens: Tokens::U32((0..length as u32).collect()),
-        description: String::new(),
-        sha256: String::new(),
-        entropy: None,
-    }
+    Corpus::of_tokens(Tokens::U32((0..length as u32).collect()), "", "")
 }
 
 fn spec(sequence_length: usize, global_batch: usize) -> LoaderSpec {
@@ -111,6 +108,64 @@ fn the_held_out_text_is_the_last_tenth_and_is_evaluated_whole() {
     assert_eq!(limited, rows[..4]);
     let none = Loader::new(&corpus, LoaderSpec { validation_fraction: 0.0, ..spec(16, 4) }).unwrap();
     assert_eq!((none.train_tokens(), none.eval_passes()), (1003, 0));
+}
+
+/// A source whose tokens count on from `first`, in documents of ten tokens, of which the first `prompt` are given.
+fn source(name: &str, weight: Option<f64>, first: u32, length: u32, prompt: u64) -> Source {
+    let mut list = DocumentList::default();
+    (1..=u64::from(length) / 10).for_each(|document| list.push(10 * document, prompt));
+    let segment = Segment { tokens: Tokens::U32((first..first + length).collect()), documents: list.finish() };
+    Source { name: name.into(), weight, stream: Stream::new([segment]) }
+}
+
+#[test]
+fn the_cut_falls_between_documents_and_prompts_are_never_targets() {
+    let corpus = Corpus { sources: vec![source("", None, 0, 1000, 3)], ..counting(1) };
+    let settings = LoaderSpec { validation_fraction: 0.104, ..spec(16, 4) };
+    let loader = Loader::new(&corpus, settings.clone()).unwrap();
+    assert_eq!(loader.train_tokens(), 890, "896 moves back to a document's start");
+    let rows = (0..14).flat_map(|step| gathered(&corpus, &settings, Some(step)));
+    let all: Vec<i32> = rows.chain(gathered(&corpus, &settings, None)).flat_map(|(.., targets)| targets).collect();
+    assert!(all.contains(&NO_TARGET) && all.contains(&83) && all.contains(&993));
+    assert!(all.iter().all(|&target| target == NO_TARGET || target % 10 >= 3));
+}
+
+#[test]
+fn a_mixture_keeps_its_weights_under_every_layout_and_holds_out_of_each_source() {
+    let sources = vec![source("a", Some(3.0), 0, 400, 0), source("b", Some(1.0), 10_000, 4000, 0)];
+    let corpus = Corpus { sources, ..counting(1) };
+    let rows: Vec<_> = (0..10).flat_map(|step| gathered(&corpus, &spec(20, 8), Some(step))).collect();
+    let of_b = rows.iter().filter(|(_, inputs, _)| inputs[0] >= 10_000).count();
+    assert_eq!((rows.len(), of_b), (80, 20));
+    assert!(rows.iter().all(|(_, _, targets)| !targets.contains(&360) && !targets.contains(&13_600)));
+    let split = LoaderSpec { world: 4, micro_batch: 1, ..spec(20, 8) };
+    assert_eq!((0..10).flat_map(|step| gathered(&corpus, &split, Some(step))).collect::<Vec<_>>(), rows);
+    // Of the 2 windows of a and the 20 of b five, in proportion.
+    let held_out = gathered(&corpus, &LoaderSpec { eval_batches: 1, ..spec(20, 5) }, None);
+    let firsts: Vec<i32> = held_out.iter().map(|(_, inputs, _)| inputs[0]).collect();
+    assert_eq!(firsts, [360, 13_600, 13_620, 13_640, 13_660]);
+    // Without weights, samples follow the sizes.
+    let sources = corpus.sources.iter().map(|each| Source { weight: None, ..each.clone() }).collect();
+    let corpus = Corpus { sources, ..counting(1) };
+    let rows: Vec<_> = (0..11).flat_map(|step| gathered(&corpus, &spec(20, 8), Some(step))).collect();
+    assert_eq!(rows.iter().filter(|(_, inputs, _)| inputs[0] < 10_000).count(), 8);
+}
+
+#[test]
+fn held_out_text_of_its_own_leaves_all_of_the_rest_for_training() {
+    let validation = source("", None, 5000, 50, 0).stream;
+    let corpus = Corpus { validation: Some(validation), ..counting(1000) };
+    let loader = Loader::new(&corpus, spec(16, 4)).unwrap();
+    assert_eq!((loader.train_tokens(), loader.eval_windows()), (1000, 4));
+    let rows = gathered(&corpus, &spec(16, 4), None);
+    assert!(rows.iter().all(|(_, inputs, _)| inputs[0] >= 5000));
+}
+
+#[test]
+fn a_source_that_is_too_short_is_named() {
+    let corpus = Corpus { sources: vec![source("a", None, 0, 400, 0), source("b", None, 0, 20, 0)], ..counting(1) };
+    let text = Loader::new(&corpus, spec(32, 1)).unwrap_err().to_string();
+    assert!(text.starts_with("the training text of data.sources.b is 1"), "{text}");
 }
 
 #[test]

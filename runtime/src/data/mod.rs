@@ -1,106 +1,48 @@
 //! Text in, batches out.
 //!
-//! Owns tokenizers, corpora and the order of samples. Reading is done once, by whoever calls (rank 0); from then on a batch is
-//! arithmetic on tokens: a pure function of the seed and the sample's number. It knows no device, no transport and no model.
+//! Owns tokenizers, the formats of data, corpora and the order of samples. Text is read once, by whoever calls (rank 0); token
+//! shards are mapped by every rank. From then on a batch is arithmetic on tokens: a pure function of the seed and the sample's
+//! number. It knows no device, no transport and no model. docs/data.md describes the formats for users.
 
+mod bpe;
 mod corpus;
 mod default_corpus;
+mod encode;
+mod error;
 mod generated;
+mod inputs;
 mod loader;
+mod megatron;
+mod mixture;
 mod order;
+mod prepare;
+mod reader;
+mod records;
+mod shard;
+mod shard_writer;
+mod stream;
 mod tokenizer;
+mod tokenizer_file;
+mod wire;
 
 use std::fmt::Write;
-use std::path::PathBuf;
 
-pub use corpus::{Corpus, TEXT_EXTENSIONS, Tokens};
+pub use bpe::{BpeSpec, Trained, train_bpe};
+pub use corpus::{Corpus, CorpusSpec, Source, SourceSpec};
 pub use default_corpus::{DEFAULT_CORPUS_LIMIT_BYTES, cargo_registry, default_corpus};
+pub use error::DataError;
 pub use generated::generated_corpus;
+pub use inputs::{COMPRESSED_EXTENSIONS, RECORD_EXTENSIONS, SHARD_EXTENSION, TEXT_EXTENSIONS};
 pub use loader::{Batch, Cursor, Loader, LoaderSpec};
-pub use tokenizer::{ByteTokenizer, TOKENIZERS, Tokenizer, tokenizer};
+pub use megatron::{Megatron, MegatronFault};
+pub use prepare::{Prepare, PrepareSpec, Prepared};
+pub use shard::{SHARD_VERSION, Shard, ShardFault, ShardHeader};
+pub use shard_writer::{ShardSource, ShardWriter};
+pub use stream::{Documents, MappedTokens, Segment, Stream, Tokens};
+pub use tokenizer::{ByteTokenizer, EndOfDocument, TOKENIZERS, Tokenizer, check_vocabulary, is_path, tokenizer};
+pub use tokenizer_file::FileTokenizer;
 
-use crate::exit::{Classified, ExitCode};
-
-/// Data that cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum DataError {
-    /// A file or folder could not be read.
-    #[error("{}: cannot be read: {reason}", path.display())]
-    Unreadable {
-        /// The file or folder.
-        path: PathBuf,
-        /// The system's reason.
-        #[source]
-        reason: std::io::Error,
-    },
-    /// Neither a file nor a folder.
-    #[error("{}: is neither a regular file nor a directory", path.display())]
-    NotRegular {
-        /// What was given.
-        path: PathBuf,
-    },
-    /// A file is not UTF-8.
-    #[error("{}: byte {offset} (line {line}) is 0x{byte:02x}, which is not UTF-8; data must be UTF-8 text", path.display())]
-    NotUtf8 {
-        /// The file.
-        path: PathBuf,
-        /// Offset of the first byte that is not, from 0.
-        offset: usize,
-        /// Its line, from 1.
-        line: usize,
-        /// The byte.
-        byte: u8,
-    },
-    /// A file that was named holds nothing.
-    #[error("{}: is empty", path.display())]
-    Empty {
-        /// The file.
-        path: PathBuf,
-    },
-    /// A folder holds no text.
-    #[error("{}: holds no text; files in a directory are read when they end in {}", path.display(), TEXT_EXTENSIONS.join(" "))]
-    NoText {
-        /// The folder.
-        path: PathBuf,
-    },
-    /// The text is too short to train or evaluate on.
-    #[error("{part} is {tokens} tokens long, but {what} needs {needed}: {remedy}")]
-    TooShort {
-        /// Which part of the text.
-        part: &'static str,
-        /// Its length.
-        tokens: usize,
-        /// What needs more.
-        what: String,
-        /// How much it needs.
-        needed: usize,
-        /// What to do.
-        remedy: &'static str,
-    },
-    /// There is no such tokenizer.
-    #[error("{name:?} is no tokenizer; there are {}", TOKENIZERS.join(", "))]
-    UnknownTokenizer {
-        /// The name.
-        name: String,
-    },
-    /// A corpus arrived damaged.
-    #[error("the corpus shared out by rank 0 arrived damaged: {reason}")]
-    Damaged {
-        /// What does not fit.
-        reason: &'static str,
-    },
-}
-
-impl Classified for DataError {
-    fn exit_code(&self) -> ExitCode {
-        match self {
-            Self::Unreadable { .. } => ExitCode::Io,
-            Self::UnknownTokenizer { .. } => ExitCode::Usage,
-            Self::Damaged { .. } => ExitCode::Internal,
-            _ => ExitCode::BadData,
-        }
-    }
-}
+use reader::Piece;
 
 /// Bytes in hexadecimal, as hashes are printed.
 pub(crate) fn hexadecimal(bytes: &[u8]) -> String {

@@ -7,8 +7,10 @@ mod console;
 mod logs;
 mod metrics;
 mod progress;
+mod task;
 
 pub use console::Console;
 pub use logs::{LogError, LogFile, init_logs, log_filter};
 pub use metrics::{MetricsError, MetricsFile, StageMs, StepMetrics};
 pub use progress::{Progress, ProgressMode, ProgressSpec};
+pub use task::TaskProgress;

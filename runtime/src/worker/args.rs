@@ -42,7 +42,8 @@ pub struct WorkerArgs {
     /// Sets one key, as `model.experts=16`; may be given several times.
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
-    /// Text file or directory to train on; may be given several times. Default: the sources of this program's dependencies.
+    /// Text or JSONL file (also .gz, .zst), token shard, directory or pattern to train on; may be given several times. Default: the
+    /// sources of this program's dependencies.
     #[arg(long, value_name = "PATH")]
     pub data: Vec<PathBuf>,
     /// Directory of the run: configuration, metrics, checkpoints. Default: a fresh one under runs/.

@@ -18,7 +18,7 @@ use moe_kernels::{Cpu, Device};
 
 pub use args::{DeviceChoice, Resume, WorkerArgs};
 pub use run_dir::{RunDir, RunDirError};
-pub use settle::read_corpus;
+pub use settle::{configured_corpus, read_corpus};
 pub use world::World;
 
 use crate::checkpoint::{Checkpoint, HfFolder, Store, probe_shared};

@@ -14,7 +14,7 @@ use super::run_dir::{RunDir, RunDirError};
 use crate::checkpoint::{HfFolder, Store};
 use crate::collectives::{Communicator, HostCommunicator};
 use crate::config::{Config, ConfigBuilder};
-use crate::data::{Corpus, Loader, Tokenizer, cargo_registry, default_corpus, tokenizer};
+use crate::data::{Corpus, Loader, Tokenizer, cargo_registry, check_vocabulary, default_corpus, is_path, tokenizer};
 use crate::exit::{ExitCode, Failure};
 
 /// What rank 0 decided.
@@ -99,13 +99,17 @@ pub(super) fn decide(args: &WorkerArgs, world: usize, kept: &mut Kept) -> Result
         builder = builder.model(folder_read.model_config().clone(), folder_read.router_config().clone(), folder);
     }
     let mut resolved = builder.build()?;
-    absolute_paths(&mut resolved.config.data.paths)?;
+    absolute_paths(&mut resolved.config)?;
+    let name = &resolved.config.data.tokenizer;
+    // A file has reasons of its own why it cannot be read, and those come first.
+    let from_file = is_path(name).then(|| tokenizer(name)).transpose()?;
     resolved.validate(world)?;
     if let (Some(base), Some(dir)) = (&base, &given) {
         resolved.config.check_resumes(base, &dir.config())?;
     }
-    let tokenizer = tokenizer(&resolved.config.data.tokenizer)?;
-    let corpus = read_corpus(&resolved.config.data.paths, tokenizer.as_ref())?;
+    let tokenizer = from_file.map_or_else(|| tokenizer(name), Ok)?;
+    check_vocabulary(tokenizer.as_ref(), resolved.config.model.vocab_size)?;
+    let corpus = configured_corpus(&resolved.config, tokenizer.as_ref())?;
     Loader::new(&corpus, resolved.config.loader_spec(0, world))?;
     kept.corpus = Some(corpus);
     let run_dir = given.map_or_else(RunDir::fresh, Ok)?;
@@ -120,24 +124,50 @@ pub(super) fn decide(args: &WorkerArgs, world: usize, kept: &mut Kept) -> Result
 }
 
 /// Relative paths mean another place in the next start's working directory.
-fn absolute_paths(paths: &mut [PathBuf]) -> Result<(), Failure> {
-    for path in paths {
-        *path = std::path::absolute(&*path)
-            .map_err(|error| Failure::new(ExitCode::Io, format!("{}: {error}", path.display())))?;
+fn absolute_paths(config: &mut Config) -> Result<(), Failure> {
+    let failed =
+        |path: &Path, error: std::io::Error| Failure::new(ExitCode::Io, format!("{}: {error}", path.display()));
+    for path in config.data.paths_mut() {
+        *path = std::path::absolute(&*path).map_err(|error| failed(path, error))?;
+    }
+    let name = &mut config.data.tokenizer;
+    if is_path(name) {
+        let path = std::path::absolute(&*name).map_err(|error| failed(Path::new(name), error))?;
+        *name = path.display().to_string();
     }
     Ok(())
 }
 
-/// The text that rank 0 read, on every rank.
+/// The corpus that rank 0 read, on every rank: text travels, token shards are mapped by every rank.
 pub(super) fn share_corpus(world: &HostCommunicator, kept: &mut Kept) -> Result<Corpus, Failure> {
     let mut bytes = match &kept.corpus {
         Some(corpus) if Communicator::<Cpu>::size(world) > 1 => corpus.to_bytes(),
         _ => Vec::new(),
     };
     Communicator::<Cpu>::broadcast_bytes(world, &mut bytes, 0)?;
-    match kept.corpus.take() {
+    let mine = match kept.corpus.take() {
         Some(corpus) => Ok(corpus),
-        None => Ok(Corpus::from_bytes(&bytes)?),
+        None => Corpus::from_bytes(&bytes).map_err(Failure::from),
+    };
+    agreed(world, mine)
+}
+
+/// What this rank has, if every rank has its own; the first failure otherwise, told by the rank that met it.
+fn agreed<T>(world: &HostCommunicator, mine: Result<T, Failure>) -> Result<T, Failure> {
+    let code = mine.as_ref().err().map_or(0, |failure| failure.exit_code().number());
+    let codes = Communicator::<Cpu>::all_gather_bytes(world, &[code]);
+    let mine = mine?;
+    match codes?.into_iter().flatten().find(|&code| code != 0) {
+        Some(code) => Err(Failure::of_another_rank(code)),
+        None => Ok(mine),
+    }
+}
+
+/// The corpus of a configuration, with its tokenizer; where it names none, the default.
+pub fn configured_corpus(config: &Config, tokenizer: &dyn Tokenizer) -> Result<Corpus, Failure> {
+    match config.data.corpus(config.model.vocab_size) {
+        Some(spec) => Ok(Corpus::read(&spec, tokenizer)?),
+        None => read_corpus(&[], tokenizer),
     }
 }
 
@@ -145,7 +175,7 @@ pub(super) fn share_corpus(world: &HostCommunicator, kept: &mut Kept) -> Result<
 pub fn read_corpus(paths: &[PathBuf], tokenizer: &dyn Tokenizer) -> Result<Corpus, Failure> {
     if paths.is_empty() {
         let registry = cargo_registry();
-        return Ok(default_corpus(registry.as_deref().map(Path::new), tokenizer));
+        return Ok(default_corpus(registry.as_deref().map(Path::new), tokenizer)?);
     }
     Ok(Corpus::from_paths(paths, tokenizer)?)
 }

@@ -41,10 +41,9 @@ pub(crate) fn small() -> Config {
 
 /// The first 40,000 bytes of the generated text.
 pub(crate) fn text() -> Corpus {
-    let whole = generated_corpus();
     let mut head = vec![0; 40_000];
-    whole.tokens.copy_to(0..head.len(), &mut head);
-    Corpus { tokens: Tokens::U8(head.into_iter().map(|id| id as u8).collect()), ..whole }
+    generated_corpus().sources[0].stream.copy_to(0, &mut head);
+    Corpus::of_tokens(Tokens::U8(head.into_iter().map(|id| id as u8).collect()), "generated", "")
 }
 
 /// A trainer on the rank of `world`, with initial values.
