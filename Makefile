@@ -35,6 +35,14 @@ test: setup ## Everything CI runs: format, lints, documentation, all tests, runs
 	cargo clippy --package moe-runtime --no-default-features --lib --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked
 	cargo test --workspace --locked
+	$(MAKE) --no-print-directory test-deploy
+
+.PHONY: test-deploy
+test-deploy: ## Job files: Slurm on a cluster of one machine, Kubernetes' validated and their commands run, the Dockerfile linted.
+	cargo build --workspace --locked
+	@deploy/setup-tests.sh
+	@python=.local/deploy-venv/bin/python; [ -x "$$python" ] || python=python3; \
+	PYTHONDONTWRITEBYTECODE=1 "$$python" -m unittest discover -v -s deploy/tests
 
 VENV := .local/venv
 EXPORTED := target/transformers

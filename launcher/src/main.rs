@@ -11,6 +11,7 @@ mod machine;
 mod pages;
 mod place;
 mod plan;
+mod render;
 mod run;
 mod status;
 mod tokenizer;
@@ -32,6 +33,7 @@ Examples:
   moe-launch generate --checkpoint runs/a --prompt \"ROMEO:\"
   moe-launch eval --checkpoint runs/a --data held-out.txt
   moe-launch checkpoint export runs/a --to exported/
+  moe-launch render slurm --config run.toml -n 16 --nodes 2
   moe-launch bench train --preset moe-15m --device cpu --json
 
 Exit codes: 0 done, 64 wrong usage or configuration, 65 bad input data, 70 internal error, 74 input/output error,
@@ -65,6 +67,8 @@ enum Command {
     Eval(eval::EvalArgs),
     /// Look at, check and convert models on disk: inspect, verify, export, import, upcycle, merge.
     Checkpoint(checkpoint::CheckpointArgs),
+    /// Write the job files of one run for Slurm or Kubernetes.
+    Render(render::RenderArgs),
     /// Measure speed, as a fraction of what the machine can do.
     Bench(bench::BenchArgs),
     /// Write completions for a shell.
@@ -95,6 +99,7 @@ fn main() -> ExitCode {
         Cli { command: Command::Generate(args) } => generate::run(&args),
         Cli { command: Command::Eval(args) } => eval::run(&args),
         Cli { command: Command::Checkpoint(args) } => checkpoint::run(&args),
+        Cli { command: Command::Render(args) } => render::run(&args),
         Cli { command: Command::Bench(args) } => bench::run(&args),
         Cli { command: Command::Completions(args) } => {
             pages::completions(&args, Cli::command(), &mut std::io::stdout())

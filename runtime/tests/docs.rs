@@ -112,6 +112,7 @@ fn the_reference_has_every_types_name_and_every_choice() {
             "boolean" => [false, false, true, false, false],
             "text" => [false, false, false, false, true],
             "table" => [false; 5],
+            "list of text" => [false, false, false, true, false],
             "list of integers" => [false, false, false, true, false],
             "list of paths, or one path" => [false, false, false, true, true],
             other => panic!("{key}: {other:?} is no type that this test knows"),

@@ -13,7 +13,7 @@ use moe_runtime::collectives::{Context, Groups, local};
 use moe_runtime::config::Config;
 use moe_runtime::data::Batch;
 use moe_runtime::model::{ModelConfig, Parameters, PassTokens};
-use moe_runtime::routing::{BatchShare, RouterConfig};
+use moe_runtime::routing::{BalanceScope, BatchShare, RouterConfig};
 use moe_runtime::stages::StageClock;
 use moe_runtime::training::TrainingData;
 use tiny_models::{LENGTH, SEQUENCES, alone, config, dense, families, train, trainer};
@@ -28,6 +28,8 @@ fn frozen_config() -> Config {
     let mut config = config(&model, &router);
     config.train.freeze = vec!["*.q_proj.*".into(), "*.experts.[0-3].*".into(), "model.norm.weight".into()];
     config.train.trainable = vec!["model.layers.*".into(), "model.norm.weight".into()];
+    // Statistics of a micro-batch are those of another batch where more ranks share the batch.
+    config.router.balance_scope = BalanceScope::Global;
     config.validate(4).unwrap();
     config
 }

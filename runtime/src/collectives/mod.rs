@@ -30,7 +30,7 @@ use moe_kernels::{Device, Element, View, ViewMut};
 pub use context::{AbortHandle, Context, DEFAULT_DEADLINE};
 pub use error::CollectiveError;
 pub use host::HostCommunicator;
-pub use launch::{Launcher, LauncherFacts, launcher};
+pub use launch::{LaunchError, Launcher, LauncherFacts, RankFlags, launcher, rank_facts};
 
 use crate::topology::{Grid, Rank};
 

@@ -360,7 +360,7 @@ fn assignment(text: &str) -> Result<Table, ConfigError> {
 fn nested(key: &str, value: Value) -> Table {
     let (first, rest) = key.split_once('.').map_or((key, None), |(first, rest)| (first, Some(rest)));
     let value = match rest {
-        Some(rest) => Value::Table(Table::from_iter([(rest.to_owned(), value)])),
+        Some(rest) => Value::Table(nested(rest, value)),
         None => value,
     };
     Table::from_iter([(first.to_owned(), value)])

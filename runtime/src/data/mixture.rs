@@ -30,13 +30,13 @@ impl Mixture {
 
     /// The source of sample `number`, and how many samples it gave before.
     pub(super) fn at(&self, number: u64) -> (usize, u64) {
-        let mut number = number;
+        let mut number = u128::from(number);
         for (source, &share) in self.shares.iter().enumerate() {
             // Samples of this source among the first n that those before it leave: n · share, rounded.
-            let given = |n: u128| ((n * u128::from(share) + u128::from(WHOLE / 2)) >> BITS) as u64;
-            let before = given(number.into());
-            if given(u128::from(number) + 1) > before {
-                return (source, before);
+            let given = |n: u128| (n * u128::from(share) + u128::from(WHOLE / 2)) >> BITS;
+            let before = given(number);
+            if given(number + 1) > before {
+                return (source, before as u64);
             }
             number -= before;
         }

@@ -15,7 +15,7 @@ use crate::routing::{BalanceScope, RouterKind};
 use crate::topology::Rank;
 
 /// Room that buffers of arriving rows get above the expected ones: before the balance loss has worked, ranks differ by about this.
-const HEADROOM: f64 = 1.4;
+pub(super) const HEADROOM: f64 = 1.4;
 
 /// Memory of one rank.
 #[derive(Clone, Debug, PartialEq, Serialize)]

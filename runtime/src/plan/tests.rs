@@ -172,13 +172,16 @@ fn buffers_of_ranks_that_exchange_rows_are_planned_within_the_headroom() {
     for (name, config) in variants() {
         for (world, ep) in [(2, 1), (4, 2), (4, 4)] {
             let job = job(&config, world, ep);
-            let counted = local::run(world, |world| train(&job, world, 3)).remove(0).tally;
+            let all = local::run(world, |world| train(&job, world, 3));
+            let counted = all[0].tally;
+            // Which rank's experts are chosen most is the gate's affair: the busiest has what is expected or more.
+            let activations = all.iter().map(|counted| counted.tally.activations).max().unwrap();
             let planned = MemoryPlan::new(&job).buffers;
             let what = format!("{name} on {world} ranks, EP {ep}: planned {planned:?}, counted {counted:?}");
             assert_eq!((planned.parameters, planned.gradients), (counted.parameters, counted.gradients), "{what}");
             assert_eq!(planned.optimizer, counted.optimizer, "{what}");
-            let off = planned.activations as f64 / counted.activations as f64;
-            assert!((0.85..1.3).contains(&off), "{what}");
+            let off = planned.activations as f64 / activations as f64;
+            assert!((0.85..=memory::HEADROOM).contains(&off), "{what}, {activations} on the busiest rank");
         }
     }
 }

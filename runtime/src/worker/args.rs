@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 
+use super::coordinate::Seat;
 use crate::config::ConfigBuilder;
+use crate::coordination::{CoordinationError, JoinToken};
+use crate::exit::{ExitCode, Failure};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -15,9 +18,14 @@ Examples:
   moe-worker --model HF_DIR --data texts/                 starts from a Hugging Face folder
   moe-worker --steps 5 --trace trace.json                 where the time goes, for ui.perfetto.dev
   moe-worker --set model.experts=16 --set optimizer.lr=1e-3
+  MOE_JOIN_TOKEN=… mpirun -x MOE_JOIN_TOKEN -n 4 moe-worker --coordinator head:7400
 
 Exit codes: 0 done, 64 wrong usage or configuration, 65 bad input data, 70 internal error, 74 input/output error,
 75 temporary failure (a lost peer, or stopped after a checkpoint): start the same command again, 77 refused.
+
+Places: mpirun and srun --mpi=pmix say which rank a process is. Without them --rank and --world-size do, or the variables
+SLURM_PROCID and SLURM_NTASKS (srun), JOB_COMPLETION_INDEX and WORLD_SIZE (Kubernetes), RANK and WORLD_SIZE. Several CPU ranks
+need MPI for their data.
 
 Signals: SIGUSR1 (and Ctrl-C where no mpirun stands between) finishes the step, writes a checkpoint and leaves with 75; a second
 one, or SIGTERM, gives up the step.";
@@ -60,12 +68,21 @@ pub struct WorkerArgs {
     /// Hugging Face folder to start from: config.json and safetensors.
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
+    /// Rank of this process, from 0, where no launcher says it.
+    #[arg(long, value_name = "R")]
+    pub rank: Option<usize>,
+    /// Number of ranks, where no launcher says it.
+    #[arg(long, value_name = "N")]
+    pub world_size: Option<usize>,
     /// Coordinator that is hosted elsewhere, as by moe-launch run; otherwise rank 0 hosts it.
     #[arg(long, value_name = "HOST:PORT", requires = "join_token")]
     pub coordinator: Option<String>,
     /// Join token of that coordinator; better given by the variable, which other users of the machine do not see.
     #[arg(long, value_name = "HEX", env = "MOE_JOIN_TOKEN", hide_env_values = true)]
     pub join_token: Option<String>,
+    /// Rank 0 hosts the coordinator itself, on the port that --coordinator names.
+    #[arg(long, requires = "coordinator")]
+    pub host_coordinator: bool,
     /// Write the spans of all stages, steps and ranks to this file; open it at ui.perfetto.dev.
     #[arg(long, value_name = "FILE")]
     pub trace: Option<PathBuf>,
@@ -96,6 +113,25 @@ pub enum Resume {
 }
 
 impl WorkerArgs {
+    /// Who hosts the coordinator.
+    ///
+    /// # Errors
+    /// Usage: an address that is none, or a token that is none.
+    pub(super) fn seat(&self) -> Result<Seat, Failure> {
+        let (Some(addr), Some(token)) = (self.coordinator.clone(), &self.join_token) else { return Ok(Seat::Rank0) };
+        let token = token.parse::<JoinToken>().map_err(CoordinationError::from)?;
+        match addr.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse().ok()?))) {
+            Some((host, port)) if !host.is_empty() && port > 0 => Ok(match self.host_coordinator {
+                true => Seat::Rank0At { addr, port, token },
+                false => Seat::Elsewhere { addr, token },
+            }),
+            _ => {
+                let message = format!("--coordinator {addr}: must be HOST:PORT, as node07:7400 or [::1]:7400");
+                Err(Failure::new(ExitCode::Usage, message))
+            }
+        }
+    }
+
     /// Lays what was said over `builder`.
     pub fn configure(&self, mut builder: ConfigBuilder) -> ConfigBuilder {
         if let Some(preset) = &self.preset {
@@ -120,5 +156,31 @@ impl WorkerArgs {
             builder = builder.flag("--ep", "parallel.ep", ep as u64);
         }
         builder
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seat(arguments: &[&str]) -> Result<Seat, Failure> {
+        WorkerArgs::try_parse_from([&["moe-worker"][..], arguments].concat()).unwrap().seat()
+    }
+
+    #[test]
+    fn the_coordinators_seat_follows_from_its_flags() {
+        let token = "00112233445566778899aabbccddeeff";
+        assert!(matches!(seat(&[]), Ok(Seat::Rank0)));
+        let named = ["--join-token", token, "--coordinator", "[::1]:7400"];
+        assert!(matches!(seat(&named), Ok(Seat::Elsewhere { addr, .. }) if addr == "[::1]:7400"));
+        let hosted = seat(&[&named[..], &["--host-coordinator"]].concat());
+        assert!(matches!(hosted, Ok(Seat::Rank0At { port: 7400, .. })), "{hosted:?}");
+        for addr in ["head", ":7400", "head:0", "head:70000"] {
+            let failure = seat(&["--join-token", token, "--coordinator", addr]).unwrap_err();
+            assert_eq!(failure.exit_code(), ExitCode::Usage);
+            assert!(failure.to_string().starts_with(&format!("--coordinator {addr}: must be HOST:PORT")), "{failure}");
+        }
+        let failure = seat(&["--join-token", "short", "--coordinator", "head:7400"]).unwrap_err();
+        assert_eq!(failure.exit_code(), ExitCode::Usage, "{failure}");
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Owns the host and the session of this process, and turns the coordinator's abort into the end of every collective's wait.
 
-use std::net::{IpAddr, Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -23,6 +23,41 @@ const ANNOUNCEMENT: Duration = Duration::from_secs(5);
 
 /// How long a host waits for the others to say good-bye.
 const FAREWELL: Duration = Duration::from_secs(5);
+
+/// Who hosts the coordinator.
+#[derive(Clone, Debug)]
+pub(super) enum Seat {
+    /// Rank 0, on a free port, with a token of its own.
+    Rank0,
+    /// Rank 0, on the port of an address that is known beforehand.
+    Rank0At {
+        /// `HOST:PORT`, by which the others reach it.
+        addr: String,
+        /// The port of `addr`.
+        port: u16,
+        /// What they must show.
+        token: JoinToken,
+    },
+    /// Somebody else.
+    Elsewhere {
+        /// `HOST:PORT`.
+        addr: String,
+        /// What ranks must show.
+        token: JoinToken,
+    },
+}
+
+/// What a job is coordinated as.
+pub(super) struct Coordinated<'a> {
+    /// Its grid.
+    pub grid: &'a Grid,
+    /// Hash of its configuration.
+    pub fingerprint: &'a str,
+    /// Where tools look for the contact.
+    pub run_dir: &'a Path,
+    /// Who hosts the coordinator.
+    pub seat: Seat,
+}
 
 /// This process's part in the coordination of its job.
 pub(super) struct Coordination {
@@ -45,39 +80,29 @@ struct Contact {
     token: String,
 }
 
-/// What a job is coordinated as.
-pub(super) struct Coordinated<'a> {
-    /// Its grid.
-    pub grid: &'a Grid,
-    /// Hash of its configuration.
-    pub fingerprint: &'a str,
-    /// Where tools look for the contact.
-    pub run_dir: &'a Path,
-    /// The coordinator that is hosted elsewhere: address and token.
-    pub elsewhere: Option<(&'a str, JoinToken)>,
-}
-
 impl Coordination {
-    /// Hosts on rank 0, unless it is hosted elsewhere, and joins on every rank.
+    /// Hosts on rank 0, unless somebody else does, and joins on every rank.
     pub(super) fn start(world: &World, job: Coordinated<'_>, abort: AbortHandle) -> Result<Self, Failure> {
-        let Coordinated { grid, fingerprint, run_dir, elsewhere } = job;
+        let Coordinated { grid, fingerprint, run_dir, seat } = job;
         let (rank, size) = world.place();
         let mut host = None;
-        let mut own = None;
         let contact = from_rank_0(&world.communicator, || {
-            let (addr, token) = match &elsewhere {
-                Some((addr, token)) => ((*addr).to_owned(), token.clone()),
-                None => {
-                    let handle = serve(world, grid, fingerprint)?;
-                    let addr = reachable_addr(world.is_one_machine(), handle.addr().port());
-                    let token = handle.token().clone();
-                    own = Some(handle);
-                    (addr, token)
+            let (handle, addr, token) = match seat {
+                Seat::Elsewhere { addr, token } => (None, addr, token),
+                Seat::Rank0At { addr, port, token } => {
+                    let listener = listen(Ipv4Addr::UNSPECIFIED, port)?;
+                    (Some(serve(listener, grid, fingerprint, token.clone())?), addr, token)
+                }
+                Seat::Rank0 => {
+                    let one_machine = world.is_one_machine();
+                    let handle = serve(coordinator_listener(one_machine)?, grid, fingerprint, JoinToken::generate())?;
+                    let (addr, token) = (reachable_addr(one_machine, handle.addr().port()), handle.token().clone());
+                    (Some(handle), addr, token)
                 }
             };
             let contact = Contact { addr: addr.clone(), token: token.expose() };
             let file = ContactFile { addr, token, pid: std::process::id() }.write(run_dir)?;
-            host = Some(Host { handle: own.take(), contact: file });
+            host = Some(Host { handle, contact: file });
             Ok(contact)
         })??;
         let token = contact.token.parse::<JoinToken>().map_err(|e| Failure::new(ExitCode::Internal, e.to_string()))?;
@@ -155,22 +180,31 @@ impl Coordination {
     }
 }
 
-fn serve(world: &World, grid: &Grid, fingerprint: &str) -> Result<CoordinatorHandle, Failure> {
-    let listener = coordinator_listener(world.is_one_machine())?;
+fn serve(
+    listener: TcpListener,
+    grid: &Grid,
+    fingerprint: &str,
+    token: JoinToken,
+) -> Result<CoordinatorHandle, Failure> {
     let spec = JobSpec {
         world_size: grid.world() as u32,
         ep_size: grid.ep() as u32,
         config_fingerprint: Some(fingerprint.to_owned()),
         ..JobSpec::default()
     };
-    Ok(CoordinatorHandle::serve(listener, spec, JoinToken::generate())?)
+    Ok(CoordinatorHandle::serve(listener, spec, token)?)
 }
 
 /// A free port for a coordinator: of the loopback where all ranks are on this machine.
 pub fn coordinator_listener(one_machine: bool) -> Result<TcpListener, Failure> {
     let ip = if one_machine { Ipv4Addr::LOCALHOST } else { Ipv4Addr::UNSPECIFIED };
-    TcpListener::bind((IpAddr::V4(ip), 0))
-        .map_err(|error| Failure::new(ExitCode::Io, format!("cannot listen on {ip} for the coordinator: {error}")))
+    listen(ip, 0)
+}
+
+fn listen(ip: Ipv4Addr, port: u16) -> Result<TcpListener, Failure> {
+    TcpListener::bind((ip, port)).map_err(|error| {
+        Failure::new(ExitCode::Io, format!("cannot listen on {ip}:{port} for the coordinator: {error}"))
+    })
 }
 
 /// How ranks reach a port of this machine: by loopback where they are all here, else by its name.

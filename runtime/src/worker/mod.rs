@@ -24,9 +24,8 @@ pub use settle::{configured_corpus, read_corpus, resolved_config};
 pub use world::World;
 
 use crate::checkpoint::{Checkpoint, HfFolder, Store, probe_shared};
-use crate::collectives::{Communicator, Groups, HostCommunicator};
+use crate::collectives::{Communicator, Groups, HostCommunicator, RankFlags};
 use crate::config::Config;
-use crate::coordination::{CoordinationError, JoinToken};
 use crate::data::{Corpus, Loader};
 use crate::exit::{ExitCode, Failure};
 use crate::model::layout::parameter_counts;
@@ -55,7 +54,8 @@ pub fn main() -> ! {
             std::process::exit(i32::from(code.number()));
         }
     };
-    let world = match World::join(START_DEADLINE) {
+    let flags = RankFlags { rank: args.rank, world_size: args.world_size };
+    let world = match World::join_as(flags, START_DEADLINE) {
         Ok(world) => world,
         Err(failure) => {
             eprintln!("error: {failure}");
@@ -96,13 +96,7 @@ fn train(args: &WorkerArgs, world: &World) -> Result<Ending, Failure> {
     probe_shared::<Cpu, _>(&world.communicator, run_dir.path())?;
     log_file.write_to(&run_dir.logs().join(format!("rank-{rank:05}.log")))?;
     let fingerprint = config.fingerprint()?;
-    let token = args.join_token.as_deref().map(str::parse::<JoinToken>).transpose().map_err(CoordinationError::from)?;
-    let job = Coordinated {
-        grid: &grid,
-        fingerprint: &fingerprint,
-        run_dir: run_dir.path(),
-        elsewhere: args.coordinator.as_deref().zip(token),
-    };
+    let job = Coordinated { grid: &grid, fingerprint: &fingerprint, run_dir: run_dir.path(), seat: args.seat()? };
     let coordination = Coordination::start(world, job, context.abort_handle())?;
     let corpus = share_corpus(&world.communicator, &mut kept)?;
     context.set_deadline(config.run.collective_timeout());

@@ -83,6 +83,8 @@ struct Resolution {
 
 /// Resolves and checks the configuration of `args` for `world` ranks, and finds what would be resumed. Reads only.
 fn resolve(args: &WorkerArgs, world: usize) -> Result<Resolution, Failure> {
+    // Only checked here: rank 0 alone speaks, and nothing is made yet.
+    args.seat()?;
     let given = args.run_dir.as_ref().map(RunDir::at);
     let saved = given.as_ref().map(RunDir::saved_config).transpose()?.flatten();
     let newest = match &given {

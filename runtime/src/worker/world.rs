@@ -1,4 +1,4 @@
-//! How this process became part of a world: alone, or started by an MPI launcher.
+//! How this process became part of a world: alone, started by an MPI launcher, or placed by flags and variables.
 //!
 //! Owns the start and the end of MPI. It knows nothing of training.
 
@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use moe_kernels::Cpu;
 
-use crate::collectives::{Communicator, Context, HostCommunicator, LauncherFacts, launcher, local};
+use crate::collectives::{
+    Communicator, Context, HostCommunicator, LaunchError, LauncherFacts, RankFlags, local, rank_facts,
+};
 use crate::exit::{ExitCode, Failure};
 
 /// This process's place among the ranks, until it leaves.
@@ -23,12 +25,22 @@ pub struct World {
 impl World {
     /// Joins the world that a launcher made; without a launcher, a world of one.
     pub fn join(deadline: Duration) -> Result<Self, Failure> {
+        Self::join_as(RankFlags::default(), deadline)
+    }
+
+    /// As [`World::join`], where the command line says something about this process's place too.
+    ///
+    /// # Errors
+    /// [`LaunchError`]: facts that make up no place, or several CPU ranks without MPI.
+    pub fn join_as(flags: RankFlags, deadline: Duration) -> Result<Self, Failure> {
         let context = Context::new(deadline);
-        match launcher(|name| std::env::var(name).ok()) {
-            Some(facts) => Self::launched(facts, context),
-            None => Ok(Self {
+        let facts = rank_facts(flags, |name| std::env::var(name).ok())?;
+        match facts {
+            Some(facts) if facts.launcher.has_mpi() => Self::launched(facts, context),
+            Some(facts) if facts.size > 1 => Err(LaunchError::NeedsMpi { facts }.into()),
+            facts => Ok(Self {
                 communicator: local::solo(context),
-                facts: None,
+                facts,
                 ranks_here: 1,
                 #[cfg(feature = "mpi")]
                 mpi: None,
