@@ -312,6 +312,9 @@ mod tests {
         }
     }
 
+    /// What is tried, rank and world size by flags, the environment, what comes of them.
+    type Case = (&'static str, [Option<usize>; 2], Variables, Option<LauncherFacts>);
+
     #[test]
     fn every_way_to_say_a_place_is_understood() {
         let none = [None, None];
@@ -320,7 +323,7 @@ mod tests {
         let torch = vec![("RANK", "2"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "2")];
         let indexed = facts(Launcher::IndexedJob, [1, 4], none);
         #[rustfmt::skip]
-        let table: [(&str, [Option<usize>; 2], Variables, Option<LauncherFacts>); 12] = [
+        let table: [Case; 12] = [
             ("nothing", none, vec![], None),
             ("flags", [Some(1), Some(2)], vec![], Some(facts(Launcher::Flags, [1, 2], none))),
             ("mpirun", none, mpirun(), Some(facts(Launcher::Mpirun, [3, 8], [Some(1), Some(2)]))),

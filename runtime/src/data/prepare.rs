@@ -148,12 +148,9 @@ impl<'a> Prepare<'a> {
         let out = &self.spec.out;
         fs::create_dir_all(out).map_err(DataError::unwritable(out))?;
         let note = Note { format: FORMAT, origin: hexadecimal(&self.origin), shards: self.parts.len() };
-        if let Some(found) = read_note(out)? {
-            if found != note {
-                let reason =
-                    "holds shards of other input, of input that was changed, or made with other settings".into();
-                return Err(DataError::Occupied { path: out.clone(), reason });
-            }
+        if read_note(out)?.is_some_and(|found| found != note) {
+            let reason = "holds shards of other input, of input that was changed, or made with other settings".into();
+            return Err(DataError::Occupied { path: out.clone(), reason });
         }
         let entries = fs::read_dir(out).map_err(DataError::unreadable(out))?;
         for entry in entries {

@@ -56,7 +56,7 @@ impl ShardWriter {
         let out = create().map_err(DataError::unwritable(&partial))?;
         let token_bytes = match source.vocab_size {
             ..=0x100 => 1,
-            ..=0x1_0000 => 2,
+            0x101..=0x1_0000 => 2,
             _ => 4,
         };
         let header = ShardHeader {

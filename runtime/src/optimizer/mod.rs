@@ -155,12 +155,19 @@ mod tests {
 
     #[test]
     fn runs_outside_are_what_is_left() {
-        let runs = |region: Range<usize>, cut: &[Range<usize>]| outside(region, cut).collect::<Vec<_>>();
-        assert_eq!(runs(10..20, &[]), [10..20]);
-        assert_eq!(runs(10..20, &[0..5, 12..14, 18..30]), [10..12, 14..18]);
-        assert_eq!(runs(10..20, &[5..12]), [12..20]);
-        assert_eq!(runs(10..20, &[5..25]), Vec::<Range<usize>>::new());
-        assert_eq!(runs(10..20, &[20..25, 30..40]), [10..20]);
-        assert_eq!(runs(10..10, &[0..5]), Vec::<Range<usize>>::new());
+        // Ranges as [start, end].
+        type Runs<'a> = &'a [[usize; 2]];
+        let ranges = |runs: Runs<'_>| runs.iter().map(|&[start, end]| start..end).collect::<Vec<_>>();
+        let table: [([usize; 2], Runs<'_>, Runs<'_>); 6] = [
+            ([10, 20], &[], &[[10, 20]]),
+            ([10, 20], &[[0, 5], [12, 14], [18, 30]], &[[10, 12], [14, 18]]),
+            ([10, 20], &[[5, 12]], &[[12, 20]]),
+            ([10, 20], &[[5, 25]], &[]),
+            ([10, 20], &[[20, 25], [30, 40]], &[[10, 20]]),
+            ([10, 10], &[[0, 5]], &[]),
+        ];
+        for ([start, end], cut, left) in table {
+            assert_eq!(outside(start..end, &ranges(cut)).collect::<Vec<_>>(), ranges(left), "{cut:?}");
+        }
     }
 }

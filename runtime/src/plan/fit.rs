@@ -19,12 +19,15 @@ pub struct Alternative {
 /// Nodes are not multiplied further than this.
 const MOST_TIMES: usize = 1 << 10;
 
+/// Jobs like one that was given, each with what was changed, the smallest change first.
+type Lever = fn(&Job) -> Vec<(String, Job)>;
+
 /// The changes to `job` that bring a rank's peak to `limit_bytes`, each by itself; where none does, several together. Empty: nothing
 /// that is known helps.
 pub fn nearest_that_fit(job: &Job, limit_bytes: u64) -> Vec<Alternative> {
     let fits = |job: &Job| MemoryPlan::new(job).peak_bytes <= limit_bytes;
     let found = |change: String, job: &Job| Alternative { change, peak_bytes: MemoryPlan::new(job).peak_bytes };
-    let levers: [fn(&Job) -> Vec<(String, Job)>; 4] = [smaller_passes, sharded, larger_groups, more_ranks];
+    let levers: [Lever; 4] = [smaller_passes, sharded, larger_groups, more_ranks];
     let mut alternatives = Vec::new();
     for lever in levers {
         let first = lever(job).into_iter().find(|(_, changed)| fits(changed));
