@@ -60,12 +60,8 @@ fn report(world: &HostCommunicator, config: &RouterConfig, top_k: usize) -> Bala
     for (pass, sequences) in SEQUENCES.iter().enumerate() {
         tokens_so_far += tokens(pass);
         let share = BatchShare { global_tokens: all_tokens(), tokens_so_far, pass_tokens: tokens(pass) };
-        let at = RoutePass {
-            tokens: sequences[rank] * LENGTH,
-            sequence_length: LENGTH,
-            first_token: 0,
-            training: true,
-        };
+        let at =
+            RoutePass { tokens: sequences[rank] * LENGTH, sequence_length: LENGTH, first_token: 0, training: true };
         balance.begin_pass(at);
         for (layer, router) in routers.iter_mut().enumerate() {
             let (x, weight) = (x(layer, pass, rank), weights(layer));
