@@ -43,6 +43,7 @@ macro_rules! element {
         }
     };
 }
+element!(half::bf16, "BF16");
 element!(f32, "F32");
 element!(f64, "F64");
 element!(i32, "I32");
@@ -66,6 +67,18 @@ impl Activation for f32 {
 
     fn to_f32(self) -> f32 {
         self
+    }
+}
+
+impl Activation for half::bf16 {
+    const HOLDS_F32: bool = false;
+
+    fn from_f32(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+
+    fn to_f32(self) -> f32 {
+        self.to_f32()
     }
 }
 

@@ -17,6 +17,8 @@
 //! - Same inputs, same device, same number of threads: the same bits. There are no floating-point atomics.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod device;
 pub mod ops;
 

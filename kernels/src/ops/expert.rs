@@ -58,6 +58,8 @@ pub struct ExpandPlan<'a, D: Device> {
     pub slots: ViewMut<'a, D, i32>,
     /// `[N]`: the arrived row of each expanded row; ascending inside an expert.
     pub source: ViewMut<'a, D, i32>,
+    /// `[N]`: which slot `r·k + j` of the arrived rows each expanded row is, so that `slots[origin[i]] = i`.
+    pub origin: ViewMut<'a, D, i32>,
 }
 
 /// Sizes of a grouped GEMM: group e of E multiplies rows `offsets[e] .. offsets[e+1]`.
@@ -120,18 +122,23 @@ pub trait ExpertOps: Device {
         out: ViewMut<'_, Self, Self::Act>,
         accumulate: Accumulate,
     );
-    /// Backward of [`ExpertOps::weighted_reduce`] with weights: `dy[slots[r, j]] = weights[r, j] · dout[r]` (each slot belongs to one
-    /// (r, j)), `dweights[r, j] = ⟨dout[r], y[slots[r, j]]⟩`, 0 for −1.
-    #[allow(clippy::too_many_arguments)] // the operands of one weighted sum and their gradients
-    fn weighted_reduce_grad(
+    /// Backward of SwiGLU where the experts' outputs are weighted after the down projection, `out = Σ w · (a · downᵀ)`: the weight is
+    /// moved in front of it, so that the outputs need not be kept (Guo et al. 2025, SonicMoE). Row i has the weight
+    /// `w = weights[origin[i]]`. From `da[N, F]`, the gradient of a row's output times the down projection *without* the weight, and
+    /// the saved `h[N, 2F]`:
+    /// `dh[N, 2F]` = SwiGLU's gradient for `w · da`; `a[N, F] = w · swiglu(h)`, for the down projection's weight gradient;
+    /// `dweights[origin[i]] = ⟨da[i], swiglu(h[i])⟩`, other entries of `dweights` are left alone. `a` may not be `da`.
+    #[allow(clippy::too_many_arguments)] // what is saved, what comes in, and three gradients
+    fn weighted_swiglu_grad(
         &self,
         rows: Rows<'_, Self>,
-        dims: CombineDims,
-        slots: View<'_, Self, i32>,
+        f: usize,
+        origin: View<'_, Self, i32>,
         weights: View<'_, Self, f32>,
-        y: View<'_, Self, Self::Act>,
-        dout: View<'_, Self, Self::Act>,
-        dy: ViewMut<'_, Self, Self::Act>,
+        da: View<'_, Self, Self::Act>,
+        h: View<'_, Self, Self::Act>,
+        dh: ViewMut<'_, Self, Self::Act>,
+        a: ViewMut<'_, Self, Self::Act>,
         dweights: ViewMut<'_, Self, f32>,
     );
     /// Brings weight gradients home: `dweights[row_choice[r, j]] = row_dweights[r, j]`; choices without a row get 0.
@@ -153,6 +160,19 @@ pub trait ExpertOps: Device {
         x: View<'_, Self, Self::Act>,
         w: View<'_, Self, Self::Act>,
         y: ViewMut<'_, Self, Self::Act>,
+    );
+    /// The experts' first half: [`ExpertOps::grouped_linear`] with the fused gate and up projection `w[E, 2F, H]` into `h[N, 2F]`
+    /// (gate columns first), and `a[N, F]` = SwiGLU of it. `dims.n` is 2F.
+    #[allow(clippy::too_many_arguments)] // two operations in one
+    fn grouped_linear_swiglu(
+        &self,
+        rows: Rows<'_, Self>,
+        dims: GroupedDims,
+        offsets: View<'_, Self, i32>,
+        x: View<'_, Self, Self::Act>,
+        w: View<'_, Self, Self::Act>,
+        h: ViewMut<'_, Self, Self::Act>,
+        a: ViewMut<'_, Self, Self::Act>,
     );
     /// `dx[i] = dy[i] · w[e]`, overwritten.
     fn grouped_linear_grad_input(

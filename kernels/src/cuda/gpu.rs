@@ -1,0 +1,282 @@
+//! One GPU of this process: its driver context, the compiled kernels, what went wrong.
+//!
+//! Owns the probing of driver and device, so that a binary starts where neither is and says what is missing.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+
+use super::launch::Grid;
+use crate::DeviceError;
+
+/// A compiled source file of `kernels/cuda`.
+pub(super) struct Image {
+    name: &'static str,
+    bytes: &'static [u8],
+}
+
+include!(concat!(env!("OUT_DIR"), "/images.rs"));
+
+/// The oldest driver interface that the kernels' compiler writes for: CUDA 13.0, as the driver counts.
+const DRIVER_NEEDED: i32 = 13000;
+/// The oldest compute capability that there are kernels for.
+const CAPABILITY_NEEDED: (i32, i32) = (8, 0);
+/// What a kernel gets without asking for more.
+const PLAIN_SHARED_BYTES: u32 = 48 << 10;
+
+/// Why a GPU cannot be used.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum OpenError {
+    /// libcuda is not on this machine.
+    #[error("no NVIDIA driver: libcuda.so.1 was not found; install the driver, or use --device cpu")]
+    NoDriver,
+    /// The driver does not know the CUDA version that the kernels are compiled with.
+    #[error(
+        "the NVIDIA driver is too old: it knows CUDA {}.{}, this program needs 13.0 (driver 580 or later)",
+        found / 1000, found % 1000 / 10
+    )]
+    DriverTooOld {
+        /// What the driver knows, as 1000 · major + 10 · minor.
+        found: i32,
+    },
+    /// The driver sees no GPU.
+    #[error("the NVIDIA driver sees no GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu")]
+    NoDevice,
+    /// There are fewer GPUs.
+    #[error("there is no GPU {ordinal}: this process sees {count}, numbered from 0")]
+    NoSuchDevice {
+        /// Asked for.
+        ordinal: usize,
+        /// Seen.
+        count: i32,
+    },
+    /// The kernels are not compiled for such a GPU.
+    #[error("GPU {ordinal} ({name}) has compute capability {}.{}; kernels are compiled for {}.{} and later", found.0, found.1, CAPABILITY_NEEDED.0, CAPABILITY_NEEDED.1)]
+    Unsupported {
+        /// Asked for.
+        ordinal: usize,
+        /// Its name.
+        name: String,
+        /// Its capability.
+        found: (i32, i32),
+    },
+    /// The driver refused.
+    #[error("the NVIDIA driver failed: {}", explained(*.0))]
+    Driver(DriverError),
+}
+
+/// What a GPU is.
+#[derive(Debug, Clone)]
+pub struct Facts {
+    /// As the driver names it.
+    pub name: String,
+    /// Compute capability.
+    pub capability: (i32, i32),
+    /// Multiprocessors.
+    pub multiprocessors: usize,
+    /// The most shared memory that a block can have, in bytes.
+    pub shared_bytes: usize,
+    /// Bytes of memory.
+    pub memory_bytes: usize,
+}
+
+impl Facts {
+    /// Whether the Hopper kernels run: they use instructions that only 9.0 has.
+    pub fn is_hopper(&self) -> bool {
+        self.capability == (9, 0)
+    }
+}
+
+/// An open GPU.
+pub(super) struct Gpu {
+    pub(super) context: Arc<CudaContext>,
+    pub(super) facts: Facts,
+    modules: Vec<Module>,
+    kernels: Mutex<HashMap<&'static str, Option<Kernel>>>,
+    fault: Mutex<Option<DeviceError>>,
+}
+
+/// A loaded image.
+struct Module(sys::CUmodule);
+
+/// A kernel of a loaded image.
+#[derive(Clone, Copy)]
+struct Kernel(sys::CUfunction);
+
+// SAFETY: handles of the driver may be used from any thread that has bound the context, which `Gpu::bound` and `Gpu::launch` do first; a module is
+// unloaded only with its `Gpu`.
+unsafe impl Send for Module {}
+// SAFETY: as above; the driver locks its own state.
+unsafe impl Sync for Module {}
+// SAFETY: as above: a kernel lives as long as its module.
+unsafe impl Send for Kernel {}
+// SAFETY: as above.
+unsafe impl Sync for Kernel {}
+
+impl Gpu {
+    pub(super) fn open(ordinal: usize) -> Result<Self, OpenError> {
+        // SAFETY: it only looks for the library.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(OpenError::NoDriver);
+        }
+        match result::init() {
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => return Err(OpenError::NoDevice),
+            other => other.map_err(OpenError::Driver)?,
+        }
+        let mut found = 0;
+        // SAFETY: the driver writes one number.
+        unsafe { sys::cuDriverGetVersion(&mut found) }.result().map_err(OpenError::Driver)?;
+        if found < DRIVER_NEEDED {
+            return Err(OpenError::DriverTooOld { found });
+        }
+        let count = CudaContext::device_count().map_err(OpenError::Driver)?;
+        if count == 0 {
+            return Err(OpenError::NoDevice);
+        }
+        if ordinal >= count as usize {
+            return Err(OpenError::NoSuchDevice { ordinal, count });
+        }
+        Self::with_context(ordinal, CudaContext::new(ordinal).map_err(OpenError::Driver)?)
+    }
+
+    fn with_context(ordinal: usize, context: Arc<CudaContext>) -> Result<Self, OpenError> {
+        use sys::CUdevice_attribute_enum as Attribute;
+        let facts = || {
+            Ok(Facts {
+                name: context.name()?,
+                capability: context.compute_capability()?,
+                multiprocessors: context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
+                shared_bytes: context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
+                    as usize,
+                memory_bytes: context.total_mem()?,
+            })
+        };
+        let facts = facts().map_err(OpenError::Driver)?;
+        if facts.capability < CAPABILITY_NEEDED {
+            return Err(OpenError::Unsupported { ordinal, name: facts.name, found: facts.capability });
+        }
+        let mut modules = Vec::new();
+        for Image { name, bytes } in IMAGES {
+            // SAFETY: the image is a whole fat binary that nvcc wrote; the driver reads its own length from it.
+            match unsafe { result::module::load_data(bytes.as_ptr().cast()) } {
+                Ok(module) => modules.push(Module(module)),
+                // A file for another architecture: its kernels are only asked for where they run.
+                Err(DriverError(sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU)) if name.ends_with("_sm90") => {}
+                Err(error) => return Err(OpenError::Driver(error)),
+            }
+        }
+        Ok(Self { context, facts, modules, kernels: Mutex::default(), fault: Mutex::default() })
+    }
+
+    pub(super) fn new_stream(&self) -> Result<Arc<CudaStream>, DriverError> {
+        self.context.new_stream()
+    }
+
+    /// Runs a driver call with the context bound to this thread; what fails is remembered.
+    pub(super) fn bound(&self, operation: &str, call: impl FnOnce() -> Result<(), DriverError>) {
+        if let Err(error) = self.context.bind_to_thread().and_then(|()| call()) {
+            self.remember(operation, error);
+        }
+    }
+
+    /// Issues a kernel.
+    ///
+    /// # Safety
+    /// `arguments` point to values of the kernel's parameter types, and addresses among them to what the kernel touches.
+    pub(super) unsafe fn launch(
+        &self,
+        name: &'static str,
+        grid: Grid,
+        stream: &CudaStream,
+        arguments: &mut [*mut c_void],
+    ) {
+        if grid.blocks.0 == 0 || grid.blocks.1 == 0 || grid.blocks.2 == 0 {
+            return;
+        }
+        let Some(Kernel(function)) = self.kernel(name, grid.shared_bytes) else { return };
+        self.bound(name, || {
+            // SAFETY: the caller's promise; function and stream are this context's.
+            unsafe {
+                result::launch_kernel(
+                    function,
+                    grid.blocks,
+                    (grid.threads, 1, 1),
+                    grid.shared_bytes,
+                    stream.cu_stream(),
+                    arguments,
+                )
+            }
+        });
+    }
+
+    /// The kernel `name`, looked up once.
+    fn kernel(&self, name: &'static str, shared_bytes: u32) -> Option<Kernel> {
+        let mut kernels = locked(&self.kernels);
+        *kernels.entry(name).or_insert_with(|| {
+            let found = self.find(name, shared_bytes);
+            found.map_err(|error| self.remember(name, error)).ok()
+        })
+    }
+
+    fn find(&self, name: &str, shared_bytes: u32) -> Result<Kernel, DriverError> {
+        let absent = DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND);
+        let text = CString::new(name).map_err(|_| absent)?;
+        self.context.bind_to_thread()?;
+        for Module(module) in &self.modules {
+            // SAFETY: the module is loaded, and the text ends in a zero.
+            let Ok(function) = (unsafe { result::module::get_function(*module, text.clone()) }) else { continue };
+            if shared_bytes > PLAIN_SHARED_BYTES {
+                use sys::CUfunction_attribute_enum as Attribute;
+                let most = self.facts.shared_bytes as i32;
+                let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                // SAFETY: the function is the module's.
+                unsafe { result::function::set_function_attribute(function, attribute, most) }?;
+            }
+            return Ok(Kernel(function));
+        }
+        Err(absent)
+    }
+
+    /// Keeps the first fault.
+    pub(super) fn remember(&self, operation: &str, error: DriverError) {
+        let fault = self.fault(operation, error);
+        locked(&self.fault).get_or_insert(fault);
+    }
+
+    /// The first fault so far.
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        locked(&self.fault).clone().map_or(Ok(()), Err)
+    }
+
+    pub(super) fn fault(&self, operation: &str, error: DriverError) -> DeviceError {
+        let reason = explained(error);
+        DeviceError::Fault { device: self.facts.name.clone(), operation: operation.into(), reason }
+    }
+
+    pub(super) fn out_of_memory(&self, bytes: usize, what: &str) -> DeviceError {
+        let free = self.context.mem_get_info().map_or(0, |(free, _)| free);
+        let device = format!("{} ({} MiB free of {})", self.facts.name, free >> 20, self.facts.memory_bytes >> 20);
+        DeviceError::OutOfMemory { device, bytes, what: what.into() }
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        for Module(module) in &self.modules {
+            // SAFETY: nobody launches any more: every queue and buffer holds this `Gpu`. A failure here has nobody to hear it.
+            let _ = unsafe { result::module::unload(*module) };
+        }
+    }
+}
+
+/// The driver's own words.
+fn explained(error: DriverError) -> String {
+    let text = error.error_string().ok().and_then(|text| text.to_str().ok()).unwrap_or("unknown error");
+    format!("{text} ({:?})", error.0)
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
