@@ -2,9 +2,12 @@
 //!
 //! Owns their arithmetic, row by row. Rows beyond the number it is given are never touched.
 
+#[cfg(test)]
+mod tests;
+
 use multiversion::multiversion;
 
-use super::parallel::{for_parts, parts, rows_mut};
+use super::parallel::{for_parts, parts, rows_mut, with_scratch};
 use super::simd::{dot, sigmoid};
 
 pub(super) fn swiglu(rows: usize, f: usize, h: &[f32], a: &mut [f32]) {
@@ -53,6 +56,57 @@ fn swiglu_grad_rows(f: usize, da: &[f32], h: &[f32], dh: &mut [f32]) {
             *dg = da * u * s * (1.0 + g * (1.0 - s));
         }
     }
+}
+
+/// What [`weighted_swiglu_grad`] works from.
+pub(super) struct Weighted<'a> {
+    /// F.
+    pub(super) f: usize,
+    /// `[N]`: where a row's weight, and the weight's gradient, stand.
+    pub(super) origin: &'a [i32],
+    /// The weights.
+    pub(super) weights: &'a [f32],
+    /// `[N, F]`.
+    pub(super) da: &'a [f32],
+    /// `[N, 2F]`.
+    pub(super) h: &'a [f32],
+}
+
+/// See [`crate::ExpertOps::weighted_swiglu_grad`]. The rows' dot products are collected in memory of this thread and then scattered by
+/// it alone, since no cut of `dweights` follows a cut of the rows.
+pub(super) fn weighted_swiglu_grad(given: &Weighted<'_>, dh: &mut [f32], a: &mut [f32], dweights: &mut [f32]) {
+    let (rows, f) = (given.origin.len(), given.f);
+    with_scratch(rows, |dots| {
+        let outputs = ((rows_mut(dh, 2 * f), rows_mut(a, f)), rows_mut(dots, 1));
+        for_parts(rows, parts(rows * f), outputs, |range, ((dh, a), dots)| {
+            for ((i, dot), at) in range.zip(dots.data).zip(0..) {
+                let weight = given.weights[given.origin[i] as usize];
+                let (da, h) = (&given.da[i * f..(i + 1) * f], &given.h[i * 2 * f..(i + 1) * 2 * f]);
+                let (dh, a) = (&mut dh.data[at * 2 * f..(at + 1) * 2 * f], &mut a.data[at * f..(at + 1) * f]);
+                *dot = weighted_swiglu_grad_row(weight, da, h, dh, a);
+            }
+        });
+        for (&origin, &dot) in given.origin.iter().zip(&*dots) {
+            dweights[origin as usize] = dot;
+        }
+    });
+}
+
+/// One row; returns the weight's gradient. `a` holds the activations without the weight until their product with `da` is summed.
+#[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma"))]
+fn weighted_swiglu_grad_row(weight: f32, da: &[f32], h: &[f32], dh: &mut [f32], a: &mut [f32]) -> f32 {
+    let f = da.len();
+    let (gate, up) = h.split_at(f);
+    let (dgate, dup) = dh.split_at_mut(f);
+    for (((((dg, du), a), da), g), u) in dgate.iter_mut().zip(dup).zip(a.iter_mut()).zip(da).zip(gate).zip(up) {
+        let (s, da) = (sigmoid(*g), weight * da);
+        *a = g * s * u;
+        *du = da * g * s;
+        *dg = da * u * s * (1.0 + g * (1.0 - s));
+    }
+    let dweight = dot(da, a);
+    a.iter_mut().for_each(|a| *a *= weight);
+    dweight
 }
 
 pub(super) fn add(x: &[f32], y: &mut [f32]) {

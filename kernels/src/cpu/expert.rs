@@ -1,9 +1,10 @@
-//! `ExpertOps` on the CPU: unpacks views and hands slices to `shuffle` (plans), `rows` (row movement) and `grouped` (GEMM).
+//! `ExpertOps` on the CPU: unpacks views and hands slices to `shuffle` (plans), `rows` (row movement), `grouped` (GEMM) and
+//! `activation`.
 //!
 //! Owns the checks of shapes. It computes nothing itself.
 
 use super::rows::{self, Reduction};
-use super::{grouped, shuffle, slice, slice_mut};
+use super::{activation, grouped, shuffle, slice, slice_mut};
 use crate::{
     Accumulate, CombineDims, Cpu, ExpandPlan, ExpertOps, GroupedDims, Rows, ShuffleDims, ShufflePlan, View, ViewMut,
 };
@@ -61,6 +62,7 @@ impl ExpertOps for Cpu {
             offsets: slice_mut(plan.offsets),
             slots: slice_mut(plan.slots),
             source: slice_mut(plan.source),
+            origin: slice_mut(plan.origin),
         };
         let rows = shuffle::expand(dims, slice(recv_counts), slice(row_experts), &mut expansion);
         slice_mut(plan.rows)[0] = rows as i32;
@@ -102,28 +104,33 @@ impl ExpertOps for Cpu {
         rows::reduce(&reduction, &mut slice_mut(out)[..rows * dims.width], accumulate);
     }
 
-    fn weighted_reduce_grad(
+    fn weighted_swiglu_grad(
         &self,
         rows: Rows<'_, Self>,
-        dims: CombineDims,
-        slots: View<'_, Self, i32>,
+        f: usize,
+        origin: View<'_, Self, i32>,
         weights: View<'_, Self, f32>,
-        y: View<'_, Self, f32>,
-        dout: View<'_, Self, f32>,
-        dy: ViewMut<'_, Self, f32>,
+        da: View<'_, Self, f32>,
+        h: View<'_, Self, f32>,
+        dh: ViewMut<'_, Self, f32>,
+        a: ViewMut<'_, Self, f32>,
         dweights: ViewMut<'_, Self, f32>,
     ) {
         let rows = live(rows);
-        let choices = rows * dims.slots;
-        check_at_least("slots", slots.len(), choices);
-        check_at_least("weights", weights.len(), choices);
-        check_at_least("dweights", dweights.len(), choices);
-        check_at_least("dout", dout.len(), rows * dims.width);
-        let (slots, weights) = (&slice(slots)[..choices], &slice(weights)[..choices]);
-        let dout = &slice(dout)[..rows * dims.width];
-        let reduction = Reduction { dims, slots, weights: Some(weights), y: slice(y) };
-        rows::reduce_weights_grad(&reduction, dout, &mut slice_mut(dweights)[..choices]);
-        rows::reduce_rows_grad(dims, (slots, weights), dout, slice_mut(dy));
+        check_at_least("origin", origin.len(), rows);
+        check_at_least("da", da.len(), rows * f);
+        check_at_least("h", h.len(), rows * 2 * f);
+        check_at_least("dh", dh.len(), rows * 2 * f);
+        check_at_least("a", a.len(), rows * f);
+        let weighted = activation::Weighted {
+            f,
+            origin: &slice(origin)[..rows],
+            weights: slice(weights),
+            da: &slice(da)[..rows * f],
+            h: &slice(h)[..rows * 2 * f],
+        };
+        let (dh, a) = (&mut slice_mut(dh)[..rows * 2 * f], &mut slice_mut(a)[..rows * f]);
+        activation::weighted_swiglu_grad(&weighted, dh, a, slice_mut(dweights));
     }
 
     fn scatter_choices(
@@ -150,6 +157,21 @@ impl ExpertOps for Cpu {
     ) {
         check_grouped(dims, slice(offsets), w.len());
         grouped::linear(dims, slice(offsets), slice(x), slice(w), slice_mut(y));
+    }
+
+    fn grouped_linear_swiglu(
+        &self,
+        rows: Rows<'_, Self>,
+        dims: GroupedDims,
+        offsets: View<'_, Self, i32>,
+        x: View<'_, Self, f32>,
+        w: View<'_, Self, f32>,
+        mut h: ViewMut<'_, Self, f32>,
+        a: ViewMut<'_, Self, f32>,
+    ) {
+        assert!(dims.n.is_multiple_of(2), "gate and up columns are as many: their sum cannot be {}", dims.n);
+        self.grouped_linear(dims, offsets, x, w, h.reborrow());
+        activation::swiglu(live(rows), dims.n / 2, slice(h.as_view()), slice_mut(a));
     }
 
     fn grouped_linear_grad_input(

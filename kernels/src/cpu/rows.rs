@@ -1,4 +1,4 @@
-//! Row movement: gather, weighted sums of rows, and their backward passes.
+//! Row movement: gather, weighted sums of rows, and the way of the weights' gradients home.
 //!
 //! Owns the memory-bound loops between shuffle and experts, and how rows are shared out to threads: even ranges of output rows,
 //! so that no two threads write one row. It never decides where a row goes.
@@ -17,8 +17,6 @@ use crate::{Accumulate, CombineDims};
 const MIN_ELEMENTS_PER_TASK: usize = 16 * 1024;
 /// Columns summed at once in registers and the first-level cache.
 const COLUMNS: usize = 128;
-/// Independent partial sums of a dot product: two vectors of the widest registers.
-const LANES: usize = 32;
 
 /// Rows of each task when `rows`, each touching `elements`, are shared out.
 fn rows_per_task(rows: usize, elements: usize) -> usize {
@@ -91,62 +89,6 @@ fn reduce_row(slots: &[i32], weights: Option<&[f32]>, y: &[f32], out: &mut [f32]
             out.copy_from_slice(&sums[..out.len()]);
         }
     }
-}
-
-/// `dweights[r, j] = ⟨dout[r], y[slots[r, j]]⟩`, 0 for −1.
-pub(super) fn reduce_weights_grad(reduction: &Reduction<'_>, dout: &[f32], dweights: &mut [f32]) {
-    let CombineDims { slots: k, width } = reduction.dims;
-    if k == 0 || width == 0 {
-        return dweights.fill(0.0);
-    }
-    let rows = rows_per_task(dweights.len() / k, width * (k + 1));
-    dweights.par_chunks_mut(rows * k).enumerate().for_each(|(task, dweights)| {
-        let first = task * rows * k;
-        for (i, dweight) in dweights.iter_mut().enumerate() {
-            let slot = reduction.slots[first + i];
-            *dweight = if slot < 0 {
-                0.0
-            } else {
-                dot(row(dout, width, ((first + i) / k) as i32), row(reduction.y, width, slot))
-            };
-        }
-    });
-}
-
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma", "aarch64+neon"))]
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let (a_blocks, a_rest) = a.as_chunks::<LANES>();
-    let (b_blocks, b_rest) = b.as_chunks::<LANES>();
-    let mut lanes = [0.0f32; LANES];
-    for (a, b) in a_blocks.iter().zip(b_blocks) {
-        for lane in 0..LANES {
-            lanes[lane] += a[lane] * b[lane];
-        }
-    }
-    lanes.iter().sum::<f32>() + a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f32>()
-}
-
-/// `dy[slots[r, j]] = weights[r, j] · dout[r]`. Each thread owns an even range of dy's rows, looks at all slots and writes those in its
-/// range: scattered writes stay disjoint without any being unchecked, for a scan of R·k integers a thread.
-pub(super) fn reduce_rows_grad(dims: CombineDims, choices: (&[i32], &[f32]), dout: &[f32], dy: &mut [f32]) {
-    let CombineDims { slots: k, width } = dims;
-    let (slots, weights) = choices;
-    let used = slots.iter().max().map_or(0, |&last| (last + 1).max(0) as usize);
-    if used == 0 || width == 0 {
-        return;
-    }
-    assert!(dy.len() >= used * width, "`dy` has {} elements; slot {} needs {}", dy.len(), used - 1, used * width);
-    let rows = rows_per_task(used, width);
-    dy[..used * width].par_chunks_mut(rows * width).enumerate().for_each(|(task, dy)| {
-        let first = task * rows;
-        let owned = first as i32..(first + dy.len() / width) as i32;
-        for (choice, &slot) in slots.iter().enumerate().filter(|(_, slot)| owned.contains(slot)) {
-            let at = (slot as usize - first) * width;
-            let weight = weights[choice];
-            let dout = row(dout, width, (choice / k) as i32);
-            dy[at..at + width].iter_mut().zip(dout).for_each(|(dy, dout)| *dy = weight * dout);
-        }
-    });
 }
 
 /// See [`crate::ExpertOps::scatter_choices`].

@@ -138,6 +138,8 @@ pub(super) struct Expansion<'a> {
     pub(super) slots: &'a mut [i32],
     /// `[N]`.
     pub(super) source: &'a mut [i32],
+    /// `[N]`.
+    pub(super) origin: &'a mut [i32],
 }
 
 /// See [`crate::ExpertOps::expand_plan`]; returns the rows that arrived. A counting sort by expert: rows stay ascending inside one.
@@ -160,7 +162,8 @@ pub(super) fn expand(dims: ShuffleDims, recv_counts: &[i32], row_experts: &[i32]
         plan.offsets[expert as usize] += 1;
     }
     let expanded = exclusive_scan(plan.offsets);
-    assert!(plan.source.len() >= expanded, "{expanded} expanded rows where {} fit", plan.source.len());
+    let room = plan.source.len().min(plan.origin.len());
+    assert!(room >= expanded, "{expanded} expanded rows where {room} fit");
     // Until the last line, `offsets[e]` is where expert e's next row goes.
     for (choice, (&expert, slot)) in row_experts.iter().zip(plan.slots.iter_mut()).enumerate() {
         if expert < 0 {
@@ -170,6 +173,7 @@ pub(super) fn expand(dims: ShuffleDims, recv_counts: &[i32], row_experts: &[i32]
         let next = &mut plan.offsets[expert as usize];
         *slot = *next;
         plan.source[*next as usize] = (choice / k) as i32;
+        plan.origin[*next as usize] = choice as i32;
         *next += 1;
     }
     // Each expert's next row is now the first of the expert after it.

@@ -2,7 +2,7 @@
 
 use super::{cut_by_cost, row_cost};
 use crate::cpu::testkit::{assert_close, on_threads, rng, rounding, uniform};
-use crate::{Cpu, ExpertOps, GroupedDims, View, ViewMut};
+use crate::{Cpu, DenseOps, ExpertOps, GroupedDims, Rows, View, ViewMut};
 
 /// Rows of each group: none at all, empty ones, one row, all on one, ragged, more than one register tile.
 const GROUPS: [&[usize]; 8] =
@@ -118,6 +118,25 @@ fn any_number_of_threads_agrees_with_f64() {
 #[test]
 fn a_narrow_gradient_taller_than_a_block_agrees_with_f64() {
     check(&case(&[3], (2 * crate::cpu::gemm::BLOCK_ELEMENTS / 400 + 11, 400)));
+}
+
+#[test]
+fn the_first_half_of_the_experts_is_a_product_and_its_swiglu() {
+    for groups in [&[0, 0][..], &[3, 0, 17, 1], &[0, 40]] {
+        let case = case(groups, (14, 9));
+        let rows = case.offsets[groups.len()] as usize;
+        let h = case.forward();
+        let (mut fused, mut a, mut want) =
+            (vec![f32::NAN; h.len()], vec![f32::NAN; h.len() / 2], vec![f32::NAN; h.len() / 2]);
+        let counted =
+            Rows { bound: rows + SPARE, count: Some(View::range(&case.offsets, groups.len()..groups.len() + 1)) };
+        let (x, w) = (View::of(&case.x), View::of(&case.w));
+        let (h_view, a_view) = (ViewMut::of(&mut fused), ViewMut::of(&mut a));
+        Cpu.grouped_linear_swiglu(counted, case.dims, View::of(&case.offsets), x, w, h_view, a_view);
+        Cpu.swiglu(Rows::exactly(rows), 7, View::of(&h), ViewMut::of(&mut want));
+        let bits = |x: &[f32]| x.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        assert_eq!((bits(&fused), bits(&a)), (bits(&h), bits(&want)), "{groups:?}");
+    }
 }
 
 #[test]

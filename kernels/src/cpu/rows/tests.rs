@@ -7,14 +7,13 @@ use crate::{Accumulate, CombineDims, Cpu, ExpertOps, Rows, View, ViewMut};
 const SIZES: [(usize, usize, usize, usize); 6] =
     [(0, 2, 8, 4), (1, 1, 1, 1), (5, 3, 130, 17), (9, 2, 31, 20), (40, 8, 1024, 320), (700, 2, 64, 1500)];
 
-/// Distinct slots with holes, weights with poison in the holes, y with poison where no slot points, and the gradient of the output.
+/// Distinct slots with holes, weights with poison in the holes, y with poison where no slot points.
 struct Case {
     dims: CombineDims,
     rows: usize,
     slots: Vec<i32>,
     weights: Vec<f32>,
     y: Vec<f32>,
-    dout: Vec<f32>,
 }
 
 fn case((rows, k, width, expanded): (usize, usize, usize, usize)) -> Case {
@@ -30,7 +29,7 @@ fn case((rows, k, width, expanded): (usize, usize, usize, usize)) -> Case {
     for slot in (0..expanded).filter(|slot| !slots.contains(&(*slot as i32))) {
         y[slot * width..(slot + 1) * width].fill(f32::NAN);
     }
-    Case { dims: CombineDims { slots: k, width }, rows, slots, weights, y, dout: uniform(&mut rng, rows * width, 1.0) }
+    Case { dims: CombineDims { slots: k, width }, rows, slots, weights, y }
 }
 
 impl Case {
@@ -38,21 +37,6 @@ impl Case {
         let weights = weighted.then(|| View::of(&self.weights));
         let (slots, y) = (View::of(&self.slots), View::of(&self.y));
         Cpu.weighted_reduce(Rows::exactly(self.rows), self.dims, slots, weights, y, ViewMut::of(out), accumulate);
-    }
-
-    fn grad(&self) -> (Vec<f32>, Vec<f32>) {
-        let (mut dy, mut dweights) = (vec![f32::NAN; self.y.len()], vec![f32::NAN; self.weights.len()]);
-        Cpu.weighted_reduce_grad(
-            Rows::exactly(self.rows),
-            self.dims,
-            View::of(&self.slots),
-            View::of(&self.weights),
-            View::of(&self.y),
-            View::of(&self.dout),
-            ViewMut::of(&mut dy),
-            ViewMut::of(&mut dweights),
-        );
-        (dy, dweights)
     }
 
     /// The slots that exist: (r, choice, slot).
@@ -88,28 +72,6 @@ fn a_weighted_reduce_sums_the_slots_that_exist() {
 }
 
 #[test]
-fn the_gradient_reaches_each_slot_and_each_weight_and_nothing_else() {
-    for size in SIZES {
-        let case = case(size);
-        let width = case.dims.width;
-        let (dy, dweights) = case.grad();
-        let mut want = vec![f32::NAN; dy.len()];
-        let mut want_dweights = vec![0.0; dweights.len()];
-        for (r, choice, slot) in case.used() {
-            for c in 0..width {
-                let dout = case.dout[r * width + c];
-                want[slot * width + c] = case.weights[choice] * dout;
-                want_dweights[choice] += f64::from(dout) * f64::from(case.y[slot * width + c]);
-            }
-        }
-        // One product each, so the same bits; NaN where no slot points.
-        let bits = |x: &[f32]| x.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
-        assert_eq!(bits(&dy), bits(&want), "{size:?}");
-        assert_close("dweights", &dweights, &want_dweights, rounding(width, width as f64));
-    }
-}
-
-#[test]
 fn rows_beyond_the_count_are_neither_read_nor_written() {
     let (k, width, count) = (2, 3, vec![1]);
     let rows = Rows { bound: 3, count: Some(View::of(&count)) };
@@ -121,11 +83,6 @@ fn rows_beyond_the_count_are_neither_read_nor_written() {
     let (slots, weights, y) = (View::of(&slots), View::of(&weights), View::of(&y));
     Cpu.weighted_reduce(rows, dims, slots, Some(weights), y, ViewMut::of(&mut out), Accumulate::Overwrite);
     assert_eq!(out, [5.5, 11.0, 16.5, 7.0, 7.0, 7.0, 7.0, 7.0, 7.0]);
-
-    let (dout, mut dy, mut dweights) = (vec![1.0; 9], vec![7.0; 6], vec![7.0; 6]);
-    let (dy_view, dweights_view) = (ViewMut::of(&mut dy), ViewMut::of(&mut dweights));
-    Cpu.weighted_reduce_grad(rows, dims, slots, weights, y, View::of(&dout), dy_view, dweights_view);
-    assert_eq!((dy, dweights), (vec![0.5; 6], vec![60.0, 6.0, 7.0, 7.0, 7.0, 7.0]));
 
     let mut gathered = vec![7.0; 6];
     Cpu.gather_rows(
@@ -154,18 +111,17 @@ fn a_row_that_does_not_exist_is_named() {
 fn every_thread_count_gives_the_same_bits() {
     let case = case((700, 2, 64, 1500));
     let index: Vec<i32> = (0..700).map(|i| i * 37 % 700).collect();
+    let src = uniform(&mut rng(32), 700 * 64, 1.0);
     let run = |threads| {
         on_threads(threads, || {
             let (mut out, mut gathered) = (vec![0.5; 700 * 64], vec![0.0; 700 * 64]);
             case.reduce(true, &mut out, Accumulate::Add);
-            let (index, dout) = (View::of(&index), View::of(&case.dout));
-            Cpu.gather_rows(Rows::exactly(700), 64, index, dout, ViewMut::of(&mut gathered));
-            let (dy, dweights) = case.grad();
-            let dy: Vec<u32> = dy.iter().map(|v| v.to_bits()).collect();
-            (out, gathered, dy, dweights)
+            let (index, src) = (View::of(&index), View::of(&src));
+            Cpu.gather_rows(Rows::exactly(700), 64, index, src, ViewMut::of(&mut gathered));
+            (out, gathered)
         })
     };
     let one = run(1);
-    assert!(one.1[..64] == case.dout[..64] && one.1[64..128] == case.dout[37 * 64..38 * 64]);
+    assert!(one.1[..64] == src[..64] && one.1[64..128] == src[37 * 64..38 * 64]);
     assert!(one == run(2) && one == run(5));
 }
