@@ -241,7 +241,11 @@ impl Gpu {
 
     /// Keeps the first fault.
     pub(super) fn remember(&self, operation: &str, error: DriverError) {
-        let fault = self.fault(operation, error);
+        self.keep(self.fault(operation, error));
+    }
+
+    /// As [`Gpu::remember`], for a fault in its final form.
+    pub(super) fn keep(&self, fault: DeviceError) {
         locked(&self.fault).get_or_insert(fault);
     }
 
@@ -277,6 +281,6 @@ fn explained(error: DriverError) -> String {
     format!("{text} ({:?})", error.0)
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

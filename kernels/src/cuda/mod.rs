@@ -7,6 +7,7 @@
 mod gpu;
 mod launch;
 mod memory;
+mod scratch;
 
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -20,6 +21,7 @@ pub use memory::CudaBuffer;
 use crate::{Activation, Device, DeviceError, Element, View, ViewMut};
 use gpu::Gpu;
 use launch::{Grid, launch};
+use scratch::QueueMemory;
 
 /// An activation type that the kernels are compiled for.
 pub trait CudaAct: Activation {
@@ -44,6 +46,7 @@ impl CudaAct for bf16 {
 pub struct Cuda<A: CudaAct = bf16> {
     gpu: Arc<Gpu>,
     stream: Arc<CudaStream>,
+    memory: Arc<QueueMemory>,
     act: PhantomData<A>,
 }
 
@@ -59,7 +62,7 @@ impl<A: CudaAct> Cuda<A> {
     pub fn open(ordinal: usize) -> Result<Self, OpenError> {
         let gpu = Arc::new(Gpu::open(ordinal)?);
         let stream = gpu.new_stream().map_err(OpenError::Driver)?;
-        Ok(Self { gpu, stream, act: PhantomData })
+        Ok(Self { gpu, stream, memory: Arc::default(), act: PhantomData })
     }
 
     /// What the GPU is.
@@ -104,7 +107,7 @@ impl<A: CudaAct> Device for Cuda<A> {
             self.gpu.remember("cuStreamCreate", error);
             Arc::clone(&self.stream)
         });
-        Self { gpu: Arc::clone(&self.gpu), stream, act: PhantomData }
+        Self { gpu: Arc::clone(&self.gpu), stream, memory: Arc::default(), act: PhantomData }
     }
 
     fn alloc<T: Element>(&self, len: usize, what: &str) -> Result<CudaBuffer<T>, DeviceError> {
