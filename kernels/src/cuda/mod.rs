@@ -6,6 +6,7 @@
 
 mod attention;
 mod gpu;
+mod grouped;
 mod launch;
 mod memory;
 mod scratch;
