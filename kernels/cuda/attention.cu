@@ -36,7 +36,7 @@ template <int D> __device__ void attend(const bf16* qkv, const int* starts, bf16
     const int to_values = shape.kv_heads * shape.dim;
     const int* seen_from = starts ? starts + int64_t(b) * shape.seq : nullptr;
 
-    const uint32_t queries_at = shared_address(shared), tiles_at = queries_at + F::QUERY_BYTES;
+    const uint32_t queries_at = shared_u32(shared), tiles_at = queries_at + F::QUERY_BYTES;
     const int from = seen_from ? seen_from[first] / KEYS : 0, to = (first + live + KEYS - 1) / KEYS;
     auto fetch = [&](int tile, int buffer) {
         const int key = tile * KEYS, live = shape.seq - key;

@@ -57,7 +57,7 @@ __device__ void query_grad(const bf16* qkv, const int* starts, const float* lse,
     const int to_values = shape.kv_heads * shape.dim;
     const int* seen_from = starts ? starts + int64_t(b) * shape.seq : nullptr;
 
-    const uint32_t queries_at = shared_address(shared), dout_at = queries_at + G::QUERY_BYTES, tiles_at = dout_at + G::QUERY_BYTES;
+    const uint32_t queries_at = shared_u32(shared), dout_at = queries_at + G::QUERY_BYTES, tiles_at = dout_at + G::QUERY_BYTES;
     const int from = seen_from ? seen_from[first] / KEYS : 0, to = (first + live + KEYS - 1) / KEYS;
     auto fetch = [&](int tile) {
         const int key = tile * KEYS, live = shape.seq - key;
@@ -211,7 +211,7 @@ __device__ void key_grad(const bf16* qkv, const int* starts, const float* lse, c
     const int64_t width = shape.width(), out_width = shape.out_width();
     const int* seen_from = starts ? starts + int64_t(b) * shape.seq : nullptr;
 
-    const uint32_t keys_at = shared_address(shared), values_at = keys_at + G::KEY_BYTES, tiles_at = values_at + G::KEY_BYTES;
+    const uint32_t keys_at = shared_u32(shared), values_at = keys_at + G::KEY_BYTES, tiles_at = values_at + G::KEY_BYTES;
     const int from = first / ROWS;
     const int end = seen_from ? seen_until(seen_from, first + live - 1, shape.seq) : shape.seq;
     const int tiles = (end + ROWS - 1) / ROWS - from, steps = group * tiles;

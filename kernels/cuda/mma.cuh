@@ -10,7 +10,7 @@
 
 #include "common.cuh"
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+__device__ __forceinline__ uint32_t shared_u32(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 // Four 8×8 blocks; lane l gives the address of row l % 8 of block l / 8.
 __device__ __forceinline__ void load_blocks(uint32_t (&r)[4], uint32_t at) {

@@ -1,9 +1,10 @@
 //! Rotary embedding and causal attention on a GPU.
 //!
 //! Owns the choice of kernels. bf16 heads of up to 256 columns, a multiple of 8, in rows that begin on 16 bytes go to the tensor cores
-//! (`attention.cu`, `attention_grad.cu`), rounded up to the nearest width that is compiled; everything else, f32 first of all, goes to
+//! (`attention.cu`, `attention_sm90.cu`, `attention_grad.cu`), rounded up to the nearest width that is compiled; everything else, f32 first of all, goes to
 //! `attention_plain.cu`. The backward pass borrows `[B·S, heads]` f32 of the queue's scratch.
 
+use super::gpu::Facts;
 use super::launch::{Grid, launch};
 use super::{Cuda, CudaAct, pointer, pointer_mut};
 use crate::{AttentionDims, AttentionOps, Element, RotaryDirection, View, ViewMut};
@@ -79,11 +80,21 @@ impl Tiled {
         2 * self.dim
     }
 
-    /// `Forward`: queries, and keys and values twice.
-    fn forward_grid(&self, dims: AttentionDims) -> Grid {
+    /// `Forward`: queries, and keys and values twice. On Hopper, where it has a kernel of its own for these heads, `Hopper`: the same in
+    /// tiles of 128 rows.
+    fn forward(&self, dims: AttentionDims, facts: &Facts) -> (&'static str, Grid) {
+        let heads = dims.batch * dims.heads;
+        let hopper = match self.dim {
+            64 => Some(("attention_hopper_64_bf16", 64)),
+            96 | 128 => Some(("attention_hopper_128_bf16", 128)),
+            _ => None,
+        };
+        if let Some((name, width)) = hopper.filter(|_| facts.is_hopper()) {
+            return (name, grid((heads, dims.seq.div_ceil(128), 1), 256).shared(5 * 128 * 2 * width));
+        }
         let keys = if self.is_wide() { 32 } else { 64 };
-        let blocks = (dims.batch * dims.heads, dims.seq.div_ceil(self.query_rows()), 1);
-        grid(blocks, 128).shared((self.query_rows() + 4 * keys) * self.row_bytes())
+        let blocks = (heads, dims.seq.div_ceil(self.query_rows()), 1);
+        (self.forward, grid(blocks, 128).shared((self.query_rows() + 4 * keys) * self.row_bytes()))
     }
 
     /// `QueryGrad`: queries and their part of the gradient, and keys and values twice, or once.
@@ -176,7 +187,7 @@ impl<A: CudaAct> AttentionOps for Cuda<A> {
         );
         let (qkv, out, lse, starts) = (pointer(qkv), pointer_mut(out), pointer_mut(lse), NO_STARTS);
         let (name, grid) = match Tiled::pick::<A>(dims, &[qkv, out]) {
-            Some(tiled) => (tiled.forward, tiled.forward_grid(dims)),
+            Some(tiled) => tiled.forward(dims, &self.gpu.facts),
             None => (A::pick("attention_plain_f32", "attention_plain_bf16"), plain_grid(dims, dims.heads, 2)),
         };
         launch!(self, name, grid; qkv, starts, out, lse, Shape::of(dims));
