@@ -4,10 +4,16 @@
 //! `kernels/cuda`. An operation is issued and returns at once. What fails is remembered and comes out of the next
 //! [`Device::synchronize`] or [`Device::read_to_host`].
 
+mod blas;
+mod dense;
 mod gpu;
 mod launch;
+mod loss;
 mod memory;
+mod norm;
+mod optimizer;
 mod scratch;
+mod shape;
 
 use std::marker::PhantomData;
 use std::sync::Arc;
