@@ -7,6 +7,7 @@
 mod blas;
 mod dense;
 mod gpu;
+mod grouped;
 mod launch;
 mod loss;
 mod memory;
