@@ -1,10 +1,10 @@
 // Element-wise layers, computed in f32 and rounded once.
 //
-// add          y[n] += x[n]                                                     (DenseOps::add, DenseOps::add_f32)
-// swiglu       a[rows, F] = silu(h[:, ..F]) · h[:, F..], h [rows, 2F]            (DenseOps::swiglu)
-// swiglu_grad  dh[rows, 2F] from da[rows, F] and h                              (DenseOps::swiglu_grad)
-// gate         out[T, H] += sigmoid(gate[T]) · shared[T, H], gate f32           (DenseOps::sigmoid_gate)
-// gate_grad    dshared[T, H] = sigmoid(gate) · dout; dgate[T] f32 = ⟨dout, shared⟩ · s(1 − s)   (DenseOps::sigmoid_gate_grad)
+// add                y[n] += x[n]                                               (DenseOps::add, DenseOps::add_f32)
+// swiglu             a[rows, F] = silu(h[:, ..F]) · h[:, F..], h [rows, 2F]      (DenseOps::swiglu)
+// swiglu_grad        dh[rows, 2F] from da[rows, F] and h                        (DenseOps::swiglu_grad)
+// sigmoid_gate       out[T, H] += sigmoid(gate[T]) · shared[T, H], gate f32     (DenseOps::sigmoid_gate)
+// sigmoid_gate_grad  dshared[T, H] = sigmoid(gate) · dout; dgate[T] f32 = ⟨dout, shared⟩ · s(1 − s)   (DenseOps::sigmoid_gate_grad)
 //
 // Rows from `*live` on are neither read nor written. The one sum, dgate, is one warp's: each lane over its packs ascending, then a
 // butterfly. Bound: memory; in packs of 16 bytes, bytes = 3n, 3·rows·F, 5·rows·F, 3·T·H, 3·T·H elements. `packed` is 0 where rows are
@@ -110,12 +110,12 @@ __device__ void body_swiglu_grad(int bound, const int* live, int f, const Act* d
     packed ? swiglu_grad_rows<Act, FULL<Act>>(rows, f, da, h, dh) : swiglu_grad_rows<Act, 1>(rows, f, da, h, dh);
 }
 
-template <typename Act> __device__ void body_gate(int tokens, int h, const float* gate, const Act* shared, Act* out, int packed) {
+template <typename Act> __device__ void body_sigmoid_gate(int tokens, int h, const float* gate, const Act* shared, Act* out, int packed) {
     packed ? gate_rows<Act, FULL<Act>>(tokens, h, gate, shared, out) : gate_rows<Act, 1>(tokens, h, gate, shared, out);
 }
 
 template <typename Act>
-__device__ void body_gate_grad(int tokens, int h, const Act* dout, const float* gate, const Act* shared, Act* dshared, float* dgate,
+__device__ void body_sigmoid_gate_grad(int tokens, int h, const Act* dout, const float* gate, const Act* shared, Act* dshared, float* dgate,
                                int packed) {
     packed ? gate_grad_rows<Act, FULL<Act>>(tokens, h, dout, gate, shared, dshared, dgate)
            : gate_grad_rows<Act, 1>(tokens, h, dout, gate, shared, dshared, dgate);
@@ -131,5 +131,5 @@ __device__ void body_gate_grad(int tokens, int h, const Act* dout, const float* 
 BOTH(add, THREADS, ADD, (x, y, cut))
 BOTH(swiglu, THREADS, SWIGLU, (bound, live, f, h, a, packed))
 BOTH(swiglu_grad, THREADS, SWIGLU_GRAD, (bound, live, f, da, h, dh, packed))
-BOTH(gate, THREADS, GATE, (tokens, h, gate, shared, out, packed))
-BOTH(gate_grad, THREADS, GATE_GRAD, (tokens, h, dout, gate, shared, dshared, dgate, packed))
+BOTH(sigmoid_gate, THREADS, GATE, (tokens, h, gate, shared, out, packed))
+BOTH(sigmoid_gate_grad, THREADS, GATE_GRAD, (tokens, h, dout, gate, shared, dshared, dgate, packed))

@@ -226,7 +226,7 @@ impl<A: CudaAct> DenseOps for Cuda<A> {
         if items > 0 {
             let grid = Grid::cover(items, THREADS, self.facts());
             let (tokens, h) = (int("tokens", tokens), int("h", h));
-            launch!(self, A::pick("gate_f32", "gate_bf16"), grid; tokens, h, gate, shared, out, packed);
+            launch!(self, A::pick("sigmoid_gate_f32", "sigmoid_gate_bf16"), grid; tokens, h, gate, shared, out, packed);
         }
     }
 
@@ -251,7 +251,8 @@ impl<A: CudaAct> DenseOps for Cuda<A> {
         let (dshared, dgate) = (pointer_mut(dshared), pointer_mut(dgate));
         let packed = packed::<A>(&[h], &[dout, shared, dshared]);
         let grid = Grid::cover(32 * tokens, THREADS, self.facts());
-        let (kernel, tokens, h) = (A::pick("gate_grad_f32", "gate_grad_bf16"), int("tokens", tokens), int("h", h));
+        let (kernel, tokens, h) =
+            (A::pick("sigmoid_gate_grad_f32", "sigmoid_gate_grad_bf16"), int("tokens", tokens), int("h", h));
         launch!(self, kernel, grid; tokens, h, dout, gate, shared, dshared, dgate, packed);
     }
 }
