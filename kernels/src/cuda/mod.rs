@@ -5,11 +5,17 @@
 //! [`Device::synchronize`] or [`Device::read_to_host`].
 
 mod attention;
+mod blas;
+mod dense;
 mod gpu;
 mod grouped;
 mod launch;
+mod loss;
 mod memory;
+mod norm;
+mod optimizer;
 mod scratch;
+mod shape;
 
 use std::marker::PhantomData;
 use std::sync::Arc;
