@@ -56,7 +56,7 @@ template <int D> __device__ void attend(const bf16* qkv, const int* starts, bf16
 #pragma unroll
     for (int m = 0; m < M; ++m) most[m][0] = most[m][1] = -INFINITY;
     const uint32_t my_queries = T::rows16(queries_at, warp_row, lane);
-    const float scale = shape.scale * 1.44269504f;  // into powers of two
+    const float scale = shape.scale * LOG2_E;  // into powers of two
 
     for (int tile = from; tile < to; ++tile) {
         const int buffer = (tile - from) & 1, key = tile * KEYS;

@@ -4,6 +4,9 @@
 
 #include "common.cuh"
 
+// Exponentials are taken as powers of two.
+constexpr float LOG2_E = 1.44269504f;
+
 // Passed by value; the host has the same struct.
 struct AttentionShape {
     int batch, seq, heads, kv_heads, dim;
@@ -20,3 +23,14 @@ struct AttentionShape {
     __device__ __forceinline__ int64_t stat_at(int b, int head) const { return b * int64_t(seq) * heads + head; }
     __device__ __forceinline__ int kv_of(int head) const { return head / (heads / kv_heads); }
 };
+
+// The first position from `key` on that no longer sees it: starts ascend.
+__device__ __forceinline__ int seen_until(const int* seen_from, int key, int seq) {
+    int low = key, high = seq;
+    while (low < high) {
+        const int middle = (low + high) / 2;
+        if (seen_from[middle] <= key) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}

@@ -17,8 +17,6 @@
 #include "attention.cuh"
 #include "mma.cuh"
 
-constexpr float LOG2_E = 1.44269504f;
-
 // delta: `lanes` (a power of two) lanes a row of one head, 8 elements each at a time.
 extern "C" __global__ void __launch_bounds__(128) attention_delta_bf16(const bf16* out, const bf16* dout, float* delta,
                                                                        int64_t rows, int dim, int lanes) {
@@ -185,17 +183,6 @@ template <int D> struct KeyGrad {
     // keys, values, then for each buffer queries, dout and their numbers
     static constexpr int BUFFER_BYTES = (2 * QUERY_BYTES + STAT_BYTES + 127) / 128 * 128;
 };
-
-// The first position from `key` on that no longer sees it: starts ascend.
-__device__ __forceinline__ int seen_until(const int* seen_from, int key, int seq) {
-    int low = key, high = seq;
-    while (low < high) {
-        const int middle = (low + high) / 2;
-        if (seen_from[middle] <= key) low = middle + 1;
-        else high = middle;
-    }
-    return low;
-}
 
 template <int D>
 __device__ void key_grad(const bf16* qkv, const int* starts, const float* lse, const float* delta, const bf16* dout, bf16* dqkv,

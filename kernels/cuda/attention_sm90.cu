@@ -12,45 +12,29 @@
 
 #include "attention.cuh"
 #include "attention_wgmma.cuh"
-#include "mma.cuh"
-
-// D columns (the caller's, rounded up). A tile is panels of 64 columns, rows of 128 bytes in the 128-byte swizzle.
-template <int D> struct Hopper {
-    static constexpr int ROWS = 128, KEYS = 128, THREADS = 256, PANELS = D / 64;
-    static constexpr int PANEL_BYTES = 128 * 128, TILE_BYTES = PANELS * PANEL_BYTES;
-    // queries, two buffers of keys, two of values
-    static constexpr int SHARED_BYTES = 5 * TILE_BYTES;
-};
-
-// Starts copying 128 rows of a tile, panel by panel.
-template <int D> __device__ __forceinline__ void fetch_panels(uint32_t tile, const bf16* from, int64_t stride, int live, int width) {
-#pragma unroll
-    for (int panel = 0; panel < Hopper<D>::PANELS; ++panel) {
-        Tile<64>::fetch<128, 256>(tile + panel * Hopper<D>::PANEL_BYTES, from + panel * 64, stride, live, width - panel * 64);
-    }
-}
 
 template <int D>
 __device__ void attend_hopper(const bf16* qkv, const int* starts, bf16* out, float* lse, const AttentionShape shape) {
-    using H = Hopper<D>;
-    constexpr int KEYS = H::KEYS, N = KEYS / 8;
+    // Shared memory: queries, two tiles of keys, two of values.
+    constexpr int ROWS = 128, KEYS = 128, N = KEYS / 8;
+    using P = Panels<D, 128>;
     extern __shared__ __align__(1024) unsigned char shared[];
     const int group = threadIdx.x / 128, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int head = blockIdx.x % shape.heads, b = blockIdx.x / shape.heads, kv = shape.kv_of(head);
-    const int first = (gridDim.y - 1 - blockIdx.y) * H::ROWS, live = min(H::ROWS, shape.seq - first);
+    const int first = (gridDim.y - 1 - blockIdx.y) * ROWS, live = min(ROWS, shape.seq - first);
     const int64_t width = shape.width();
     const bf16* keys = qkv + shape.at(b, shape.heads + kv);
     const bf16* values = keys + shape.kv_heads * shape.dim;
     const int* seen_from = starts ? starts + int64_t(b) * shape.seq : nullptr;
 
-    unsigned char *const keys_at = shared + H::TILE_BYTES, *const values_at = shared + 3 * H::TILE_BYTES;
+    unsigned char *const keys_at = shared + P::BYTES, *const values_at = shared + 3 * P::BYTES;
     const int from = seen_from ? seen_from[first] / KEYS : 0, tiles = (first + live + KEYS - 1) / KEYS - from;
     // Tiles are counted from the first that is seen; tile t lies in buffer t % 2.
     auto fetch = [&](unsigned char* buffers, const bf16* rows, int tile) {
         const int key = (from + tile) * KEYS;
-        fetch_panels<D>(shared_u32(buffers) + tile % 2 * H::TILE_BYTES, rows + key * width, width, shape.seq - key, shape.dim);
+        P::fetch(buffers + tile % 2 * P::BYTES, rows + key * width, width, shape.seq - key, shape.dim);
     };
-    fetch_panels<D>(shared_u32(shared), qkv + shape.at(b, head) + first * width, width, live, shape.dim);
+    P::fetch(shared, qkv + shape.at(b, head) + first * width, width, live, shape.dim);
     fetch(keys_at, keys, 0);
     copies_end_group();
 
@@ -60,22 +44,19 @@ __device__ void attend_hopper(const bf16* qkv, const int* starts, bf16* out, flo
     uint32_t weights[KEYS / 16][4];
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) sums[i] = 0.f;
-    const float scale = shape.scale * 1.44269504f;  // into powers of two
+    const float scale = shape.scale * LOG2_E;  // into powers of two
 
     auto issue_scores = [&](int tile) {
 #pragma unroll
         for (int depth = 0; depth < D; depth += 16) {
-            const int at = depth / 64 * H::PANEL_BYTES + depth % 64 * 2;
-            const uint64_t q = descriptor(shared + at + group * 64 * 128, 0, 1024);
-            const uint64_t k = descriptor(keys_at + tile % 2 * H::TILE_BYTES + at, 0, 1024);
-            wgmma_scores(scores, q, k, depth > 0);
+            const uint64_t k = P::by_columns(keys_at + tile % 2 * P::BYTES, 0, depth);
+            wgmma_scores(scores, P::by_columns(shared, group * 64, depth), k, depth > 0);
         }
     };
     auto issue_values = [&](int tile) {
 #pragma unroll
         for (int key = 0; key < KEYS; key += 16) {
-            const uint64_t v = descriptor(values_at + tile % 2 * H::TILE_BYTES + key * 128, H::PANEL_BYTES, 1024);
-            wgmma_values(sums, weights[key / 16], v);
+            wgmma_values(sums, weights[key / 16], P::by_rows(values_at + tile % 2 * P::BYTES, key));
         }
     };
     // Scores to powers of two, rows' largest and sums brought up to date; `fade` is what the sums so far have to be multiplied by.
@@ -118,14 +99,6 @@ __device__ void attend_hopper(const bf16* qkv, const int* starts, bf16* out, flo
             total[half] = total[half] * fade[half] + sum;
         }
     };
-    // The weights as the A fragments of the second product.
-    auto keep_weights = [&] {
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-            weights[n / 2][n % 2 * 2] = pack(scores[4 * n], scores[4 * n + 1]);
-            weights[n / 2][n % 2 * 2 + 1] = pack(scores[4 * n + 2], scores[4 * n + 3]);
-        }
-    };
     // This thread's copies are there, and wgmma of any thread of the block may read them.
     auto arrived = [&] {
         copies_wait<0>();
@@ -143,7 +116,7 @@ __device__ void attend_hopper(const bf16* qkv, const int* starts, bf16* out, flo
     wgmma_wait<0>();
     hold(scores);
     soften(0);
-    keep_weights();
+    pack_left<KEYS>(weights, scores);
 
     for (int tile = 0; tile + 1 < tiles; ++tile) {
         arrived();  // values of this tile, keys of the next; and all are done with the keys of this one, the values of the last
@@ -162,7 +135,7 @@ __device__ void attend_hopper(const bf16* qkv, const int* starts, bf16* out, flo
         hold(sums);
 #pragma unroll
         for (int i = 0; i < D / 2; ++i) sums[i] *= fade[i / 2 % 2];
-        keep_weights();
+        pack_left<KEYS>(weights, scores);
     }
     arrived();
     wgmma_fence();
@@ -171,7 +144,6 @@ __device__ void attend_hopper(const bf16* qkv, const int* starts, bf16* out, flo
     wgmma_wait<0>();
     hold(sums);
 
-    // A warpgroup alone reads its rows of queries, a warp alone writes its sixteen: the result may go through their place.
     float inverse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -184,18 +156,11 @@ __device__ void attend_hopper(const bf16* qkv, const int* starts, bf16* out, flo
             lse[shape.stat_at(b, head) + int64_t(position) * shape.heads] = most[half] * shape.scale + logf(sum);
         }
     }
+    // A warpgroup alone reads its rows of queries, a warp alone writes its sixteen: the result may go through their place.
+    meet(1 + group, 128);
     const int64_t out_width = shape.out_width();
-#pragma unroll
-    for (int panel = 0; panel < H::PANELS; ++panel) {
-        const uint32_t at = shared_u32(shared) + panel * H::PANEL_BYTES;
-        float c[8][4];
-#pragma unroll
-        for (int i = 0; i < 32; ++i) c[i / 4][i % 4] = sums[panel * 32 + i];
-        Tile<64>::put(at, warp_row, lane, c, inverse[0], inverse[1]);
-        __syncwarp();
-        bf16* to_rows = out + shape.out_at(b, head) + first * out_width + panel * 64;
-        Tile<64>::drain<8>(at, warp_row, lane, to_rows, out_width, live, shape.dim - panel * 64);
-    }
+    bf16* to_rows = out + shape.out_at(b, head) + first * out_width;
+    P::store(shared, warp_row, lane, sums, inverse[0], inverse[1], to_rows, out_width, live, shape.dim);
 }
 
 #define ATTENTION_HOPPER(D)                                                                                              \

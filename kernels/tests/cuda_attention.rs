@@ -6,7 +6,7 @@ mod cuda_support;
 use cuda_support::{assert_close, download, gpu, poisoned, random, rounded, upload, upload_act, written};
 use half::bf16;
 use moe_kernels::cuda::{Cuda, CudaAct};
-use moe_kernels::{AttentionDims, AttentionOps, Cpu, Element, RotaryDirection, View, ViewMut};
+use moe_kernels::{AttentionDims, AttentionOps, Cpu, RotaryDirection, View, ViewMut};
 
 const SEQUENCES: [usize; 5] = [1, 7, 64, 65, 200];
 /// Query heads, key/value heads.

@@ -1,7 +1,7 @@
 //! Rotary embedding and causal attention on a GPU.
 //!
 //! Owns the choice of kernels. bf16 heads of up to 256 columns, a multiple of 8, in rows that begin on 16 bytes go to the tensor cores
-//! (`attention.cu`, `attention_sm90.cu`, `attention_grad.cu`), rounded up to the nearest width that is compiled; everything else, f32 first of all, goes to
+//! (`attention.cu`, `attention_grad.cu`, on Hopper their namesakes in `_sm90.cu`), rounded up to the nearest width that is compiled; everything else, f32 first of all, goes to
 //! `attention_plain.cu`. The backward pass borrows `[B·S, heads]` f32 of the queue's scratch.
 
 use super::gpu::Facts;
@@ -41,77 +41,81 @@ impl Shape {
 /// Tensor-core kernels for heads of at most `dim` columns.
 struct Tiled {
     dim: usize,
+    /// Whether they are Hopper's own.
+    hopper: bool,
     forward: &'static str,
     grad_queries: &'static str,
     grad_keys: &'static str,
 }
 
 macro_rules! tiled {
-    ($($dim:literal)+) => {
+    ($hopper:literal, $family:literal, $($dim:literal)+) => {
         [$(Tiled {
             dim: $dim,
-            forward: concat!("attention_", $dim, "_bf16"),
-            grad_queries: concat!("attention_grad_queries_", $dim, "_bf16"),
-            grad_keys: concat!("attention_grad_keys_", $dim, "_bf16"),
+            hopper: $hopper,
+            forward: concat!("attention_", $family, $dim, "_bf16"),
+            grad_queries: concat!("attention_grad_queries_", $family, $dim, "_bf16"),
+            grad_keys: concat!("attention_grad_keys_", $family, $dim, "_bf16"),
         }),+]
     };
 }
 
-const TILED: [Tiled; 5] = tiled!(32 64 96 128 256);
+const TILED: [Tiled; 5] = tiled!(false, "", 32 64 96 128 256);
+const HOPPER: [Tiled; 2] = tiled!(true, "hopper_", 64 128);
+/// Heads up to here are not worth Hopper's narrowest kernels.
+const NARROW: usize = 32;
 
-/// A launch: blocks and what they need. The numbers are those of the structs of the same names in the kernels' files.
+/// The launches. Rows, tiles and buffers are those of the kernels' files.
 impl Tiled {
     /// The kernels for these heads, if there are any for rows at these addresses.
-    fn pick<A: CudaAct>(dims: AttentionDims, addresses: &[u64]) -> Option<&'static Self> {
-        let fits = A::BYTES == 2 && dims.head_dim.is_multiple_of(8) && addresses.iter().all(|at| at.is_multiple_of(16));
-        TILED.iter().find(|tiled| fits && dims.head_dim <= tiled.dim)
+    fn pick<A: CudaAct>(dims: AttentionDims, addresses: &[u64], facts: &Facts) -> Option<&'static Self> {
+        let dim = dims.head_dim;
+        if A::BYTES != 2 || !dim.is_multiple_of(8) || !addresses.iter().all(|at| at.is_multiple_of(16)) {
+            return None;
+        }
+        let hopper = HOPPER.iter().filter(|_| facts.is_hopper() && dim > NARROW);
+        hopper.chain(&TILED).find(|tiled| dim <= tiled.dim)
     }
 
     fn is_wide(&self) -> bool {
         self.dim > 128
     }
 
-    /// Query rows of a block, forward and for their own gradient.
-    fn query_rows(&self) -> usize {
-        if self.is_wide() { 64 } else { 128 }
-    }
-
     fn row_bytes(&self) -> usize {
         2 * self.dim
     }
 
-    /// `Forward`: queries, and keys and values twice. On Hopper, where it has a kernel of its own for these heads, `Hopper`: the same in
-    /// tiles of 128 rows.
-    fn forward(&self, dims: AttentionDims, facts: &Facts) -> (&'static str, Grid) {
-        let heads = dims.batch * dims.heads;
-        let hopper = match self.dim {
-            64 => Some(("attention_hopper_64_bf16", 64)),
-            96 | 128 => Some(("attention_hopper_128_bf16", 128)),
-            _ => None,
+    /// One block for some query rows of a head, with shared memory for `rows_beside` other rows.
+    fn query_grid(&self, dims: AttentionDims, own_copies: usize, rows_beside: usize) -> Grid {
+        let own = if self.is_wide() { 64 } else { 128 };
+        let blocks = (dims.batch * dims.heads, dims.seq.div_ceil(own), 1);
+        grid(blocks, if self.hopper { 256 } else { 128 }).shared((own_copies * own + rows_beside) * self.row_bytes())
+    }
+
+    /// Queries; keys and values twice.
+    fn forward_grid(&self, dims: AttentionDims) -> Grid {
+        let keys = match (self.hopper, self.is_wide()) {
+            (true, _) => 128,
+            (false, false) => 64,
+            (false, true) => 32,
         };
-        if let Some((name, width)) = hopper.filter(|_| facts.is_hopper()) {
-            return (name, grid((heads, dims.seq.div_ceil(128), 1), 256).shared(5 * 128 * 2 * width));
-        }
-        let keys = if self.is_wide() { 32 } else { 64 };
-        let blocks = (heads, dims.seq.div_ceil(self.query_rows()), 1);
-        (self.forward, grid(blocks, 128).shared((self.query_rows() + 4 * keys) * self.row_bytes()))
+        self.query_grid(dims, 1, 4 * keys)
     }
 
-    /// `QueryGrad`: queries and their part of the gradient, and keys and values twice, or once.
+    /// Queries and their part of the gradient; keys and values twice, or once where heads are wide.
     fn grad_queries_grid(&self, dims: AttentionDims) -> Grid {
-        let (keys, buffers) = (32, if self.is_wide() { 1 } else { 2 });
-        let blocks = (dims.batch * dims.heads, dims.seq.div_ceil(self.query_rows()), 1);
-        grid(blocks, 128).shared((2 * self.query_rows() + 2 * buffers * keys) * self.row_bytes())
+        let keys = if self.hopper { 64 } else { 32 };
+        self.query_grid(dims, 2, if self.is_wide() { 2 } else { 4 } * keys)
     }
 
-    /// `KeyGrad`: keys and values, and queries, their part of the gradient and three numbers a query, as often as fit, at most twice.
-    /// Says how often, too.
-    fn grad_keys_grid(&self, dims: AttentionDims, shared_bytes: usize) -> (Grid, i32) {
+    /// Keys and values; queries, their part of the gradient and three numbers a query, as often as fit, at most twice. Says how often,
+    /// too.
+    fn grad_keys_grid(&self, dims: AttentionDims, facts: &Facts) -> (Grid, i32) {
         let (split, warps, rows) = if self.is_wide() { (2, 4, 32) } else { (1, 8, 64) };
         let keys = 16 * warps;
         let buffer = (2 * rows * self.row_bytes() + 3 * rows * 4).next_multiple_of(128);
         let bytes = |buffers| 2 * keys * self.row_bytes() + buffers * buffer;
-        let buffers = if bytes(2) <= shared_bytes { 2 } else { 1 };
+        let buffers = if bytes(2) <= facts.shared_bytes { 2 } else { 1 };
         let blocks = (dims.batch * dims.kv_heads, dims.seq.div_ceil(keys), split);
         (grid(blocks, 32 * warps).shared(bytes(buffers)), buffers as i32)
     }
@@ -186,8 +190,8 @@ impl<A: CudaAct> AttentionOps for Cuda<A> {
             ],
         );
         let (qkv, out, lse, starts) = (pointer(qkv), pointer_mut(out), pointer_mut(lse), NO_STARTS);
-        let (name, grid) = match Tiled::pick::<A>(dims, &[qkv, out]) {
-            Some(tiled) => tiled.forward(dims, &self.gpu.facts),
+        let (name, grid) = match Tiled::pick::<A>(dims, &[qkv, out], &self.gpu.facts) {
+            Some(tiled) => (tiled.forward, tiled.forward_grid(dims)),
             None => (A::pick("attention_plain_f32", "attention_plain_bf16"), plain_grid(dims, dims.heads, 2)),
         };
         launch!(self, name, grid; qkv, starts, out, lse, Shape::of(dims));
@@ -218,7 +222,7 @@ impl<A: CudaAct> AttentionOps for Cuda<A> {
         let (delta, shape) = (scratch.at(0), Shape::of(dims));
         let (qkv, out, lse, dout, dqkv) = (pointer(qkv), pointer(out), pointer(lse), pointer(dout), pointer_mut(dqkv));
         let starts = NO_STARTS;
-        let Some(tiled) = Tiled::pick::<A>(dims, &[qkv, out, dout, dqkv]) else {
+        let Some(tiled) = Tiled::pick::<A>(dims, &[qkv, out, dout, dqkv], &self.gpu.facts) else {
             let (queries, keys) = (plain_grid(dims, dims.heads, 3), plain_grid(dims, dims.kv_heads, 4));
             let name = A::pick("attention_grad_queries_plain_f32", "attention_grad_queries_plain_bf16");
             launch!(self, name, queries; qkv, starts, out, lse, dout, delta, dqkv, shape);
@@ -231,7 +235,11 @@ impl<A: CudaAct> AttentionOps for Cuda<A> {
         launch!(self, "attention_delta_bf16", delta_grid; out, dout, delta, rows as i64, dims.head_dim as i32, lanes as i32);
         let grid = tiled.grad_queries_grid(dims);
         launch!(self, tiled.grad_queries, grid; qkv, starts, lse, delta, dout, dqkv, shape);
-        let (grid, buffers) = tiled.grad_keys_grid(dims, self.gpu.facts.shared_bytes);
-        launch!(self, tiled.grad_keys, grid; qkv, starts, lse, delta, dout, dqkv, shape, buffers);
+        let (grid, buffers) = tiled.grad_keys_grid(dims, &self.gpu.facts);
+        if tiled.hopper {
+            launch!(self, tiled.grad_keys, grid; qkv, starts, lse, delta, dout, dqkv, shape);
+        } else {
+            launch!(self, tiled.grad_keys, grid; qkv, starts, lse, delta, dout, dqkv, shape, buffers);
+        }
     }
 }
