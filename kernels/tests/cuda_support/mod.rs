@@ -12,7 +12,7 @@ use rand_chacha::ChaCha8Rng;
 const GUARD: usize = 64;
 
 /// The first GPU; a notice and none on a machine without.
-pub(crate) fn gpu<A: CudaAct>() -> Option<Cuda<A>> {
+pub fn gpu<A: CudaAct>() -> Option<Cuda<A>> {
     match Cuda::open(0) {
         Ok(gpu) => Some(gpu),
         Err(error @ (OpenError::NoDriver | OpenError::NoDevice)) => {
@@ -24,37 +24,37 @@ pub(crate) fn gpu<A: CudaAct>() -> Option<Cuda<A>> {
 }
 
 /// `len` numbers in −1..1, the same for the same seed.
-pub(crate) fn random(seed: u64, len: usize) -> Vec<f32> {
+pub fn random(seed: u64, len: usize) -> Vec<f32> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     (0..len).map(|_| rng.random_range(-1.0..1.0)).collect()
 }
 
 /// What an activation of type `A` keeps of each number.
-pub(crate) fn rounded<A: Activation>(data: &[f32]) -> Vec<f32> {
+pub fn rounded<A: Activation>(data: &[f32]) -> Vec<f32> {
     data.iter().map(|x| A::from_f32(*x).to_f32()).collect()
 }
 
 /// The numbers on the GPU.
-pub(crate) fn upload<A: CudaAct, T: Element>(gpu: &Cuda<A>, data: &[T]) -> CudaBuffer<T> {
+pub fn upload<A: CudaAct, T: Element>(gpu: &Cuda<A>, data: &[T]) -> CudaBuffer<T> {
     let mut buffer = gpu.alloc(data.len(), "a test's input").expect("memory for a test");
     gpu.upload(data, ViewMut::of(&mut buffer));
     buffer
 }
 
 /// The numbers on the GPU, as activations.
-pub(crate) fn upload_act<A: CudaAct>(gpu: &Cuda<A>, data: &[f32]) -> CudaBuffer<A> {
+pub fn upload_act<A: CudaAct>(gpu: &Cuda<A>, data: &[f32]) -> CudaBuffer<A> {
     upload(gpu, &data.iter().map(|x| A::from_f32(*x)).collect::<Vec<_>>())
 }
 
 /// `len` NaNs for an operation to overwrite, and some more for it to leave.
-pub(crate) fn poisoned<A: CudaAct, T: Activation>(gpu: &Cuda<A>, len: usize) -> CudaBuffer<T> {
+pub fn poisoned<A: CudaAct, T: Activation>(gpu: &Cuda<A>, len: usize) -> CudaBuffer<T> {
     let mut buffer = gpu.alloc(len + GUARD, "a test's output").expect("memory for a test");
     gpu.fill(ViewMut::of(&mut buffer), T::from_f32(f32::NAN));
     buffer
 }
 
 /// All of a buffer, on the host.
-pub(crate) fn download<A: CudaAct, T: Element>(gpu: &Cuda<A>, buffer: &CudaBuffer<T>) -> Vec<T> {
+pub fn download<A: CudaAct, T: Element>(gpu: &Cuda<A>, buffer: &CudaBuffer<T>) -> Vec<T> {
     let view = View::of(buffer);
     let mut host = vec![T::default(); view.len()];
     gpu.read_to_host(view, &mut host).expect("a result");
@@ -62,7 +62,7 @@ pub(crate) fn download<A: CudaAct, T: Element>(gpu: &Cuda<A>, buffer: &CudaBuffe
 }
 
 /// What an operation wrote to a [`poisoned`] buffer, which must end in the NaNs that it began with.
-pub(crate) fn written<A: CudaAct, T: Activation>(gpu: &Cuda<A>, buffer: &CudaBuffer<T>) -> Vec<f32> {
+pub fn written<A: CudaAct, T: Activation>(gpu: &Cuda<A>, buffer: &CudaBuffer<T>) -> Vec<f32> {
     let mut all: Vec<f32> = download(gpu, buffer).into_iter().map(T::to_f32).collect();
     let guard = all.split_off(all.len() - GUARD);
     assert!(guard.iter().all(|x| x.is_nan()), "written behind the end");
@@ -70,7 +70,7 @@ pub(crate) fn written<A: CudaAct, T: Activation>(gpu: &Cuda<A>, buffer: &CudaBuf
 }
 
 /// Panics at the first element that is farther from the expected one than its tolerance, or that is NaN.
-pub(crate) fn assert_close(what: &str, got: &[f32], expected: &[f32], tolerance: impl Fn(usize) -> f32) {
+pub fn assert_close(what: &str, got: &[f32], expected: &[f32], tolerance: impl Fn(usize) -> f32) {
     assert_eq!(got.len(), expected.len(), "{what}: lengths");
     for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
         let (error, allowed) = ((got - expected).abs(), tolerance(i));
