@@ -4,6 +4,7 @@
 
 use std::fmt::Debug;
 use std::ops::Range;
+use std::time::Duration;
 
 /// A number type that buffers hold.
 pub trait Element: Copy + Default + PartialEq + Debug + Send + Sync + sealed::Sealed + 'static {
@@ -128,6 +129,8 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
     type Buffer<T: Element>: Buffer<T>;
     /// A point in a queue's order.
     type Event: Clone + Send + Sync;
+    /// A moment of a queue, to measure time between.
+    type Stamp: Send + Sync;
 
     /// The device, in words a user knows.
     fn describe(&self) -> String;
@@ -149,6 +152,21 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
     fn wait(&self, event: &Self::Event);
     /// Waits until everything issued has run; returns the first fault.
     fn synchronize(&self) -> Result<(), DeviceError>;
+
+    /// Notes the moment at which the queue gets here; the host does not wait.
+    fn stamp(&self) -> Self::Stamp;
+    /// The time between two moments of this queue, which has been waited for since.
+    fn between(&self, from: &Self::Stamp, to: &Self::Stamp) -> Duration;
+
+    /// The elements of a view, where the host computes in the device's memory and a queue's operations have run when they return.
+    /// None: they must be copied.
+    fn host_view<T: Element>(_: View<'_, Self, T>) -> Option<&[T]> {
+        None
+    }
+    /// As [`Device::host_view`], writable.
+    fn host_view_mut<T: Element>(_: ViewMut<'_, Self, T>) -> Option<&mut [T]> {
+        None
+    }
 }
 
 /// A readable range of a buffer.

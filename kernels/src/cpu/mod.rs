@@ -23,6 +23,8 @@ mod simd;
 mod testkit;
 mod vector;
 
+use std::time::{Duration, Instant};
+
 use crate::{Buffer, Device, DeviceError, Element, View, ViewMut};
 
 /// A CPU queue. Operations run on the calling thread and the rayon pool it is in.
@@ -39,6 +41,7 @@ impl Device for Cpu {
     type Act = f32;
     type Buffer<T: Element> = Vec<T>;
     type Event = ();
+    type Stamp = Instant;
 
     fn describe(&self) -> String {
         format!(
@@ -83,6 +86,22 @@ impl Device for Cpu {
 
     fn synchronize(&self) -> Result<(), DeviceError> {
         Ok(())
+    }
+
+    fn stamp(&self) -> Instant {
+        Instant::now()
+    }
+
+    fn between(&self, from: &Instant, to: &Instant) -> Duration {
+        to.saturating_duration_since(*from)
+    }
+
+    fn host_view<T: Element>(view: View<'_, Self, T>) -> Option<&[T]> {
+        Some(slice(view))
+    }
+
+    fn host_view_mut<T: Element>(view: ViewMut<'_, Self, T>) -> Option<&mut [T]> {
+        Some(slice_mut(view))
     }
 }
 

@@ -19,6 +19,7 @@ mod shape;
 
 use std::marker::PhantomData;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cudarc::driver::{CudaEvent, CudaStream, result, sys};
 use half::bf16;
@@ -57,6 +58,9 @@ pub struct Cuda<A: CudaAct = bf16> {
     memory: Arc<QueueMemory>,
     act: PhantomData<A>,
 }
+
+/// A moment of a stream, with its time once the stream has come by.
+pub struct Stamp(Option<CudaEvent>);
 
 /// A point in a stream's order.
 #[derive(Clone)]
@@ -105,6 +109,7 @@ impl<A: CudaAct> Device for Cuda<A> {
     type Act = A;
     type Buffer<T: Element> = CudaBuffer<T>;
     type Event = Event;
+    type Stamp = Stamp;
 
     fn describe(&self) -> String {
         format!("{}, {}", self.gpu.facts.name, A::NAME.to_lowercase())
@@ -199,6 +204,22 @@ impl<A: CudaAct> Device for Cuda<A> {
             self.gpu.remember("a queued operation", error);
         }
         self.gpu.check()
+    }
+
+    fn stamp(&self) -> Stamp {
+        let event = self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT));
+        Stamp(event.map_err(|error| self.gpu.remember("cuEventRecord", error)).ok())
+    }
+
+    fn between(&self, from: &Stamp, to: &Stamp) -> Duration {
+        let (Some(from), Some(to)) = (&from.0, &to.0) else { return Duration::ZERO };
+        match from.elapsed_ms(to) {
+            Ok(ms) => Duration::from_secs_f64(f64::from(ms.max(0.0)) / 1e3),
+            Err(error) => {
+                self.gpu.remember("cuEventElapsedTime", error);
+                Duration::ZERO
+            }
+        }
     }
 }
 

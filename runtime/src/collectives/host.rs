@@ -1,14 +1,16 @@
-//! The CPU's communicator: device views in, slices to the algorithms.
+//! The communicator over host memory: device views in, slices to the algorithms.
 //!
 //! Owns shape checks and the making of groups. One type serves threads, processes and the lone rank, so that a program is
 //! compiled once for all three; which transport carries its messages is decided where it is made.
+//!
+//! It serves every device. Where the host sees the device's memory, as a CPU's, nothing is copied; elsewhere data goes through host
+//! memory and the host waits for it, except that a lone rank's collectives are at most a copy on the device.
 
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use moe_kernels::cpu::{slice, slice_mut};
-use moe_kernels::{Cpu, Element, View, ViewMut};
+use moe_kernels::{Device, Element, View, ViewMut};
 
 use super::algorithms;
 use super::exchange::{Call, Collective, Group, Worker, lock};
@@ -18,7 +20,7 @@ use crate::topology::Rank;
 
 type Result<T> = std::result::Result<T, CollectiveError>;
 
-/// A group of CPU ranks: threads ([`super::local`]), processes (`mpi`), or one rank alone ([`super::local::solo`]).
+/// A group of ranks that exchange host memory: threads ([`super::local`]), processes (`mpi`), or one rank alone ([`super::local::solo`]).
 ///
 /// Several threads may hold it; their collectives take turns, in an order that must be the same on all ranks.
 pub struct HostCommunicator {
@@ -44,9 +46,70 @@ impl HostCommunicator {
     fn begin(&self, collective: Collective) -> Result<Call<'_>> {
         self.group.begin(collective)
     }
+
+    fn is_alone(&self) -> bool {
+        self.group.members.len() == 1
+    }
+
+    fn all_to_all_v_slices<T: Element>(
+        &self,
+        width: usize,
+        (send, send_counts): (&[T], &[i32]),
+        (recv, recv_counts): (&mut [T], &[i32]),
+    ) -> Result<()> {
+        let (send, recv) = (T::as_bytes(send), T::as_bytes_mut(recv));
+        let size = self.group.members.len();
+        let row_bytes = width * T::BYTES;
+        let mut call = self.begin(Collective::AllToAllV)?;
+        for (what, counts, bytes) in [("send", send_counts, send.len()), ("receive", recv_counts, recv.len())] {
+            let rows = bytes / row_bytes;
+            let fits = counts.iter().all(|count| *count >= 0) && rows_before(counts, size) <= rows;
+            if !fits {
+                return Err(call.bad_counts(what, counts, rows));
+            }
+        }
+        let bytes_of =
+            |counts: &[i32], peer| rows_before(counts, peer) * row_bytes..rows_before(counts, peer + 1) * row_bytes;
+        let outgoing = |peer| bytes_of(send_counts, peer);
+        algorithms::personalised(&mut call, send, outgoing, recv, |peer| bytes_of(recv_counts, peer))
+    }
 }
 
-impl Communicator<Cpu> for HostCommunicator {
+/// A copy of a view in host memory. Waits for the queue.
+fn downloaded<D: Device, T: Element>(queue: &D, view: View<'_, D, T>) -> Result<Vec<T>> {
+    let mut host = vec![T::default(); view.len()];
+    queue.read_to_host(view, &mut host)?;
+    Ok(host)
+}
+
+/// Calls `work` with the elements of a view: themselves where the host sees them, else a copy.
+fn with_host<D: Device, T: Element, R>(
+    queue: &D,
+    view: View<'_, D, T>,
+    work: impl FnOnce(&[T]) -> Result<R>,
+) -> Result<R> {
+    match D::host_view(view) {
+        Some(slice) => work(slice),
+        None => work(&downloaded(queue, view)?),
+    }
+}
+
+/// As [`with_host`]; what `work` leaves becomes the view's content.
+fn with_host_mut<D: Device, T: Element>(
+    queue: &D,
+    mut view: ViewMut<'_, D, T>,
+    work: impl FnOnce(&mut [T]) -> Result<()>,
+) -> Result<()> {
+    if let Some(slice) = D::host_view_mut(view.reborrow()) {
+        return work(slice);
+    }
+    let mut host = downloaded(queue, view.as_view())?;
+    work(&mut host)?;
+    queue.upload(&host, view);
+    Ok(())
+}
+
+impl<D: Device> Communicator<D> for HostCommunicator {
     fn rank(&self) -> usize {
         self.group.rank
     }
@@ -63,31 +126,38 @@ impl Communicator<Cpu> for HostCommunicator {
         &self.group.worker.context
     }
 
-    fn all_to_all<T: Element>(&self, _: &Cpu, send: View<'_, Cpu, T>, recv: ViewMut<'_, Cpu, T>) -> Result<()> {
-        let (send, recv) = (T::as_bytes(slice(send)), T::as_bytes_mut(slice_mut(recv)));
+    fn all_to_all<T: Element>(&self, queue: &D, send: View<'_, D, T>, recv: ViewMut<'_, D, T>) -> Result<D::Event> {
         let size = self.group.members.len();
         assert!(
-            send.len() == recv.len() && send.len().is_multiple_of(size * T::BYTES),
+            send.len() == recv.len() && send.len().is_multiple_of(size),
             "all_to_all over {size} ranks: send {}, receive {} elements",
-            send.len() / T::BYTES,
-            recv.len() / T::BYTES
+            send.len(),
+            recv.len()
         );
-        let block = send.len() / size;
-        let at = |peer| peer * block..(peer + 1) * block;
-        algorithms::personalised(&mut self.begin(Collective::AllToAll)?, send, at, recv, at)
+        let mut call = self.begin(Collective::AllToAll)?;
+        if self.is_alone() {
+            queue.copy(send, recv);
+            return Ok(queue.record());
+        }
+        with_host(queue, send, |send| {
+            let block = T::as_bytes(send).len() / size;
+            let at = |peer| peer * block..(peer + 1) * block;
+            with_host_mut(queue, recv, |recv| {
+                algorithms::personalised(&mut call, T::as_bytes(send), at, T::as_bytes_mut(recv), at)
+            })
+        })?;
+        Ok(queue.record())
     }
 
     fn all_to_all_v<T: Element>(
         &self,
-        _: &Cpu,
+        queue: &D,
         width: usize,
-        send: View<'_, Cpu, T>,
-        send_counts: View<'_, Cpu, i32>,
-        recv: ViewMut<'_, Cpu, T>,
-        recv_counts: View<'_, Cpu, i32>,
-    ) -> Result<()> {
-        let (send, recv) = (T::as_bytes(slice(send)), T::as_bytes_mut(slice_mut(recv)));
-        let (send_counts, recv_counts) = (slice(send_counts), slice(recv_counts));
+        send: View<'_, D, T>,
+        send_counts: View<'_, D, i32>,
+        recv: ViewMut<'_, D, T>,
+        recv_counts: View<'_, D, i32>,
+    ) -> Result<D::Event> {
         let size = self.group.members.len();
         assert!(
             width > 0 && send_counts.len() == size && recv_counts.len() == size,
@@ -95,47 +165,67 @@ impl Communicator<Cpu> for HostCommunicator {
             send_counts.len(),
             recv_counts.len()
         );
-        let row_bytes = width * T::BYTES;
-        let mut call = self.begin(Collective::AllToAllV)?;
-        for (what, counts, bytes) in [("send", send_counts, send.len()), ("receive", recv_counts, recv.len())] {
-            let rows = bytes / row_bytes;
-            let fits = counts.iter().all(|count| *count >= 0) && rows_before(counts, size) <= rows;
-            if !fits {
-                return Err(call.bad_counts(what, counts, rows));
-            }
-        }
-        let bytes_of =
-            |counts: &[i32], peer| rows_before(counts, peer) * row_bytes..rows_before(counts, peer + 1) * row_bytes;
-        let outgoing = |peer| bytes_of(send_counts, peer);
-        algorithms::personalised(&mut call, send, outgoing, recv, |peer| bytes_of(recv_counts, peer))
+        with_host(queue, send_counts, |send_counts| {
+            with_host(queue, recv_counts, |recv_counts| {
+                with_host(queue, send, |send| {
+                    with_host_mut(queue, recv, |recv| {
+                        self.all_to_all_v_slices(width, (send, send_counts), (recv, recv_counts))
+                    })
+                })
+            })
+        })?;
+        Ok(queue.record())
     }
 
-    fn all_reduce<T: Reducible>(&self, _: &Cpu, buffer: ViewMut<'_, Cpu, T>, op: ReduceOp) -> Result<()> {
-        algorithms::all_reduce(&mut self.begin(Collective::AllReduce)?, op, slice_mut(buffer))
+    fn all_reduce<T: Reducible>(&self, queue: &D, buffer: ViewMut<'_, D, T>, op: ReduceOp) -> Result<D::Event> {
+        let mut call = self.begin(Collective::AllReduce)?;
+        if !self.is_alone() {
+            with_host_mut(queue, buffer, |buffer| algorithms::all_reduce(&mut call, op, buffer))?;
+        }
+        Ok(queue.record())
     }
 
     fn reduce_scatter<T: Reducible>(
         &self,
-        _: &Cpu,
-        send: View<'_, Cpu, T>,
-        recv: ViewMut<'_, Cpu, T>,
+        queue: &D,
+        send: View<'_, D, T>,
+        recv: ViewMut<'_, D, T>,
         op: ReduceOp,
-    ) -> Result<()> {
+    ) -> Result<D::Event> {
         let size = self.group.members.len();
         assert_eq!(send.len(), recv.len() * size, "reduce_scatter over {size} ranks: elements of send, and due");
-        algorithms::reduce_scatter(&mut self.begin(Collective::ReduceScatter)?, op, slice(send), slice_mut(recv))
+        let mut call = self.begin(Collective::ReduceScatter)?;
+        if self.is_alone() {
+            queue.copy(send, recv);
+            return Ok(queue.record());
+        }
+        with_host(queue, send, |send| {
+            with_host_mut(queue, recv, |recv| algorithms::reduce_scatter(&mut call, op, send, recv))
+        })?;
+        Ok(queue.record())
     }
 
-    fn all_gather<T: Element>(&self, _: &Cpu, send: View<'_, Cpu, T>, recv: ViewMut<'_, Cpu, T>) -> Result<()> {
+    fn all_gather<T: Element>(&self, queue: &D, send: View<'_, D, T>, recv: ViewMut<'_, D, T>) -> Result<D::Event> {
         let size = self.group.members.len();
         assert_eq!(recv.len(), send.len() * size, "all_gather over {size} ranks: elements of recv, and due");
-        let (mine, all) = (T::as_bytes(slice(send)), T::as_bytes_mut(slice_mut(recv)));
-        algorithms::all_gather(&mut self.begin(Collective::AllGather)?, mine, all)
+        let mut call = self.begin(Collective::AllGather)?;
+        if self.is_alone() {
+            queue.copy(send, recv);
+            return Ok(queue.record());
+        }
+        with_host(queue, send, |mine| {
+            with_host_mut(queue, recv, |all| algorithms::all_gather(&mut call, T::as_bytes(mine), T::as_bytes_mut(all)))
+        })?;
+        Ok(queue.record())
     }
 
-    fn broadcast<T: Element>(&self, _: &Cpu, buffer: ViewMut<'_, Cpu, T>, root: usize) -> Result<()> {
+    fn broadcast<T: Element>(&self, queue: &D, buffer: ViewMut<'_, D, T>, root: usize) -> Result<D::Event> {
         assert!(root < self.group.members.len(), "root {root} of {} ranks", self.group.members.len());
-        algorithms::broadcast(&mut self.begin(Collective::Broadcast)?, T::as_bytes_mut(slice_mut(buffer)), root)
+        let mut call = self.begin(Collective::Broadcast)?;
+        if !self.is_alone() {
+            with_host_mut(queue, buffer, |buffer| algorithms::broadcast(&mut call, T::as_bytes_mut(buffer), root))?;
+        }
+        Ok(queue.record())
     }
 
     fn all_gather_bytes(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
