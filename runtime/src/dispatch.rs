@@ -6,6 +6,9 @@
 //!
 //! The backward passes are the same two journeys: the output's gradient travels out like a token, the input's gradient and the
 //! weights' come home like a result.
+//!
+//! A lone rank's tokens are its rows: nothing is planned, sent, copied or read back, and what a layer keeps are index lists. With more
+//! ranks the host reads the counts, since buffers must fit what comes, and each layer keeps the rows that arrived.
 
 use moe_kernels::{
     Accumulate, Backend, CombineDims, DeviceError, ExpandPlan, Rows, ShuffleDims, ShufflePlan, View, ViewMut,
@@ -14,7 +17,7 @@ use moe_kernels::{
 use serde::{Deserialize, Serialize};
 
 use crate::collectives::{CollectiveError, Communicator};
-use crate::experts::GroupedRows;
+use crate::experts::{GatedRows, GroupedRows};
 use crate::memory::{Kind, Slot, Tally};
 
 /// Why a shuffle stopped.
@@ -28,10 +31,12 @@ pub enum ShuffleError {
     Collective(#[from] CollectiveError),
 }
 
-/// Rows under way, shared by all layers: each journey is over before the next begins.
+/// Rows under way, shared by all layers: each journey is over before the next begins. A lone rank has none.
 pub struct ShuffleScratch<B: Backend> {
-    outbound: Slot<B, B::Act>,
-    arrived: Slot<B, B::Act>,
+    /// Rows at their token's rank.
+    home: Slot<B, B::Act>,
+    /// Rows at their experts' rank, but for the tokens of the forward pass, which stay.
+    away: Slot<B, B::Act>,
     row_dweights: Slot<B, f32>,
     home_dweights: Slot<B, f32>,
 }
@@ -41,15 +46,15 @@ impl<B: Backend> ShuffleScratch<B> {
     pub fn tally(&self, tally: &mut Tally) {
         tally.add(
             Kind::Communication,
-            [self.outbound.bytes(), self.arrived.bytes(), self.row_dweights.bytes(), self.home_dweights.bytes()],
+            [self.home.bytes(), self.away.bytes(), self.row_dweights.bytes(), self.home_dweights.bytes()],
         );
     }
 
     /// Empty scratch.
     pub fn new(device: &B) -> Result<Self, DeviceError> {
         Ok(Self {
-            outbound: Slot::new(device, "rows at their token's rank")?,
-            arrived: Slot::new(device, "rows at their expert's rank")?,
+            home: Slot::new(device, "rows at their token's rank")?,
+            away: Slot::new(device, "rows at their expert's rank")?,
             row_dweights: Slot::new(device, "weight gradients at their expert's rank")?,
             home_dweights: Slot::new(device, "weight gradients at their token's rank")?,
         })
@@ -60,8 +65,25 @@ impl<B: Backend> ShuffleScratch<B> {
 pub struct Shuffle<B: Backend> {
     dims: ShuffleDims,
     hidden_size: usize,
-    send_counts: Slot<B, i32>,
+    /// What goes to each rank and what comes from it; None for a lone rank.
+    journey: Option<Journey<B>>,
+    /// `[W]`.
     recv_counts: Slot<B, i32>,
+    /// `[1]`.
+    received: Slot<B, i32>,
+    offsets: Slot<B, i32>,
+    slots: Slot<B, i32>,
+    source: Slot<B, i32>,
+    origin: Slot<B, i32>,
+    bounds: Bounds,
+    crossed: ShuffledRows,
+}
+
+/// The lists of a shuffle between ranks, and the rows that came.
+struct Journey<B: Backend> {
+    send_counts: Slot<B, i32>,
+    /// `[2, W]`: send and receive counts side by side, so that one read brings both.
+    counts: Slot<B, i32>,
     row_token: Slot<B, i32>,
     row_experts: Slot<B, i32>,
     row_choice: Slot<B, i32>,
@@ -70,14 +92,98 @@ pub struct Shuffle<B: Backend> {
     sent: Slot<B, i32>,
     recv_experts: Slot<B, i32>,
     recv_weights: Slot<B, f32>,
-    received: Slot<B, i32>,
-    offsets: Slot<B, i32>,
-    slots: Slot<B, i32>,
-    source: Slot<B, i32>,
-    x: Slot<B, B::Act>,
-    bounds: Bounds,
-    crossed: ShuffledRows,
+    /// `[R', H]`: the tokens that arrived. The backward pass expands them again.
+    arrived: Slot<B, B::Act>,
     host_counts: Vec<i32>,
+}
+
+impl<B: Backend> Journey<B> {
+    fn new(device: &B, ranks: usize) -> Result<Self, DeviceError> {
+        let slot = |what, len| sized(device, what, len);
+        Ok(Self {
+            send_counts: slot("shuffle send counts", ranks)?,
+            counts: slot("shuffle counts", 2 * ranks)?,
+            row_token: slot("tokens of shuffled rows", 0)?,
+            row_experts: slot("experts of shuffled rows", 0)?,
+            row_choice: slot("choices of shuffled rows", 0)?,
+            row_weights: Slot::new(device, "weights of shuffled rows")?,
+            token_rows: slot("shuffled rows of tokens", 0)?,
+            sent: slot("number of rows sent", 1)?,
+            recv_experts: slot("experts of arrived rows", 0)?,
+            recv_weights: Slot::new(device, "weights of arrived rows")?,
+            arrived: Slot::new(device, "arrived rows")?,
+            host_counts: vec![0; 2 * ranks],
+        })
+    }
+
+    fn tally(&self, tally: &mut Tally) {
+        tally.add(Kind::Activations, [self.arrived.bytes()]);
+        let lists = [
+            &self.send_counts,
+            &self.counts,
+            &self.row_token,
+            &self.row_experts,
+            &self.row_choice,
+            &self.token_rows,
+            &self.sent,
+            &self.recv_experts,
+        ];
+        tally.add(Kind::Communication, lists.map(Slot::bytes));
+        tally.add(Kind::Communication, [self.row_weights.bytes(), self.recv_weights.bytes()]);
+    }
+
+    fn plan(&mut self, device: &B, dims: ShuffleDims, tokens: RoutedTokens<'_, B>) -> Result<(), DeviceError> {
+        let (k, bound) = (dims.top_k, dims.tokens * dims.rows_per_token());
+        self.row_token.reserve(device, bound)?;
+        self.row_experts.reserve(device, bound * k)?;
+        self.row_choice.reserve(device, bound * k)?;
+        self.row_weights.reserve(device, bound * k)?;
+        self.token_rows.reserve(device, bound)?;
+        let plan = ShufflePlan {
+            send_counts: self.send_counts.view_mut(dims.ranks),
+            row_token: self.row_token.view_mut(bound),
+            row_experts: self.row_experts.view_mut(bound * k),
+            row_choice: self.row_choice.view_mut(bound * k),
+            row_weights: self.row_weights.view_mut(bound * k),
+            token_rows: self.token_rows.view_mut(bound),
+            rows: self.sent.view_mut(1),
+        };
+        device.shuffle_plan(dims, tokens.kept, tokens.weights, plan);
+        Ok(())
+    }
+
+    /// Reads the exchanged counts, which say how much memory the rows need.
+    fn learn_counts(&mut self, device: &B, recv_counts: &Slot<B, i32>, me: usize) -> Result<Learned, DeviceError> {
+        let ranks = self.host_counts.len() / 2;
+        device.copy(self.send_counts.view(ranks), self.counts.view_mut(2 * ranks).slice(0..ranks));
+        device.copy(recv_counts.view(ranks), self.counts.view_mut(2 * ranks).slice(ranks..2 * ranks));
+        device.read_to_host(self.counts.view(2 * ranks), &mut self.host_counts)?;
+        let (send, recv) = self.host_counts.split_at(ranks);
+        let total = |counts: &[i32]| counts.iter().map(|&n| n as usize).sum::<usize>();
+        let elsewhere = |counts: &[i32]| (total(counts) - counts[me] as usize) as u64;
+        Ok(Learned {
+            sent: total(send),
+            received: total(recv),
+            crossed: ShuffledRows { sent: elsewhere(send), received: elsewhere(recv) },
+        })
+    }
+
+    fn sent_rows(&self, bound: usize) -> Rows<'_, B> {
+        Rows { bound, count: Some(self.sent.view(1)) }
+    }
+}
+
+/// What the counts of a journey say.
+struct Learned {
+    sent: usize,
+    received: usize,
+    crossed: ShuffledRows,
+}
+
+fn sized<B: Backend>(device: &B, what: &'static str, len: usize) -> Result<Slot<B, i32>, DeviceError> {
+    let mut slot = Slot::new(device, what)?;
+    slot.reserve(device, len)?;
+    Ok(slot)
 }
 
 /// Rows of forward passes that crossed from one rank to another.
@@ -107,60 +213,31 @@ struct Bounds {
 impl<B: Backend> Shuffle<B> {
     /// Counts its buffers.
     pub fn tally(&self, tally: &mut Tally) {
-        tally.add(Kind::Activations, [self.x.bytes()]);
-        tally.add(
-            Kind::Communication,
-            [
-                self.send_counts.bytes(),
-                self.recv_counts.bytes(),
-                self.row_token.bytes(),
-                self.row_experts.bytes(),
-                self.row_choice.bytes(),
-                self.row_weights.bytes(),
-                self.token_rows.bytes(),
-                self.sent.bytes(),
-                self.recv_experts.bytes(),
-                self.recv_weights.bytes(),
-                self.received.bytes(),
-                self.offsets.bytes(),
-                self.slots.bytes(),
-                self.source.bytes(),
-            ],
-        );
+        let lists = [&self.recv_counts, &self.received, &self.offsets, &self.slots, &self.source, &self.origin];
+        tally.add(Kind::Communication, lists.map(Slot::bytes));
+        if let Some(journey) = &self.journey {
+            journey.tally(tally);
+        }
     }
 
     /// An empty handle. `dims.tokens` is set by each dispatch.
     pub fn new(device: &B, dims: ShuffleDims, hidden_size: usize) -> Result<Self, DeviceError> {
-        let ints = |what, len| {
-            let mut slot = Slot::new(device, what)?;
-            slot.reserve(device, len)?;
-            Ok::<_, DeviceError>(slot)
-        };
         Ok(Self {
             dims,
             hidden_size,
-            send_counts: ints("shuffle send counts", dims.ranks)?,
-            recv_counts: ints("shuffle receive counts", dims.ranks)?,
-            row_token: ints("tokens of shuffled rows", 0)?,
-            row_experts: ints("experts of shuffled rows", 0)?,
-            row_choice: ints("choices of shuffled rows", 0)?,
-            row_weights: Slot::new(device, "weights of shuffled rows")?,
-            token_rows: ints("shuffled rows of tokens", 0)?,
-            sent: ints("number of rows sent", 1)?,
-            recv_experts: ints("experts of arrived rows", 0)?,
-            recv_weights: Slot::new(device, "weights of arrived rows")?,
-            received: ints("number of rows received", 1)?,
-            offsets: ints("expert offsets", dims.local_experts() + 1)?,
-            slots: ints("expanded rows of arrived rows", 0)?,
-            source: ints("arrived rows of expanded rows", 0)?,
-            x: Slot::new(device, "expanded rows")?,
+            journey: (dims.ranks > 1).then(|| Journey::new(device, dims.ranks)).transpose()?,
+            recv_counts: sized(device, "shuffle receive counts", dims.ranks)?,
+            received: sized(device, "number of rows received", 1)?,
+            offsets: sized(device, "expert offsets", dims.local_experts() + 1)?,
+            slots: sized(device, "expanded rows of arrived rows", 0)?,
+            source: sized(device, "arrived rows of expanded rows", 0)?,
+            origin: sized(device, "choices of expanded rows", 0)?,
             bounds: Bounds::default(),
             crossed: ShuffledRows::default(),
-            host_counts: vec![0; dims.ranks],
         })
     }
 
-    /// Sends each token of `x_TH` to the ranks of its `kept` experts `[T, k]` and groups what arrives by local expert.
+    /// Sends each token of `x_TH` to the ranks of its `kept` experts `[T, k]` and plans how what arrives is grouped by local expert.
     pub fn dispatch<C: Communicator<B>>(
         &mut self,
         device: &B,
@@ -168,74 +245,49 @@ impl<B: Backend> Shuffle<B> {
         scratch: &mut ShuffleScratch<B>,
         tokens: RoutedTokens<'_, B>,
     ) -> Result<(), ShuffleError> {
-        let RoutedTokens { x_TH, kept, weights } = tokens;
-        let (h, k, w) = (self.hidden_size, self.dims.top_k, self.dims.ranks);
-        self.plan(device, kept, weights)?;
-        let (send, recv) = (self.send_counts.view(w), self.recv_counts.view_mut(w));
-        device.wait(&group.all_to_all(device, send, recv)?);
-        self.learn_counts(device, group.rank())?;
-        let Bounds { sent, received, .. } = self.bounds;
-        scratch.outbound.reserve(device, sent * h)?;
-        scratch.arrived.reserve(device, received * h)?;
-        self.recv_experts.reserve(device, received * k)?;
-        self.recv_weights.reserve(device, received * k)?;
-        device.gather_rows(self.sent_rows(), h, self.row_token.view(sent), x_TH, scratch.outbound.view_mut(sent * h));
-        let counts = (self.send_counts.view(w), self.recv_counts.view(w));
-        let (experts, weights) = (self.row_experts.view(sent * k), self.row_weights.view(sent * k));
-        device.wait(&group.all_to_all_v(
-            device,
-            k,
-            experts,
-            counts.0,
-            self.recv_experts.view_mut(received * k),
-            counts.1,
-        )?);
-        device.wait(&group.all_to_all_v(
-            device,
-            k,
-            weights,
-            counts.0,
-            self.recv_weights.view_mut(received * k),
-            counts.1,
-        )?);
-        self.journey_out(device, group, scratch)?;
-        Ok(self.expand(device, scratch)?)
-    }
-
-    fn plan(&mut self, device: &B, kept: View<'_, B, i32>, weights: View<'_, B, f32>) -> Result<(), DeviceError> {
-        let k = self.dims.top_k;
-        self.dims.tokens = kept.len() / k;
-        let each = self.dims.rows_per_token();
-        let bound = self.dims.tokens * each;
-        self.row_token.reserve(device, bound)?;
-        self.row_experts.reserve(device, bound * k)?;
-        self.row_choice.reserve(device, bound * k)?;
-        self.row_weights.reserve(device, bound * k)?;
-        self.token_rows.reserve(device, self.dims.tokens * each)?;
-        let plan = ShufflePlan {
-            send_counts: self.send_counts.view_mut(self.dims.ranks),
-            row_token: self.row_token.view_mut(bound),
-            row_experts: self.row_experts.view_mut(bound * k),
-            row_choice: self.row_choice.view_mut(bound * k),
-            row_weights: self.row_weights.view_mut(bound * k),
-            token_rows: self.token_rows.view_mut(self.dims.tokens * each),
-            rows: self.sent.view_mut(1),
-        };
-        device.shuffle_plan(self.dims, kept, weights, plan);
+        self.dims.tokens = tokens.kept.len() / self.dims.top_k;
+        if self.journey.is_none() {
+            let t = self.dims.tokens;
+            self.bounds = Bounds { sent: t, received: t, expanded: t * self.dims.top_k };
+            device.fill(self.recv_counts.view_mut(1), t as i32);
+            return Ok(self.expand(device, tokens)?);
+        }
+        self.travel(device, group, scratch, tokens)?;
+        self.expand(device, tokens)?;
+        let mut expanded = [0];
+        device.read_to_host(last(&self.offsets, self.dims.local_experts()), &mut expanded)?;
+        self.bounds.expanded = expanded[0] as usize;
         Ok(())
     }
 
-    /// Reads the exchanged counts: a dropless layer must know how much memory its rows need.
-    fn learn_counts(&mut self, device: &B, me: usize) -> Result<(), DeviceError> {
-        let mut total = |counts: &Slot<B, i32>| {
-            device.read_to_host(counts.view(self.dims.ranks), &mut self.host_counts)?;
-            let all: usize = self.host_counts.iter().map(|&n| n as usize).sum();
-            Ok::<_, DeviceError>((all, (all - self.host_counts[me] as usize) as u64))
-        };
-        let (sent, received);
-        (self.bounds.sent, sent) = total(&self.send_counts)?;
-        (self.bounds.received, received) = total(&self.recv_counts)?;
-        self.crossed += ShuffledRows { sent, received };
+    /// Exchanges counts, lists and tokens with the other ranks.
+    fn travel<C: Communicator<B>>(
+        &mut self,
+        device: &B,
+        group: &C,
+        scratch: &mut ShuffleScratch<B>,
+        tokens: RoutedTokens<'_, B>,
+    ) -> Result<(), ShuffleError> {
+        let Some(journey) = &mut self.journey else { return Ok(()) };
+        let (h, k, w) = (self.hidden_size, self.dims.top_k, self.dims.ranks);
+        journey.plan(device, self.dims, tokens)?;
+        device.wait(&group.all_to_all(device, journey.send_counts.view(w), self.recv_counts.view_mut(w))?);
+        let Learned { sent, received, crossed } = journey.learn_counts(device, &self.recv_counts, group.rank())?;
+        (self.bounds.sent, self.bounds.received) = (sent, received);
+        self.crossed += crossed;
+        scratch.home.reserve(device, sent * h)?;
+        journey.arrived.reserve(device, received * h)?;
+        journey.recv_experts.reserve(device, received * k)?;
+        journey.recv_weights.reserve(device, received * k)?;
+        let (out, home) = (journey.send_counts.view(w), self.recv_counts.view(w));
+        let experts = journey.recv_experts.view_mut(received * k);
+        device.wait(&group.all_to_all_v(device, k, journey.row_experts.view(sent * k), out, experts, home)?);
+        let weights = journey.recv_weights.view_mut(received * k);
+        device.wait(&group.all_to_all_v(device, k, journey.row_weights.view(sent * k), out, weights, home)?);
+        let (rows, row_token) = (journey.sent_rows(sent), journey.row_token.view(sent));
+        device.gather_rows(rows, h, row_token, tokens.x_TH, scratch.home.view_mut(sent * h));
+        let arrived = journey.arrived.view_mut(received * h);
+        device.wait(&group.all_to_all_v(device, h, scratch.home.view(sent * h), out, arrived, home)?);
         Ok(())
     }
 
@@ -244,83 +296,113 @@ impl<B: Backend> Shuffle<B> {
         self.crossed
     }
 
-    fn expand(&mut self, device: &B, scratch: &ShuffleScratch<B>) -> Result<(), DeviceError> {
-        let (h, k, local) = (self.hidden_size, self.dims.top_k, self.dims.local_experts());
-        let received = self.bounds.received;
+    fn expand(&mut self, device: &B, tokens: RoutedTokens<'_, B>) -> Result<(), DeviceError> {
+        let (k, local, received) = (self.dims.top_k, self.dims.local_experts(), self.bounds.received);
         let most = received * k.min(local);
         self.slots.reserve(device, received * k)?;
         self.source.reserve(device, most)?;
+        self.origin.reserve(device, most)?;
         let plan = ExpandPlan {
             rows: self.received.view_mut(1),
             offsets: self.offsets.view_mut(local + 1),
             slots: self.slots.view_mut(received * k),
             source: self.source.view_mut(most),
+            origin: self.origin.view_mut(most),
         };
-        let (counts, experts) = (self.recv_counts.view(self.dims.ranks), self.recv_experts.view(received * k));
-        device.expand_plan(self.dims, counts, experts, plan);
-        let count = last(&self.offsets, local);
-        let mut expanded = [0];
-        device.read_to_host(count, &mut expanded)?;
-        let n = expanded[0] as usize;
-        self.bounds.expanded = n;
-        self.x.reserve(device, n * h)?;
-        let (source, arrived) = (self.source.view(n), scratch.arrived.view(received * h));
-        device.gather_rows(Rows { bound: n, count: Some(count) }, h, source, arrived, self.x.view_mut(n * h));
+        let experts = self.journey.as_ref().map_or(tokens.kept, |journey| journey.recv_experts.view(received * k));
+        device.expand_plan(self.dims, self.recv_counts.view(self.dims.ranks), experts, plan);
         Ok(())
     }
 
+    /// The expanded rows themselves, into `x_NH`: the tokens that [`Shuffle::dispatch`] was given, or what arrived for them.
+    pub fn expanded(&self, device: &B, x_TH: View<'_, B, B::Act>, x_NH: ViewMut<'_, B, B::Act>) {
+        let received = self.bounds.received * self.hidden_size;
+        self.spread(device, self.journey.as_ref().map_or(x_TH, |journey| journey.arrived.view(received)), x_NH);
+    }
+
+    /// Copies each row to the experts it goes to.
+    fn spread(&self, device: &B, rows: View<'_, B, B::Act>, to_NH: ViewMut<'_, B, B::Act>) {
+        let grouped = self.grouped().rows;
+        device.gather_rows(grouped, self.hidden_size, self.source.view(grouped.bound), rows, to_NH);
+    }
+
     /// Weights and sums the experts' outputs `y_NH` of each token, brings them home and sums them over ranks into `out_TH`
-    /// (overwritten; a token that was sent nowhere gets 0).
+    /// (overwritten; a token that was sent nowhere gets 0). `weights` `[T, k]` are those of the dispatch.
     pub fn combine<C: Communicator<B>>(
         &self,
         device: &B,
         group: &C,
         scratch: &mut ShuffleScratch<B>,
-        y_NH: View<'_, B, B::Act>,
-        out_TH: ViewMut<'_, B, B::Act>,
+        weights: View<'_, B, f32>,
+        (y_NH, out_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
     ) -> Result<(), ShuffleError> {
-        let (h, k, received) = (self.hidden_size, self.dims.top_k, self.bounds.received);
-        let arrived = scratch.arrived.view_mut(received * h);
-        let (slots, weights) = (self.slots.view(received * k), Some(self.recv_weights.view(received * k)));
-        let dims = CombineDims { slots: k, width: h };
-        device.weighted_reduce(self.received_rows(), dims, slots, weights, y_NH, arrived, Accumulate::Overwrite);
-        self.journey_home(device, group, scratch)?;
-        self.sum_over_ranks(device, scratch, out_TH, Accumulate::Overwrite);
-        Ok(())
+        let weights = Some(self.weights_here(weights));
+        self.bring_home(device, group, scratch, weights, (y_NH, out_TH, Accumulate::Overwrite))
     }
 
-    /// Backward of [`Shuffle::combine`]: sends `dout_TH` out; `dy_NH` and the gate weights' gradient `dweights` `[T, k]` are
-    /// overwritten (0 where a choice was dropped).
+    /// Backward of [`Shuffle::combine`]: sends `dout_TH` out; `dy_NH` is overwritten by the gradient of what each expert's output is
+    /// a weighted part of, without the weight.
     pub fn combine_backward<C: Communicator<B>>(
         &self,
         device: &B,
         group: &C,
         scratch: &mut ShuffleScratch<B>,
-        tensors: CombineBackward<'_, B>,
+        (dout_TH, dy_NH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
     ) -> Result<(), ShuffleError> {
-        let CombineBackward { dout_TH, y_NH, dy_NH, dweights } = tensors;
-        let (h, k) = (self.hidden_size, self.dims.top_k);
-        let Bounds { sent, received, .. } = self.bounds;
-        let row_token = self.row_token.view(sent);
-        device.gather_rows(self.sent_rows(), h, row_token, dout_TH, scratch.outbound.view_mut(sent * h));
-        self.journey_out(device, group, scratch)?;
-        scratch.row_dweights.reserve(device, received * k)?;
+        let Some(journey) = &self.journey else {
+            self.spread(device, dout_TH, dy_NH);
+            return Ok(());
+        };
+        let (h, Bounds { sent, received, .. }) = (self.hidden_size, self.bounds);
+        scratch.away.reserve(device, received * h)?;
+        let (rows, row_token) = (journey.sent_rows(sent), journey.row_token.view(sent));
+        device.gather_rows(rows, h, row_token, dout_TH, scratch.home.view_mut(sent * h));
+        let (out, home) = (journey.send_counts.view(self.dims.ranks), self.recv_counts.view(self.dims.ranks));
+        let (send, recv) = (scratch.home.view(sent * h), scratch.away.view_mut(received * h));
+        device.wait(&group.all_to_all_v(device, h, send, out, recv, home)?);
+        self.spread(device, scratch.away.view(received * h), dy_NH);
+        Ok(())
+    }
+
+    /// The combine weights as the experts' backward pass takes them: where each expanded row's weight is, and where its gradient goes.
+    /// `weights` and `dweights` `[T, k]` are this rank's own; the gradient is complete after [`Shuffle::dweights_home`].
+    pub fn gated<'a>(
+        &'a self,
+        device: &B,
+        scratch: &'a mut ShuffleScratch<B>,
+        weights: View<'a, B, f32>,
+        dweights: ViewMut<'a, B, f32>,
+    ) -> Result<GatedRows<'a, B>, DeviceError> {
+        let mut dweights = match &self.journey {
+            None => dweights,
+            Some(_) => {
+                let len = self.bounds.received * self.dims.top_k;
+                scratch.row_dweights.reserve(device, len)?;
+                scratch.row_dweights.view_mut(len)
+            }
+        };
+        // A choice that was dropped has no row that would say so.
+        device.fill(dweights.reborrow(), 0.0);
+        let origin = self.origin.view(self.bounds.expanded);
+        Ok(GatedRows { origin, weights: self.weights_here(weights), dweights })
+    }
+
+    /// Brings the gradient of the weights home: `dweights` `[T, k]`, 0 where a choice was dropped.
+    pub fn dweights_home<C: Communicator<B>>(
+        &self,
+        device: &B,
+        group: &C,
+        scratch: &mut ShuffleScratch<B>,
+        dweights: ViewMut<'_, B, f32>,
+    ) -> Result<(), ShuffleError> {
+        let Some(journey) = &self.journey else { return Ok(()) };
+        let (k, Bounds { sent, received, .. }) = (self.dims.top_k, self.bounds);
         scratch.home_dweights.reserve(device, sent * k)?;
-        device.weighted_reduce_grad(
-            self.received_rows(),
-            CombineDims { slots: k, width: h },
-            self.slots.view(received * k),
-            self.recv_weights.view(received * k),
-            y_NH,
-            scratch.arrived.view(received * h),
-            dy_NH,
-            scratch.row_dweights.view_mut(received * k),
-        );
         let (send, recv) = (scratch.row_dweights.view(received * k), scratch.home_dweights.view_mut(sent * k));
-        let (out, home) = (self.send_counts.view(self.dims.ranks), self.recv_counts.view(self.dims.ranks));
+        let (out, home) = (journey.send_counts.view(self.dims.ranks), self.recv_counts.view(self.dims.ranks));
         device.wait(&group.all_to_all_v(device, k, send, home, recv, out)?);
-        let choices = self.row_choice.view(sent * k);
-        device.scatter_choices(self.sent_rows(), k, choices, scratch.home_dweights.view(sent * k), dweights);
+        let (rows, choices) = (journey.sent_rows(sent), journey.row_choice.view(sent * k));
+        device.scatter_choices(rows, k, choices, scratch.home_dweights.view(sent * k), dweights);
         Ok(())
     }
 
@@ -330,67 +412,43 @@ impl<B: Backend> Shuffle<B> {
         device: &B,
         group: &C,
         scratch: &mut ShuffleScratch<B>,
-        dx_NH: View<'_, B, B::Act>,
-        dx_TH: ViewMut<'_, B, B::Act>,
+        (dx_NH, dx_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
     ) -> Result<(), ShuffleError> {
-        let (h, k, received) = (self.hidden_size, self.dims.top_k, self.bounds.received);
-        let (slots, arrived) = (self.slots.view(received * k), scratch.arrived.view_mut(received * h));
-        let dims = CombineDims { slots: k, width: h };
-        device.weighted_reduce(self.received_rows(), dims, slots, None, dx_NH, arrived, Accumulate::Overwrite);
-        self.journey_home(device, group, scratch)?;
-        self.sum_over_ranks(device, scratch, dx_TH, Accumulate::Add);
-        Ok(())
+        self.bring_home(device, group, scratch, None, (dx_NH, dx_TH, Accumulate::Add))
     }
 
-    /// Rows go from their token's rank to their experts': `outbound` here becomes `arrived` there.
-    fn journey_out<C: Communicator<B>>(
+    /// Sums expanded rows where the experts are, sends the sums home and adds up those of several ranks.
+    fn bring_home<C: Communicator<B>>(
         &self,
         device: &B,
         group: &C,
         scratch: &mut ShuffleScratch<B>,
-    ) -> Result<(), CollectiveError> {
-        let h = self.hidden_size;
-        let (out, home) = (self.send_counts.view(self.dims.ranks), self.recv_counts.view(self.dims.ranks));
-        let ShuffleScratch { outbound, arrived, .. } = scratch;
-        let (send, recv) = (outbound.view(self.bounds.sent * h), arrived.view_mut(self.bounds.received * h));
-        device.wait(&group.all_to_all_v(device, h, send, out, recv, home)?);
-        Ok(())
-    }
-
-    /// Rows come back: `arrived` there becomes `outbound` here.
-    fn journey_home<C: Communicator<B>>(
-        &self,
-        device: &B,
-        group: &C,
-        scratch: &mut ShuffleScratch<B>,
-    ) -> Result<(), CollectiveError> {
-        let h = self.hidden_size;
-        let (out, home) = (self.send_counts.view(self.dims.ranks), self.recv_counts.view(self.dims.ranks));
-        let ShuffleScratch { outbound, arrived, .. } = scratch;
-        let (send, recv) = (arrived.view(self.bounds.received * h), outbound.view_mut(self.bounds.sent * h));
+        weights: Option<View<'_, B, f32>>,
+        (y_NH, out_TH, accumulate): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>, Accumulate),
+    ) -> Result<(), ShuffleError> {
+        let (h, k, Bounds { sent, received, .. }) = (self.hidden_size, self.dims.top_k, self.bounds);
+        let (slots, dims) = (self.slots.view(received * k), CombineDims { slots: k, width: h });
+        let Some(journey) = &self.journey else {
+            device.weighted_reduce(Rows::exactly(received), dims, slots, weights, y_NH, out_TH, accumulate);
+            return Ok(());
+        };
+        scratch.away.reserve(device, received * h)?;
+        let rows = Rows { bound: received, count: Some(self.received.view(1)) };
+        let away = scratch.away.view_mut(received * h);
+        device.weighted_reduce(rows, dims, slots, weights, y_NH, away, Accumulate::Overwrite);
+        let (out, home) = (journey.send_counts.view(self.dims.ranks), self.recv_counts.view(self.dims.ranks));
+        let (send, recv) = (scratch.away.view(received * h), scratch.home.view_mut(sent * h));
         device.wait(&group.all_to_all_v(device, h, send, home, recv, out)?);
+        let (t, each) = (self.dims.tokens, self.dims.rows_per_token());
+        let (rows, dims) = (journey.token_rows.view(t * each), CombineDims { slots: each, width: h });
+        device.weighted_reduce(Rows::exactly(t), dims, rows, None, scratch.home.view(sent * h), out_TH, accumulate);
         Ok(())
     }
 
-    fn sum_over_ranks(
-        &self,
-        device: &B,
-        scratch: &ShuffleScratch<B>,
-        out_TH: ViewMut<'_, B, B::Act>,
-        accumulate: Accumulate,
-    ) {
-        let (h, t, each) = (self.hidden_size, self.dims.tokens, self.dims.rows_per_token());
-        let (rows, home) = (self.token_rows.view(t * each), scratch.outbound.view(self.bounds.sent * h));
-        let dims = CombineDims { slots: each, width: h };
-        device.weighted_reduce(Rows::exactly(t), dims, rows, None, home, out_TH, accumulate);
-    }
-
-    fn sent_rows(&self) -> Rows<'_, B> {
-        Rows { bound: self.bounds.sent, count: Some(self.sent.view(1)) }
-    }
-
-    fn received_rows(&self) -> Rows<'_, B> {
-        Rows { bound: self.bounds.received, count: Some(self.received.view(1)) }
+    /// The weights of the rows that are here, `[R', k]`.
+    fn weights_here<'a>(&'a self, own: View<'a, B, f32>) -> View<'a, B, f32> {
+        let len = self.bounds.received * self.dims.top_k;
+        self.journey.as_ref().map_or(own, |journey| journey.recv_weights.view(len))
     }
 
     /// The expanded rows, grouped by local expert.
@@ -401,28 +459,11 @@ impl<B: Backend> Shuffle<B> {
             offsets: self.offsets.view(local + 1),
         }
     }
-
-    /// The expanded rows themselves, `[N, H]`.
-    pub fn expanded(&self) -> View<'_, B, B::Act> {
-        self.x.view(self.bounds.expanded * self.hidden_size)
-    }
 }
 
 /// The number of expanded rows on the device: the last offset.
 fn last<B: Backend>(offsets: &Slot<B, i32>, local_experts: usize) -> View<'_, B, i32> {
     offsets.view(local_experts + 1).slice(local_experts..local_experts + 1)
-}
-
-/// Tensors of [`Shuffle::combine_backward`].
-pub struct CombineBackward<'a, B: Backend> {
-    /// Gradient of the combined output.
-    pub dout_TH: View<'a, B, B::Act>,
-    /// The experts' outputs.
-    pub y_NH: View<'a, B, B::Act>,
-    /// Their gradient, overwritten.
-    pub dy_NH: ViewMut<'a, B, B::Act>,
-    /// `[T, k]`, overwritten.
-    pub dweights: ViewMut<'a, B, f32>,
 }
 
 /// What a shuffle takes along.
@@ -434,3 +475,10 @@ pub struct RoutedTokens<'a, B: Backend> {
     /// `[T, k]`: their weights.
     pub weights: View<'a, B, f32>,
 }
+
+impl<B: Backend> Clone for RoutedTokens<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<B: Backend> Copy for RoutedTokens<'_, B> {}

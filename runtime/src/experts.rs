@@ -28,17 +28,20 @@ pub struct ExpertWeights<'a, B: Backend> {
     pub down: View<'a, B, B::Act>,
 }
 
-/// Activations of one chunk of one layer.
+/// What the experts of one chunk of one layer keep for their backward pass: `h[N, 2F]`, the gate and up projections. All else is
+/// computed again or not needed, since the combine weight is applied in front of the down projection there.
 pub struct Experts<B: Backend> {
     shape: ExpertShape,
     h: Slot<B, B::Act>,
-    a: Slot<B, B::Act>,
-    /// `[N, H]`: the experts' outputs, which the weights' gradient needs.
-    pub y: Slot<B, B::Act>,
 }
 
-/// Gradients of experts' activations, shared by all layers.
+/// Activations and their gradients under way, shared by all layers.
 pub struct ExpertScratch<B: Backend> {
+    /// `[N, H]`: forward the input, then the output; backward the output's gradient, the input again, the input's gradient. Each is
+    /// done with when the next is written.
+    rows: Slot<B, B::Act>,
+    /// `[N, F]`: activations, in the backward pass weighted.
+    a: Slot<B, B::Act>,
     da: Slot<B, B::Act>,
     dh: Slot<B, B::Act>,
 }
@@ -46,15 +49,28 @@ pub struct ExpertScratch<B: Backend> {
 impl<B: Backend> ExpertScratch<B> {
     /// Counts its buffers.
     pub fn tally(&self, tally: &mut Tally) {
-        tally.add(Kind::Activations, [self.da.bytes(), self.dh.bytes()]);
+        tally.add(Kind::Activations, [&self.rows, &self.a, &self.da, &self.dh].map(Slot::bytes));
     }
 
     /// Empty scratch.
     pub fn new(device: &B) -> Result<Self, DeviceError> {
         Ok(Self {
+            rows: Slot::new(device, "expanded rows")?,
+            a: Slot::new(device, "expert activations")?,
             da: Slot::new(device, "expert activation gradients")?,
             dh: Slot::new(device, "expert projection gradients")?,
         })
+    }
+
+    /// Room for `len` elements of expanded rows, to be filled.
+    pub fn rows_mut(&mut self, device: &B, len: usize) -> Result<ViewMut<'_, B, B::Act>, DeviceError> {
+        self.rows.reserve(device, len)?;
+        Ok(self.rows.view_mut(len))
+    }
+
+    /// The expanded rows as they are now.
+    pub fn rows(&self, len: usize) -> View<'_, B, B::Act> {
+        self.rows.view(len)
     }
 }
 
@@ -73,20 +89,25 @@ impl<B: Backend> Clone for GroupedRows<'_, B> {
 }
 impl<B: Backend> Copy for GroupedRows<'_, B> {}
 
+/// The combine weights of expanded rows, for the backward pass.
+pub struct GatedRows<'a, B: Backend> {
+    /// `[N]`: which weight is each row's.
+    pub origin: View<'a, B, i32>,
+    /// The weights.
+    pub weights: View<'a, B, f32>,
+    /// Their gradient: entries that belong to a row are overwritten.
+    pub dweights: ViewMut<'a, B, f32>,
+}
+
 impl<B: Backend> Experts<B> {
     /// Counts its buffers.
     pub fn tally(&self, tally: &mut Tally) {
-        tally.add(Kind::Activations, [self.h.bytes(), self.a.bytes(), self.y.bytes()]);
+        tally.add(Kind::Activations, [self.h.bytes()]);
     }
 
     /// Empty activations.
     pub fn new(device: &B, shape: ExpertShape) -> Result<Self, DeviceError> {
-        Ok(Self {
-            shape,
-            h: Slot::new(device, "expert projections")?,
-            a: Slot::new(device, "expert activations")?,
-            y: Slot::new(device, "expert outputs")?,
-        })
+        Ok(Self { shape, h: Slot::new(device, "expert projections")? })
     }
 
     fn up(&self) -> GroupedDims {
@@ -97,64 +118,74 @@ impl<B: Backend> Experts<B> {
         GroupedDims { experts: self.shape.experts, n: self.shape.hidden_size, k: self.shape.ffn_size }
     }
 
-    /// `y[i] = down_e · swiglu(gate_up_e · x[i])` for the rows of each expert e.
+    /// `y[i] = down_e · swiglu(gate_up_e · x[i])` for the rows of each expert e: x is in the scratch's rows, y takes its place.
     pub fn forward(
         &mut self,
         device: &B,
+        scratch: &mut ExpertScratch<B>,
         grouped: GroupedRows<'_, B>,
-        x_NH: View<'_, B, B::Act>,
         weights: ExpertWeights<'_, B>,
     ) -> Result<(), DeviceError> {
-        let (n, f) = (grouped.rows.bound, self.shape.ffn_size);
+        let (n, h, f) = (grouped.rows.bound, self.shape.hidden_size, self.shape.ffn_size);
         self.h.reserve(device, n * 2 * f)?;
-        self.a.reserve(device, n * f)?;
-        self.y.reserve(device, n * self.shape.hidden_size)?;
-        let (up, down) = (self.up(), self.down());
-        device.grouped_linear(up, grouped.offsets, x_NH, weights.gate_up, self.h.view_mut(n * 2 * f));
-        device.swiglu(grouped.rows, f, self.h.view(n * 2 * f), self.a.view_mut(n * f));
-        let y = self.y.view_mut(n * self.shape.hidden_size);
-        device.grouped_linear(down, grouped.offsets, self.a.view(n * f), weights.down, y);
+        scratch.a.reserve(device, n * f)?;
+        let (up, down, offsets) = (self.up(), self.down(), grouped.offsets);
+        let (projections, a) = (self.h.view_mut(n * 2 * f), scratch.a.view_mut(n * f));
+        let x_NH = scratch.rows.view(n * h);
+        device.grouped_linear_swiglu(grouped.rows, up, offsets, x_NH, weights.gate_up, projections, a);
+        device.grouped_linear(down, offsets, scratch.a.view(n * f), weights.down, scratch.rows.view_mut(n * h));
         Ok(())
     }
 
-    /// Backward: `dx_NH` is overwritten, weight gradients are added to.
+    /// Backward: the gradient of the combined output of each row, unweighted, is in the scratch's rows, and the input's gradient takes
+    /// its place; weight gradients are added to. `expand` fills the rows with the forward pass's input when it is needed.
     pub fn backward(
         &mut self,
         device: &B,
         scratch: &mut ExpertScratch<B>,
         grouped: GroupedRows<'_, B>,
         tensors: ExpertBackward<'_, B>,
+        expand: impl FnOnce(ViewMut<'_, B, B::Act>),
     ) -> Result<(), DeviceError> {
-        let (n, f) = (grouped.rows.bound, self.shape.ffn_size);
+        let (n, h, f) = (grouped.rows.bound, self.shape.hidden_size, self.shape.ffn_size);
+        scratch.a.reserve(device, n * f)?;
         scratch.da.reserve(device, n * f)?;
         scratch.dh.reserve(device, n * 2 * f)?;
         let (up, down, offsets) = (self.up(), self.down(), grouped.offsets);
-        let ExpertBackward { x_NH, dy_NH, dx_NH, weights, mut gradients, gate_up, down: down_range } = tensors;
-        device.grouped_linear_grad_input(down, offsets, dy_NH, weights.down, scratch.da.view_mut(n * f));
-        device.grouped_linear_grad_weight(
+        let ExpertBackward { gated, weights, mut gradients, gate_up, down: down_range } = tensors;
+        let GatedRows { origin, weights: row_weights, dweights } = gated;
+        device.grouped_linear_grad_input(
             down,
             offsets,
-            dy_NH,
-            self.a.view(n * f),
-            gradients.reborrow().slice(down_range),
+            scratch.rows.view(n * h),
+            weights.down,
+            scratch.da.view_mut(n * f),
         );
-        let (da, h) = (scratch.da.view(n * f), self.h.view(n * 2 * f));
-        device.swiglu_grad(grouped.rows, f, da, h, scratch.dh.view_mut(n * 2 * f));
+        device.weighted_swiglu_grad(
+            grouped.rows,
+            f,
+            origin,
+            row_weights,
+            scratch.da.view(n * f),
+            self.h.view(n * 2 * f),
+            scratch.dh.view_mut(n * 2 * f),
+            scratch.a.view_mut(n * f),
+            dweights,
+        );
+        let (dy, a) = (scratch.rows.view(n * h), scratch.a.view(n * f));
+        device.grouped_linear_grad_weight(down, offsets, dy, a, gradients.reborrow().slice(down_range));
+        expand(scratch.rows.view_mut(n * h));
         let dh = scratch.dh.view(n * 2 * f);
-        device.grouped_linear_grad_weight(up, offsets, dh, x_NH, gradients.slice(gate_up));
-        device.grouped_linear_grad_input(up, offsets, dh, weights.gate_up, dx_NH);
+        device.grouped_linear_grad_weight(up, offsets, dh, scratch.rows.view(n * h), gradients.slice(gate_up));
+        device.grouped_linear_grad_input(up, offsets, dh, weights.gate_up, scratch.rows.view_mut(n * h));
         Ok(())
     }
 }
 
 /// Tensors of the experts' backward pass.
 pub struct ExpertBackward<'a, B: Backend> {
-    /// The forward pass's input.
-    pub x_NH: View<'a, B, B::Act>,
-    /// Gradient of the output.
-    pub dy_NH: View<'a, B, B::Act>,
-    /// Gradient of the input, overwritten.
-    pub dx_NH: ViewMut<'a, B, B::Act>,
+    /// The combine weights.
+    pub gated: GatedRows<'a, B>,
     /// The experts' weights.
     pub weights: ExpertWeights<'a, B>,
     /// The flat gradient buffer, added to.

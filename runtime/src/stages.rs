@@ -1,9 +1,11 @@
 //! Where a step's time goes.
 //!
-//! Owns the names of the stages and their sums on the host's clock. On a CPU, where operations run at once, that is the time the
-//! stage took.
+//! Owns the names of the stages and their sums. Time is the queue's: a stage on a GPU takes as long as the GPU works on it, whenever the
+//! host has issued it, so laps are only added up once a step is over and the host waits for nothing in between.
 
 use std::time::{Duration, Instant};
+
+use moe_kernels::Device;
 
 /// A part of a training step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,33 +76,60 @@ pub struct Span {
 }
 
 /// Sums of time by stage: each lap is the time since the last. Laps themselves are kept where they are asked for.
-#[derive(Clone, Debug)]
-pub struct StageClock {
-    last: Instant,
+pub struct StageClock<B: Device> {
+    device: Option<B>,
+    /// The moments of this step, each with the stage that ended there; none where one begins.
+    moments: Vec<(Option<Stage>, B::Stamp)>,
+    /// The host's time at the first of them.
+    began: Instant,
     sums: [Duration; Stage::ALL.len()],
     spans: Option<Vec<Span>>,
 }
 
-impl Default for StageClock {
+/// A clock that stands still, for passes that nobody measures.
+impl<B: Device> Default for StageClock<B> {
     fn default() -> Self {
-        Self { last: Instant::now(), sums: Default::default(), spans: None }
+        Self { device: None, moments: Vec::new(), began: Instant::now(), sums: Default::default(), spans: None }
     }
 }
 
-impl StageClock {
+impl<B: Device> StageClock<B> {
+    /// The clock of a queue.
+    pub fn of(device: &B) -> Self {
+        Self { device: Some(device.clone()), ..Self::default() }
+    }
+
     /// Starts a lap that belongs to no stage yet.
     pub fn start(&mut self) {
-        self.last = Instant::now();
+        self.note(None);
     }
 
     /// Gives the time since the last lap to `stage`.
     pub fn lap(&mut self, stage: Stage) {
-        let now = Instant::now();
-        self.sums[stage as usize] += now - self.last;
-        if let Some(spans) = &mut self.spans {
-            spans.push(Span { stage, begin: self.last, end: now });
+        self.note(Some(stage));
+    }
+
+    fn note(&mut self, stage: Option<Stage>) {
+        let Some(device) = &self.device else { return };
+        if self.moments.is_empty() {
+            self.began = Instant::now();
         }
-        self.last = now;
+        self.moments.push((stage, device.stamp()));
+    }
+
+    /// Adds up the laps of a step whose queue has been waited for.
+    pub fn settle(&mut self) {
+        let (Some(device), Some((_, first))) = (&self.device, self.moments.first()) else { return };
+        for pair in self.moments.windows(2) {
+            let [(_, from), (stage, to)] = pair else { continue };
+            let Some(stage) = *stage else { continue };
+            self.sums[stage as usize] += device.between(from, to);
+            if let Some(spans) = &mut self.spans {
+                let at = |moment| self.began + device.between(first, moment);
+                spans.push(Span { stage, begin: at(from), end: at(to) });
+            }
+        }
+        self.moments.clear();
     }
 
     /// Keeps laps from now on, until they are taken.
@@ -114,7 +143,7 @@ impl StageClock {
     }
 
     /// The sums since they were last taken.
-    pub fn take(&mut self) -> impl Iterator<Item = (Stage, Duration)> + use<> {
+    pub fn take(&mut self) -> impl Iterator<Item = (Stage, Duration)> + use<B> {
         let sums = std::mem::take(&mut self.sums);
         Stage::ALL.into_iter().zip(sums)
     }

@@ -92,7 +92,8 @@ pub trait ExpertOps: Device {
         weights: View<'_, Self, f32>,
         plan: ShufflePlan<'_, Self>,
     );
-    /// Plans the expansion of arrived rows. `recv_counts[W]`; `row_experts[R', k]` as [`ShufflePlan::row_experts`] of the senders.
+    /// Plans the expansion of arrived rows. `recv_counts[W]`; `row_experts[R', k]` as [`ShufflePlan::row_experts`] of the senders, or, where
+    /// there is one rank, the choices of its tokens as they are: in any order, −1 anywhere.
     fn expand_plan(
         &self,
         dims: ShuffleDims,

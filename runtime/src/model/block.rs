@@ -115,7 +115,7 @@ impl<B: Backend> Block<B> {
         context: &BlockContext<'_, B, C>,
         balance: &mut Balance<B>,
         scratch: &mut MoeScratch<B>,
-        clock: &mut StageClock,
+        clock: &mut StageClock<B>,
         (x, mut y): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
     ) -> Result<(), ModelError> {
         let (device, n) = (context.device, x.len());
@@ -150,7 +150,7 @@ impl<B: Backend> Block<B> {
         gradients: &mut Gradients<'_, B>,
         losses: RouterLosses<'_, B>,
         scratch: &mut Scratch<B>,
-        clock: &mut StageClock,
+        clock: &mut StageClock<B>,
         x: View<'_, B, B::Act>,
     ) -> Result<(), ModelError> {
         let (device, n, weights) = (context.device, x.len(), context.weights);

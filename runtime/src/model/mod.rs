@@ -12,12 +12,14 @@ pub mod layout;
 mod moe;
 pub mod parameters;
 pub mod rotary;
+mod single;
 mod transformer;
 
 pub use config::{Family, ModelConfig, QkNorm};
 pub use head::logits_rows;
 pub use parameters::Parameters;
 pub use rotary::RopeScaling;
+pub use single::SingleMoe;
 pub use transformer::{LogitsOf, ModelSetup, PassTokens, StepSums, Transformer};
 
 use crate::collectives::CollectiveError;

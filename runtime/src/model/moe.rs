@@ -13,7 +13,7 @@ use super::feed_forward::DenseFeedForward;
 use super::layout::MoeTensors;
 use super::parameters::{Gradients, Weights};
 use crate::collectives::Communicator;
-use crate::dispatch::{CombineBackward, RoutedTokens, Shuffle, ShuffleScratch, ShuffledRows};
+use crate::dispatch::{RoutedTokens, Shuffle, ShuffleScratch, ShuffledRows};
 use crate::experts::{ExpertBackward, ExpertScratch, ExpertShape, ExpertWeights, Experts};
 use crate::memory::{Kind, Slot, Tally};
 use crate::routing::{
@@ -41,15 +41,13 @@ struct SharedExpert<B: Backend> {
 pub(super) struct MoeScratch<B: Backend> {
     shuffle: ShuffleScratch<B>,
     experts: ExpertScratch<B>,
-    dy: Slot<B, B::Act>,
-    dx: Slot<B, B::Act>,
     dweights: Slot<B, f32>,
 }
 
 impl<B: Backend> MoeScratch<B> {
     /// Counts its buffers.
     pub(super) fn tally(&self, tally: &mut Tally) {
-        tally.add(Kind::Activations, [self.dy.bytes(), self.dx.bytes(), self.dweights.bytes()]);
+        tally.add(Kind::Activations, [self.dweights.bytes()]);
         self.shuffle.tally(tally);
         self.experts.tally(tally);
     }
@@ -59,8 +57,6 @@ impl<B: Backend> MoeScratch<B> {
         Ok(Self {
             shuffle: ShuffleScratch::new(device)?,
             experts: ExpertScratch::new(device)?,
-            dy: Slot::new(device, "expert output gradients")?,
-            dx: Slot::new(device, "expert input gradients")?,
             dweights: Slot::new(device, "gate weight gradients")?,
         })
     }
@@ -152,6 +148,11 @@ impl<B: Backend> MoeLayer<B> {
         })
     }
 
+    /// H.
+    pub(super) fn hidden_size(&self) -> usize {
+        self.hidden_size
+    }
+
     /// Rows exchanged with other ranks so far.
     pub(super) fn shuffled_rows(&self) -> ShuffledRows {
         let mut rows = ShuffledRows::default();
@@ -172,10 +173,10 @@ impl<B: Backend> MoeLayer<B> {
         pass: &MoePass<'_, B, C>,
         balance: &mut Balance<B>,
         scratch: &mut MoeScratch<B>,
-        clock: &mut StageClock,
+        clock: &mut StageClock<B>,
         (x_TH, mut out_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
     ) -> Result<(), ModelError> {
-        let (device, t, h, k) = (pass.device, pass.route.tokens, self.hidden_size, self.top_k);
+        let (device, t, h) = (pass.device, pass.route.tokens, self.hidden_size);
         let (counts, prob_sums) = balance.layer_mut(self.index);
         let weights = router_weights(pass);
         self.router.forward(device, pass.route, x_TH, &weights, counts, prob_sums)?;
@@ -183,19 +184,16 @@ impl<B: Backend> MoeLayer<B> {
         for index in 0..self.chunks.len() {
             let tokens = self.chunk_tokens(t, index);
             let Chunk { shuffle, experts } = &mut self.chunks[index];
-            let routed = RoutedTokens {
-                x_TH: x_TH.slice(tokens.start * h..tokens.end * h),
-                kept: self.router.kept(t).slice(tokens.start * k..tokens.end * k),
-                weights: self.router.weights(t).slice(tokens.start * k..tokens.end * k),
-            };
+            let routed = routed(&self.router, x_TH, t, tokens.clone());
             shuffle.dispatch(device, pass.group, &mut scratch.shuffle, routed)?;
+            let (grouped, rows) = (shuffle.grouped(), &mut scratch.experts);
+            let len = grouped.rows.bound * h;
+            shuffle.expanded(device, routed.x_TH, rows.rows_mut(device, len)?);
             clock.lap(Stage::Dispatch);
-            let grouped = shuffle.grouped();
-            experts.forward(device, grouped, shuffle.expanded(), expert_weights(pass))?;
+            experts.forward(device, rows, grouped, expert_weights(pass))?;
             clock.lap(Stage::Experts);
-            let y = experts.y.view(grouped.rows.bound * h);
-            let out = out_TH.reborrow().slice(tokens.start * h..tokens.end * h);
-            shuffle.combine(device, pass.group, &mut scratch.shuffle, y, out)?;
+            let tensors = (rows.rows(len), out_TH.reborrow().slice(tokens.start * h..tokens.end * h));
+            shuffle.combine(device, pass.group, &mut scratch.shuffle, routed.weights, tensors)?;
             clock.lap(Stage::Combine);
         }
         if let Some(shared) = &mut self.shared {
@@ -228,7 +226,7 @@ impl<B: Backend> MoeLayer<B> {
         gradients: &mut Gradients<'_, B>,
         losses: RouterLosses<'_, B>,
         scratch: &mut MoeScratch<B>,
-        clock: &mut StageClock,
+        clock: &mut StageClock<B>,
         tensors: MoeBackward<'_, B>,
     ) -> Result<(), ModelError> {
         let MoeBackward { x_TH, dout_TH, mut dx_TH } = tensors;
@@ -245,31 +243,23 @@ impl<B: Backend> MoeLayer<B> {
             let rows = tokens.start * h..tokens.end * h;
             let Chunk { shuffle, experts } = &mut self.chunks[index];
             let grouped = shuffle.grouped();
-            let n = grouped.rows.bound;
-            scratch.dy.reserve(device, n * h)?;
-            scratch.dx.reserve(device, n * h)?;
-            let combine = CombineBackward {
-                dout_TH: dout_TH.slice(rows.clone()),
-                y_NH: experts.y.view(n * h),
-                dy_NH: scratch.dy.view_mut(n * h),
-                dweights: scratch.dweights.view_mut(t * k).slice(tokens.start * k..tokens.end * k),
-            };
-            shuffle.combine_backward(device, pass.group, &mut scratch.shuffle, combine)?;
+            let len = grouped.rows.bound * h;
+            let (x, dout) = (x_TH.slice(rows.clone()), dout_TH.slice(rows.clone()));
+            let dy = scratch.experts.rows_mut(device, len)?;
+            shuffle.combine_backward(device, pass.group, &mut scratch.shuffle, (dout, dy))?;
+            let mut dweights = scratch.dweights.view_mut(t * k).slice(tokens.start * k..tokens.end * k);
+            let row_weights = self.router.weights(t).slice(tokens.start * k..tokens.end * k);
+            let gated = shuffle.gated(device, &mut scratch.shuffle, row_weights, dweights.reborrow())?;
             clock.lap(Stage::Combine);
             let (flat, [gate_up, down]) = gradients.several([pass.tensors.experts.gate_up, pass.tensors.experts.down]);
-            let tensors = ExpertBackward {
-                x_NH: shuffle.expanded(),
-                dy_NH: scratch.dy.view(n * h),
-                dx_NH: scratch.dx.view_mut(n * h),
-                weights: expert_weights(pass),
-                gradients: flat,
-                gate_up,
-                down,
-            };
-            experts.backward(device, &mut scratch.experts, grouped, tensors)?;
+            let tensors = ExpertBackward { gated, weights: expert_weights(pass), gradients: flat, gate_up, down };
+            let expand = |to: ViewMut<'_, B, B::Act>| shuffle.expanded(device, x, to);
+            experts.backward(device, &mut scratch.experts, grouped, tensors, expand)?;
             clock.lap(Stage::Experts);
-            let (dx_NH, dx) = (scratch.dx.view(n * h), dx_TH.reborrow().slice(rows));
-            shuffle.dispatch_backward(device, pass.group, &mut scratch.shuffle, dx_NH, dx)?;
+            shuffle.dweights_home(device, pass.group, &mut scratch.shuffle, dweights)?;
+            clock.lap(Stage::Combine);
+            let tensors = (scratch.experts.rows(len), dx_TH.reborrow().slice(rows));
+            shuffle.dispatch_backward(device, pass.group, &mut scratch.shuffle, tensors)?;
             clock.lap(Stage::Dispatch);
         }
         self.route_backward(pass, gradients, losses, scratch.dweights.view_mut(t * k), (x_TH, dx_TH));
@@ -297,6 +287,22 @@ fn router_weights<'a, B: Backend, C>(pass: &MoePass<'a, B, C>) -> RouterWeights<
     RouterWeights {
         router: pass.weights.get(pass.tensors.router),
         noise: pass.tensors.router_noise.map(|id| pass.weights.get(id)),
+    }
+}
+
+/// The tokens of a chunk with their choices.
+fn routed<'a, B: Backend>(
+    router: &'a Router<B>,
+    x_TH: View<'a, B, B::Act>,
+    all_tokens: usize,
+    tokens: Range<usize>,
+) -> RoutedTokens<'a, B> {
+    let choices = |k: usize| tokens.start * k..tokens.end * k;
+    let (h, k) = (x_TH.len() / all_tokens.max(1), router.kept(all_tokens).len() / all_tokens.max(1));
+    RoutedTokens {
+        x_TH: x_TH.slice(choices(h)),
+        kept: router.kept(all_tokens).slice(choices(k)),
+        weights: router.weights(all_tokens).slice(choices(k)),
     }
 }
 

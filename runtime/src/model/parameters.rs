@@ -8,6 +8,7 @@ use moe_kernels::{Activation, Buffer, Device, DeviceError, View, ViewMut};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, Normal};
+use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::layout::{Init, Layout, Part, TensorId};
@@ -39,17 +40,13 @@ impl<B: Device> Parameters<B> {
     /// Sets every parameter to its initial value for `seed`: the same under any layout, since each logical part draws from a
     /// stream of its own, keyed by the seed and its name.
     pub fn initialize(&mut self, device: &B, seed: u64) {
-        let mut values = Vec::new();
-        for tensor in 0..self.layout.tensors().len() {
-            let tensor = self.layout.tensors()[tensor].clone();
-            for part in &tensor.parts {
-                values.clear();
-                match tensor.init {
-                    Init::Ones => values.resize(part.range.len(), 1.0),
-                    Init::Zeros => values.resize(part.range.len(), 0.0),
-                    Init::Normal(std) => fill_normal(&mut values, part, seed, std),
-                }
-                self.set(device, part, &values);
+        let tensors = self.layout.tensors().iter();
+        let parts: Vec<_> = tensors.flat_map(|t| t.parts.iter().map(move |part| (t.init, part.clone()))).collect();
+        // As many at a time as there are threads: drawing takes longer than anything else at the start of a large model.
+        for parts in parts.chunks(rayon::current_num_threads()) {
+            let drawn: Vec<_> = parts.par_iter().map(|(init, part)| initial_values(*init, part, seed)).collect();
+            for ((_, part), values) in parts.iter().zip(&drawn) {
+                self.set(device, part, values);
             }
         }
     }
@@ -198,6 +195,18 @@ pub fn read<B: Device>(device: &B, buffer: &B::Buffer<f32>, part: &Part) -> Resu
     let mut values = vec![0.0; part.range.len()];
     device.read_to_host(View::range(buffer, part.range.clone()), &mut values)?;
     Ok(values)
+}
+
+fn initial_values(init: Init, part: &Part, seed: u64) -> Vec<f32> {
+    match init {
+        Init::Ones => vec![1.0; part.range.len()],
+        Init::Zeros => vec![0.0; part.range.len()],
+        Init::Normal(std) => {
+            let mut values = Vec::with_capacity(part.range.len());
+            fill_normal(&mut values, part, seed, std);
+            values
+        }
+    }
 }
 
 fn fill_normal(values: &mut Vec<f32>, part: &Part, seed: u64, std: f32) {

@@ -195,7 +195,7 @@ impl<B: Backend> Transformer<B> {
     pub fn train_pass<C: Communicator<B>>(
         &mut self,
         groups: &Groups<C>,
-        clock: &mut StageClock,
+        clock: &mut StageClock<B>,
         tokens: PassTokens<'_>,
         batch: BatchShare,
         scale: f32,
@@ -309,7 +309,7 @@ impl<B: Backend> Transformer<B> {
     fn forward<C: Communicator<B>>(
         &mut self,
         groups: &Groups<C>,
-        clock: &mut StageClock,
+        clock: &mut StageClock<B>,
         inputs: &[i32],
         route: RoutePass,
     ) -> Result<(), ModelError> {
@@ -388,7 +388,7 @@ impl<B: Backend> Transformer<B> {
         &mut self,
         index: usize,
         groups: &Groups<C>,
-        clock: &mut StageClock,
+        clock: &mut StageClock<B>,
         route: RoutePass,
         batch: BatchShare,
     ) -> Result<(), ModelError> {

@@ -97,7 +97,7 @@ fn receive_buffer(job: &Job) -> ReceiveBuffer {
         expected_rows: tokens * c.top_k as u64,
         planned_rows: (rows(job).expanded * chunks) as u64,
         most_rows: tokens * job.grid.ep() as u64 * local,
-        bytes_per_row: if layers == 0 { 0 } else { act * (layers * (2 * h + 3 * f) + 2 * h + 3 * f) },
+        bytes_per_row: if layers == 0 { 0 } else { act * (layers * 2 * f + h + 4 * f) },
     }
 }
 
@@ -135,7 +135,7 @@ fn activations(job: &Job, tally: &mut Tally) {
             t * (attention + qkv * (1 + with_norm)) * act,
             2 * th,
             norm + logits + 8 * t,
-            8 * world_sums,
+            if job.world() > 1 { 8 * world_sums } else { 0 },
             c.padding_token.map_or(0, |_| 4 * h),
         ],
     );
@@ -146,15 +146,16 @@ fn activations(job: &Job, tally: &mut Tally) {
     tally.add(Kind::Activations, [4 * 4 * moe * groups * c.experts as u64, 24]);
 }
 
-/// What one MoE layer keeps: the router, the expanded rows with the experts' activations, the shared expert.
+/// What one MoE layer keeps: the router, the experts' projections, the rows that arrived from other ranks, the shared expert.
 fn moe_layer(job: &Job) -> u64 {
     let c = &job.config.model;
     let act = job.numbers.act_bytes as u64;
     let (t, h, e, k) = (job.pass_tokens() as u64, c.hidden_size as u64, c.experts as u64, c.top_k as u64);
     let logits = if job.config.router.kind == RouterKind::NoisyTopk { 8 } else { 3 };
     let router = 4 * (logits * t * e + 4 * t * k + t + 1 + 6 * e);
-    let row = act * (2 * h + 3 * c.expert_ffn_size as u64);
-    let experts = (rows(job).expanded * job.config.parallel.chunks as f64) as u64 * row;
+    let (rows, chunks) = (rows(job), job.config.parallel.chunks as f64);
+    let arrived = if job.grid.ep() > 1 { (rows.received * chunks) as u64 * act * h } else { 0 };
+    let experts = (rows.expanded * chunks) as u64 * act * 2 * c.expert_ffn_size as u64 + arrived;
     let shared = match (c.shared_expert_ffn_size as u64, c.shared_expert_gate) {
         (0, _) => 0,
         (f, gated) => act * t * (h + 6 * f) + if gated { act * t * h + 8 * t } else { 0 },
@@ -162,10 +163,10 @@ fn moe_layer(job: &Job) -> u64 {
     router + experts + shared
 }
 
-/// Gradients of the experts' activations, which all layers share.
+/// Expanded rows, the experts' activations and their gradients, which all layers share.
 fn expert_scratch(job: &Job) -> u64 {
     let c = &job.config.model;
-    let row = job.numbers.act_bytes as u64 * (2 * c.hidden_size + 3 * c.expert_ffn_size) as u64;
+    let row = job.numbers.act_bytes as u64 * (c.hidden_size + 4 * c.expert_ffn_size) as u64;
     rows(job).expanded as u64 * row + 4 * (job.pass_tokens() * c.top_k) as u64
 }
 
@@ -181,16 +182,24 @@ fn communication(job: &Job, layout: &Layout, tally: &mut Tally) {
         let each = c.top_k.min(ep) as u64;
         let local = job.grid.experts_per_rank() as u64;
         let lists = |tokens: u64| {
-            // Counts, the plan's lists at their bound, the arrived rows' lists.
-            let fixed = 2 * ep as u64 + 2 + local + 1;
+            // Counts, offsets, and three lists that say where expanded rows come from.
+            let here = ep as u64 + 1 + local + 1;
+            if ep == 1 {
+                return 4 * (here + tokens * (k + 2 * k.min(local)));
+            }
+            // More counts, the plan's lists at their bound, the arrived rows' lists.
             let bound = tokens * each;
-            4 * (fixed + bound * (2 + 3 * k) + received * (3 * k + k.min(local)))
+            4 * (here + 3 * ep as u64 + 1 + bound * (2 + 3 * k) + received * (3 * k + 2 * k.min(local)))
         };
         let per_layer: u64 =
             (0..chunks).map(|chunk| lists(crate::topology::share(tokens, chunks, chunk).len() as u64)).sum();
         tally.add(
             Kind::Communication,
-            [job.moe_layers() as u64 * per_layer, (sent + received) * (h * act + 4 * k), staged_rows(job)],
+            [
+                job.moe_layers() as u64 * per_layer,
+                if ep > 1 { (sent + received) * (h * act + 4 * k) } else { 0 },
+                staged_rows(job),
+            ],
         );
     }
     let shard = job.shard(layout, Rank(0));

@@ -41,6 +41,10 @@ pub struct StepMetrics {
     pub grad_norm: f64,
     /// Tokens per second, over all ranks.
     pub tokens_per_s: f64,
+    /// Model-FLOPs utilisation: the model's own operations over what all ranks' devices could do in the step's time. Only where a
+    /// device's peak is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mfu: Option<f64>,
     /// Share of the choices that capacity dropped.
     pub dropped_fraction: f64,
     /// The busiest expert's load over the mean, the largest over the layers.

@@ -126,9 +126,10 @@ fn readable(metrics: &StepMetrics, steps: u64) -> String {
     let stage = &metrics.stage_ms;
     let mut line = format!(
         "step {step}/{steps}  loss {loss:.4}  balance {balance_loss:.4}  lr {lr:.2e}  grad norm {grad_norm:.3}  \
-         {} tokens/s  dropped {:.1} %  busiest/mean expert {:.2}  \
+         {} tokens/s{}  dropped {:.1} %  busiest/mean expert {:.2}  \
          ms route {:.1} dispatch {:.1} experts {:.1} combine {:.1}",
         grouped(metrics.tokens_per_s),
+        metrics.mfu.map_or(String::new(), |mfu| format!("  MFU {:.1} %", 100.0 * mfu)),
         100.0 * metrics.dropped_fraction,
         metrics.load_max_over_mean,
         stage.route,
@@ -186,6 +187,7 @@ mod tests {
             lr: 3e-4,
             grad_norm: 0.8768,
             tokens_per_s: 12345.6,
+            mfu: Some(0.4321),
             dropped_fraction: 0.0123,
             load_max_over_mean: 1.5,
             stage_ms: StageMs { route: 1.0, dispatch: 2.0, experts: 30.0, combine: 4.0, aggregate: 5.0 },
@@ -216,7 +218,7 @@ mod tests {
             lines,
             [
                 "corpus: one",
-                "step 1/1  loss 2.3457  balance 1.0200  lr 3.00e-4  grad norm 0.877  12,346 tokens/s  dropped 1.2 %  \
+                "step 1/1  loss 2.3457  balance 1.0200  lr 3.00e-4  grad norm 0.877  12,346 tokens/s  MFU 43.2 %  dropped 1.2 %  \
                  busiest/mean expert 1.50  ms route 1.0 dispatch 2.0 experts 30.0 combine 4.0  validation loss 1.7500"
             ]
         );

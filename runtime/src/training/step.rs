@@ -17,6 +17,7 @@ use crate::invalid::InvalidValue;
 use crate::memory::{Kind, Slot, Tally};
 use crate::model::{ModelError, PassTokens, StepSums, Transformer};
 use crate::optimizer::{Optimizer, Schedule, Shard};
+use crate::plan::Flops;
 use crate::routing::{BatchShare, RouterKind};
 use crate::stages::{Span, Stage, StageClock};
 use crate::telemetry::{StageMs, StepMetrics};
@@ -58,6 +59,8 @@ impl From<ModelError> for StepError {
 impl Classified for StepError {
     fn exit_code(&self) -> ExitCode {
         match self {
+            // The same step would need the same memory again.
+            Self::Device(DeviceError::OutOfMemory { .. }) => ExitCode::Usage,
             Self::Device(_) | Self::NotFinite { .. } => ExitCode::Internal,
             Self::Setting(error) => error.exit_code(),
             Self::Collective(error) => error.exit_code(),
@@ -116,8 +119,9 @@ pub struct Trainer<B: Backend, C, D> {
     config: Config,
     data: D,
     batch: Batch,
-    clock: StageClock,
+    clock: StageClock<B>,
     stage_times: Vec<(Stage, f64)>,
+    peak_flops: Option<f64>,
     sums: Slot<B, f64>,
     selection: Selection,
 }
@@ -143,8 +147,9 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
             config: config.clone(),
             data,
             batch: Batch::default(),
-            clock: StageClock::default(),
+            clock: StageClock::of(device),
             stage_times: Vec::new(),
+            peak_flops: None,
             groups,
             model,
         })
@@ -189,10 +194,11 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
             };
             self.model.train_pass(&self.groups, &mut self.clock, tokens, share, scale)?;
         }
+        // The norm first: reading it is where the host waits for the passes, and what is read after it is ready.
+        let grad_norm = self.sharing.reduce(&self.groups, self.model.parameters_mut(), &mut self.optimizer)?;
         let (sums, requests) = self.reduce_sums(requests)?;
         let loss = sums.loss / valid.max(1.0);
         require_finite(step, "loss", loss)?;
-        let grad_norm = self.sharing.reduce(&self.groups, self.model.parameters_mut(), &mut self.optimizer)?;
         require_finite(step, "gradient norm", grad_norm)?;
         self.clock.lap(Stage::Reduce);
         let lr = self.schedule.lr(step);
@@ -201,8 +207,10 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         self.optimizer.update(&device, self.model.parameters_mut(), lr, grad_scale);
         self.sharing.spread(&self.groups, self.model.parameters_mut(), self.optimizer.shard())?;
         self.update_selection_biases(&sums.balance.loads)?;
-        device.synchronize()?;
         self.clock.lap(Stage::Optimizer);
+        device.synchronize()?;
+        self.clock.settle();
+        let seconds = started.elapsed().as_secs_f64();
         let tokens = (self.config.train.global_batch * self.config.train.sequence_length) as f64;
         let (noisy, z_coefficient) =
             (self.config.router.kind == RouterKind::NoisyTopk, self.config.router.z_coefficient);
@@ -212,7 +220,10 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
             balance_loss: sums.balance.balance_loss,
             lr,
             grad_norm,
-            tokens_per_s: tokens / started.elapsed().as_secs_f64(),
+            tokens_per_s: tokens / seconds,
+            mfu: self.peak_flops.map(|peak| {
+                Flops::of(&self.config).total() * tokens / (seconds * peak * self.groups.world.size() as f64)
+            }),
             dropped_fraction: self.dropped_fraction(sums.dropped, tokens),
             load_max_over_mean: max_over_mean(&sums.balance.loads, self.config.model.experts),
             stage_ms: self.stage_ms(),
@@ -250,6 +261,11 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         tally.add(Kind::Activations, [self.sums.bytes()]);
         tally.add(Kind::Communication, [self.groups.world.staging_bytes()]);
         tally
+    }
+
+    /// What a rank's device could compute in a second, as its maker says: steps then have a utilisation.
+    pub fn set_peak_flops(&mut self, peak: Option<f64>) {
+        self.peak_flops = peak;
     }
 
     /// Keeps the spans of stages from now on; see [`Trainer::take_spans`].
@@ -302,6 +318,9 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
 
     /// Sums host numbers over the world.
     fn sum_over_world<'a>(&mut self, values: &'a mut [f64]) -> Result<&'a [f64], StepError> {
+        if self.groups.world.size() == 1 {
+            return Ok(values);
+        }
         let (device, n) = (self.model.device(), values.len());
         self.sums.reserve(device, n)?;
         device.upload(values, self.sums.view_mut(n));

@@ -1,0 +1,100 @@
+//! One MoE layer by itself, with parameters of its own: what is measured when a layer is.
+//!
+//! Owns nothing that a model does not: it is a model's layer, called as a block calls it.
+
+use moe_kernels::{Backend, DeviceError, View, ViewMut};
+
+use super::ModelError;
+use super::config::ModelConfig;
+use super::layout::{FeedForward, Layout, MoeTensors};
+use super::moe::{MoeBackward, MoeLayer, MoePass, MoeScratch, MoeShape};
+use super::parameters::Parameters;
+use crate::collectives::{Communicator, Groups};
+use crate::routing::{Balance, BatchShare, RoutePass, RouterConfig, RouterLosses, RouterShape};
+use crate::stages::StageClock;
+use crate::topology::{Grid, Rank};
+
+/// An MoE layer: router, dispatch, experts, combine.
+pub struct SingleMoe<B: Backend> {
+    device: B,
+    parameters: Parameters<B>,
+    tensors: MoeTensors,
+    layer: MoeLayer<B>,
+    balance: Balance<B>,
+    scratch: MoeScratch<B>,
+}
+
+impl<B: Backend> SingleMoe<B> {
+    /// The first block's layer of a model of `config`, which must be an MoE block, with initial weights; None: it is dense.
+    ///
+    /// # Errors
+    /// Too little memory.
+    pub fn new(
+        device: B,
+        config: &ModelConfig,
+        router: &RouterConfig,
+        (grid, rank): (&Grid, Rank),
+    ) -> Result<Option<Self>, DeviceError> {
+        let layout = Layout::new(config, router, grid.local_experts(rank));
+        let Some(FeedForward::Moe(tensors)) = layout.blocks.first().map(|block| block.feed_forward) else {
+            return Ok(None);
+        };
+        let (hidden_size, experts, top_k) = (config.hidden_size, config.experts, config.top_k);
+        let shape = RouterShape { hidden_size, experts, top_k, config: router.clone() };
+        let place = MoeShape { ranks: grid.ep(), chunks: 1, seed: 0 };
+        let mut parameters = Parameters::new(&device, layout)?;
+        parameters.initialize(&device, 0);
+        Ok(Some(Self {
+            parameters,
+            tensors,
+            layer: MoeLayer::new(&device, config, shape, &place, (0, 0))?,
+            balance: Balance::new(&device, router, 1, experts, 1)?,
+            scratch: MoeScratch::new(&device)?,
+            device,
+        }))
+    }
+
+    /// Forward: `out_TH` from `x_TH`, as in training.
+    ///
+    /// # Errors
+    /// The device's or a collective's.
+    pub fn forward<C: Communicator<B>>(
+        &mut self,
+        groups: &Groups<C>,
+        (x_TH, out_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
+    ) -> Result<(), ModelError> {
+        let route = self.route(x_TH.len());
+        self.balance.begin_pass(route);
+        let weights = self.parameters.weights();
+        let pass = MoePass { device: &self.device, group: &groups.expert, route, weights, tensors: self.tensors };
+        let clock = &mut StageClock::default();
+        self.layer.forward(&pass, &mut self.balance, &mut self.scratch, clock, (x_TH, out_TH))
+    }
+
+    /// Backward of the last forward pass: `dx_TH` from `dout_TH`; gradients of the weights are added up.
+    ///
+    /// # Errors
+    /// The device's or a collective's.
+    pub fn backward<C: Communicator<B>>(
+        &mut self,
+        groups: &Groups<C>,
+        x_TH: View<'_, B, B::Act>,
+        (dout_TH, dx_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
+    ) -> Result<(), ModelError> {
+        let route = self.route(x_TH.len());
+        let all = route.tokens * groups.world.size();
+        let share = BatchShare { global_tokens: all, tokens_so_far: all, pass_tokens: all };
+        self.balance.form(&self.device, &groups.world, route, share)?;
+        let (weights, mut gradients) = self.parameters.split();
+        let losses = RouterLosses { balance: self.balance.coefficients(0), z_scale: self.balance.z_scale(share) };
+        let pass = MoePass { device: &self.device, group: &groups.expert, route, weights, tensors: self.tensors };
+        let rows = MoeBackward { x_TH, dout_TH, dx_TH };
+        let clock = &mut StageClock::default();
+        self.layer.backward(&pass, &mut gradients, losses, &mut self.scratch, clock, rows)
+    }
+
+    fn route(&self, elements: usize) -> RoutePass {
+        let tokens = elements / self.layer.hidden_size();
+        RoutePass { tokens, sequence_length: tokens, first_token: 0, training: true }
+    }
+}
