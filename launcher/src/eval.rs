@@ -8,9 +8,12 @@ use std::process::ExitCode;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
+use moe_kernels::{Backend, Cpu};
+use moe_runtime::config::Precision;
 use moe_runtime::data::{Corpus, Tokenizer};
 use moe_runtime::exit::{ExitCode as Code, Failure};
 use moe_runtime::training::{TextLoss, text_loss};
+use moe_runtime::worker::{Device, DeviceChoice, OnDevice};
 use serde_json::json;
 
 use crate::place::{Loaded, Place};
@@ -45,9 +48,28 @@ pub(crate) struct EvalArgs {
     /// Tokenizer: bytes, or a tokenizer.json. Default: the run's or the folder's own.
     #[arg(long, value_name = "NAME")]
     tokenizer: Option<String>,
+    /// Where to compute.
+    #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
+    device: DeviceChoice,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
+}
+
+/// The losses of several texts.
+struct Measuring<'a> {
+    place: &'a Place,
+    window: usize,
+    texts: Vec<(&'a str, Vec<i32>)>,
+}
+
+impl<'a> OnDevice for Measuring<'a> {
+    type Output = Result<Vec<(&'a str, TextLoss)>, Failure>;
+
+    fn run<B: Backend>(self, device: B) -> Self::Output {
+        let mut loaded = self.place.load(&device, self.window, SEQUENCES)?;
+        self.texts.into_iter().map(|(name, tokens)| Ok((name, measure(&mut loaded, name, &tokens)?))).collect()
+    }
 }
 
 pub(crate) fn run(args: &EvalArgs) -> Result<ExitCode, Failure> {
@@ -66,11 +88,8 @@ pub(crate) fn run(args: &EvalArgs) -> Result<ExitCode, Failure> {
         let (name, path) = named(given);
         texts.push((name, tokens_of(path, tokenizer.as_ref(), limit)?));
     }
-    let mut loaded = place.load(window, SEQUENCES)?;
-    let mut measured = Vec::new();
-    for (name, tokens) in texts {
-        measured.push((name, measure(&mut loaded, name, &tokens)?));
-    }
+    let device = Device::choose_alone(args.device, Precision::Auto)?;
+    let measured = device.visit(Measuring { place: &place, window, texts })?;
     let mut out = String::new();
     if args.json {
         let text = |(name, loss): &(&str, TextLoss)| json!({"name": name, "tokens": loss.tokens, "loss": loss.mean(), "perplexity": loss.perplexity()});
@@ -94,10 +113,10 @@ pub(crate) fn run(args: &EvalArgs) -> Result<ExitCode, Failure> {
 /// The loss of the model at `place` on a file or directory, in windows as in its training.
 pub(crate) fn loss_on_file(place: &Place, tokenizer: &dyn Tokenizer, path: &Path) -> Result<TextLoss, Failure> {
     let tokens = tokens_of(path, tokenizer, usize::MAX)?;
-    measure(&mut place.load(place.window(), SEQUENCES)?, &place.dir().to_string_lossy(), &tokens)
+    measure(&mut place.load(&Cpu, place.window(), SEQUENCES)?, &place.dir().to_string_lossy(), &tokens)
 }
 
-fn measure(loaded: &mut Loaded, name: &str, tokens: &[i32]) -> Result<TextLoss, Failure> {
+fn measure<B: Backend>(loaded: &mut Loaded<B>, name: &str, tokens: &[i32]) -> Result<TextLoss, Failure> {
     let style = ProgressStyle::with_template("{prefix} [{wide_bar}] {pos}/{len} tokens, {eta} left");
     let bar = ProgressBar::new(tokens.len() as u64).with_prefix(name.to_owned());
     let bar = match style {

@@ -7,8 +7,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
+use moe_kernels::Backend;
+use moe_runtime::config::Precision;
+use moe_runtime::data::Tokenizer;
 use moe_runtime::exit::{ExitCode as Code, Failure};
 use moe_runtime::training::{Sampling, generate};
+use moe_runtime::worker::{Device, DeviceChoice, OnDevice};
 
 use crate::place::{Loaded, Place};
 
@@ -46,6 +50,9 @@ pub(crate) struct GenerateArgs {
     /// Seed of the draws.
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
+    /// Where to compute.
+    #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
+    device: DeviceChoice,
 }
 
 pub(crate) fn run(args: &GenerateArgs) -> Result<ExitCode, Failure> {
@@ -61,18 +68,35 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<ExitCode, Failure> {
     if prompt.is_empty() {
         return Err(Failure::new(Code::Usage, "--prompt: give at least one character to continue"));
     }
-    let Loaded { mut model, groups } = place.load(place.window(), 1)?;
-    let &GenerateArgs { tokens, temperature, top_k, top_p, seed, .. } = args;
-    let sampling = Sampling { tokens, temperature, top_k, top_p, seed };
-    let mut text = Stream::after(|ids: &[i32]| tokenizer.decode(ids), &prompt);
-    show(&args.prompt)?;
-    let mut broken = None;
-    let made = generate(&mut model, &groups, &prompt, tokenizer.vocab_size(), sampling, |token| {
-        broken = broken.take().or(text.push(token, false).and_then(|new| show(&new).err()));
-    });
-    made.map_err(|error| Failure::new(Code::Internal, error))?;
-    show(&format!("{}\n", text.finish()))?;
-    broken.map_or(Ok(ExitCode::SUCCESS), Err)
+    let device = Device::choose_alone(args.device, Precision::Auto)?;
+    device.visit(Writing { args, place: &place, tokenizer: tokenizer.as_ref(), prompt: &prompt })
+}
+
+struct Writing<'a> {
+    args: &'a GenerateArgs,
+    place: &'a Place,
+    tokenizer: &'a dyn Tokenizer,
+    prompt: &'a [i32],
+}
+
+impl OnDevice for Writing<'_> {
+    type Output = Result<ExitCode, Failure>;
+
+    fn run<B: Backend>(self, device: B) -> Result<ExitCode, Failure> {
+        let Self { args, place, tokenizer, prompt } = self;
+        let Loaded { mut model, groups } = place.load(&device, place.window(), 1)?;
+        let &GenerateArgs { tokens, temperature, top_k, top_p, seed, .. } = args;
+        let sampling = Sampling { tokens, temperature, top_k, top_p, seed };
+        let mut text = Stream::after(|ids: &[i32]| tokenizer.decode(ids), prompt);
+        show(&args.prompt)?;
+        let mut broken = None;
+        let made = generate(&mut model, &groups, prompt, tokenizer.vocab_size(), sampling, |token| {
+            broken = broken.take().or(text.push(token, false).and_then(|new| show(&new).err()));
+        });
+        made.map_err(|error| Failure::new(Code::Internal, error))?;
+        show(&format!("{}\n", text.finish()))?;
+        broken.map_or(Ok(ExitCode::SUCCESS), Err)
+    }
 }
 
 fn show(text: &str) -> Result<(), Failure> {

@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use moe_kernels::Cpu;
+use moe_kernels::{Backend, Cpu};
 use moe_runtime::checkpoint::convert::{CheckpointModel, Companions, ModelTensors};
 use moe_runtime::checkpoint::{Checkpoint, CheckpointError, HfFolder, Store};
 use moe_runtime::collectives::{Context, Groups, HostCommunicator, local};
@@ -37,9 +37,9 @@ pub(crate) enum Place {
 }
 
 /// A model ready to compute on this process alone.
-pub(crate) struct Loaded {
+pub(crate) struct Loaded<B: Backend> {
     /// The model.
-    pub model: Transformer<Cpu>,
+    pub model: Transformer<B>,
     /// This process as a world.
     pub groups: Groups<HostCommunicator>,
 }
@@ -145,8 +145,13 @@ impl Place {
         }
     }
 
-    /// Loads it for passes of up to `sequences` sequences of `sequence_length` tokens.
-    pub(crate) fn load(&self, sequence_length: usize, sequences: usize) -> Result<Loaded, Failure> {
+    /// Loads it onto `device` for passes of up to `sequences` sequences of `sequence_length` tokens.
+    pub(crate) fn load<B: Backend>(
+        &self,
+        device: &B,
+        sequence_length: usize,
+        sequences: usize,
+    ) -> Result<Loaded<B>, Failure> {
         let (model, router) = self.configs();
         let experts = if model.moe_layers().next().is_some() { model.experts } else { 0 };
         let grid = Grid::new(1, 1, experts).map_err(|error| Failure::new(ExitCode::Internal, error))?;
@@ -160,11 +165,12 @@ impl Place {
             max_sequences: sequences,
             sequence_length,
         };
-        let mut model = Transformer::new(Cpu, setup).map_err(|error| Failure::new(ExitCode::Usage, error))?;
+        let mut model =
+            Transformer::new(device.clone(), setup).map_err(|error| Failure::new(ExitCode::Usage, error))?;
         let world = local::solo(Context::default());
         match self {
             Self::Run { checkpoint, .. } => load_model(&mut model, &world, checkpoint)?,
-            Self::Folder(folder) => folder.load_into(&Cpu, model.parameters_mut())?,
+            Self::Folder(folder) => folder.load_into(device, model.parameters_mut())?,
         }
         let groups = Groups::of_grid::<Cpu>(world, &grid)?;
         Ok(Loaded { model, groups })

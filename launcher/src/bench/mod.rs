@@ -2,6 +2,11 @@
 //!
 //! Every figure stands beside a ceiling that was measured in the same run.
 
+mod gemm;
+mod layer;
+mod measure;
+mod ops;
+mod shapes;
 mod train;
 
 use std::process::ExitCode;
@@ -12,6 +17,10 @@ use moe_runtime::exit::Failure;
 const EXAMPLES: &str = "\
 Examples:
   moe-launch bench train --preset moe-15m --device cpu --json
+  moe-launch bench train --preset moe-3b --device cuda
+  moe-launch bench layer --case olmoe-1b-7b
+  moe-launch bench gemm --json
+  moe-launch bench ops
   mpirun -n 2 moe-launch bench train --preset moe-15m --ep 2 --threads 1";
 
 /// Measure speed, as a fraction of what the machine can do.
@@ -26,10 +35,19 @@ pub(crate) struct BenchArgs {
 enum What {
     /// Whole training steps on random tokens: forward, backward, optimizer. Under mpirun: all ranks together.
     Train(train::TrainArgs),
+    /// Whole MoE layers of well-known models: router, dispatch, experts, combine.
+    Layer(layer::LayerArgs),
+    /// Grouped products of the experts, beside dense ones of the same size.
+    Gemm(gemm::GemmArgs),
+    /// Operations that only move data, as a fraction of a copy's rate.
+    Ops(ops::OpsArgs),
 }
 
 pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
     match &args.what {
         What::Train(args) => train::run(args),
+        What::Layer(args) => layer::run(args),
+        What::Gemm(args) => gemm::run(args),
+        What::Ops(args) => ops::run(args),
     }
 }

@@ -1,26 +1,30 @@
 //! `moe-launch bench train`: whole training steps on random tokens, and where their time goes.
 //!
 //! FLOPs are the model's own (6 a parameter and token that takes part in a matrix product, and causal attention's half square);
-//! nothing is counted twice that is computed twice. The ceiling is a 2048³ matrix product in f32, measured in the same run.
+//! nothing is counted twice that is computed twice. The ceiling is a dense matrix product in the same numbers, measured in the same run:
+//! 2048³ on CPUs, 8192³ on GPUs.
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use moe_kernels::{Cpu, DenseOps, Device, GemmDims, View, ViewMut};
-use moe_runtime::collectives::{Communicator, Groups, HostCommunicator, ReduceOp};
+use moe_kernels::{Backend, Cpu, DeviceError, ViewMut};
+use moe_runtime::collectives::{Communicator, Groups, ReduceOp};
 use moe_runtime::config::{Config, ConfigBuilder};
 use moe_runtime::data::Batch;
 use moe_runtime::exit::{ExitCode as Code, Failure};
+use moe_runtime::memory::Tally;
 use moe_runtime::plan::Flops;
 use moe_runtime::stages::Stage;
 use moe_runtime::topology::{Grid, Rank, share};
-use moe_runtime::training::{Requests, TrainingData};
-use moe_runtime::worker::{DeviceChoice, World, build, grid_of, set_threads};
+use moe_runtime::training::{Requests, StepError, TrainingData};
+use moe_runtime::worker::{Device, DeviceChoice, OnDevice, World, build, grid_of, set_threads};
 use rand::SeedableRng;
 use rand::rand_core::Rng;
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
+
+use super::measure::{Conditions, median};
 
 /// Whole training steps on random tokens.
 #[derive(Args)]
@@ -61,9 +65,16 @@ struct Report {
     tokens_per_s: f64,
     step_ms: f64,
     model_gflops: f64,
-    /// 2048³ product, all ranks at once, summed.
+    /// Over what all devices could do by their makers' data sheets, where those are known: model-FLOPs utilisation.
+    mfu: Option<f64>,
+    /// A dense product on all ranks at once, summed.
     gemm_gflops: f64,
     fraction_of_gemm: f64,
+    /// Buffers of rank 0 by kind.
+    buffers: Tally,
+    /// A copy on rank 0.
+    copy_gbs: f64,
+    commit: String,
     stages: Vec<StageReport>,
 }
 
@@ -78,7 +89,6 @@ struct StageReport {
 }
 
 pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode, Failure> {
-    let (DeviceChoice::Auto | DeviceChoice::Cpu) = args.device;
     let world = World::join(Duration::from_secs(120))?;
     let result = measure(args, &world);
     match result {
@@ -112,36 +122,68 @@ fn configure(args: &TrainArgs, ranks: usize) -> Result<Config, Failure> {
 }
 
 fn measure(args: &TrainArgs, world: &World) -> Result<Report, Failure> {
-    let (rank, ranks) = world.place();
+    let (_, ranks) = world.place();
     let config = configure(args, ranks)?;
     set_threads(&config, world)?;
     let grid = grid_of(&config, ranks)?;
-    let communicator = Communicator::<Cpu>::split(&world.communicator, "world", 0, rank)?;
-    let groups = Groups::of_grid::<Cpu>(communicator, &grid)?;
-    let data = RandomTokens::new(&config, rank, ranks);
-    let mut trainer = build(&config, &grid, Rank(rank), groups, data)?;
-    let (mut times, mut stages) = (Vec::new(), Vec::new());
-    for step in 1..=WARMUP + args.steps {
-        let started = Instant::now();
-        trainer.step(step, Requests::default()).map_err(|error| Failure::new(Code::Internal, error))?;
-        if step > WARMUP {
-            times.push(started.elapsed().as_secs_f64());
-            stages.push(trainer.stage_times().to_vec());
-        }
-    }
-    let step_s = median(&mut times);
-    let gemm = gemm_rate(&world.communicator)?;
-    Ok(report(args, &config, &grid, step_s, gemm, &stages))
+    let device = Device::choose(args.device, config.train.precision, world)?;
+    device.visit(Measure { args, config: &config, world, grid, device: &device })
 }
 
-fn report(
-    args: &TrainArgs,
-    config: &Config,
-    grid: &Grid,
+struct Measure<'a> {
+    args: &'a TrainArgs,
+    config: &'a Config,
+    world: &'a World,
+    grid: Grid,
+    device: &'a Device,
+}
+
+impl OnDevice for Measure<'_> {
+    type Output = Result<Report, Failure>;
+
+    fn run<B: Backend>(self, queue: B) -> Result<Report, Failure> {
+        let Self { args, config, world, grid, device } = self;
+        let (rank, ranks) = world.place();
+        let communicator = Communicator::<Cpu>::split(&world.communicator, "world", 0, rank)?;
+        let groups = Groups::of_grid::<Cpu>(communicator, &grid)?;
+        let data = RandomTokens::new(config, rank, ranks);
+        let told = |error: StepError| match error {
+            StepError::Device(error @ DeviceError::OutOfMemory { .. }) => device.explain(error, config, &grid),
+            error => Failure::new(Code::Internal, error),
+        };
+        let mut trainer = build(queue.clone(), config, (&grid, Rank(rank)), groups, data).map_err(told)?;
+        let (mut times, mut stages) = (Vec::new(), Vec::new());
+        for step in 1..=WARMUP + args.steps {
+            let started = Instant::now();
+            trainer.step(step, Requests::default()).map_err(told)?;
+            if step > WARMUP {
+                times.push(started.elapsed().as_secs_f64());
+                stages.push(trainer.stage_times().to_vec());
+            }
+        }
+        let buffers = trainer.tally();
+        // The ceilings need memory of their own.
+        drop(trainer);
+        Communicator::<Cpu>::barrier(&world.communicator)?;
+        let conditions = Conditions::measure(&queue, device.describe())?;
+        let mut rate = vec![1e3 * conditions.dense_tflops];
+        Communicator::<Cpu>::all_reduce(&world.communicator, &Cpu, ViewMut::of(&mut rate), ReduceOp::Sum)?;
+        let measured = Measured { step_s: median(&mut times), gemm: rate[0], stages, buffers, conditions };
+        Ok(report(args, config, &grid, device, measured))
+    }
+}
+
+/// What was timed.
+struct Measured {
     step_s: f64,
     gemm: f64,
-    stages: &[Vec<(Stage, f64)>],
-) -> Report {
+    stages: Vec<Vec<(Stage, f64)>>,
+    buffers: Tally,
+    conditions: Conditions,
+}
+
+fn report(args: &TrainArgs, config: &Config, grid: &Grid, device: &Device, measured: Measured) -> Report {
+    let Measured { step_s, gemm, stages, buffers, conditions } = measured;
     let tokens = (config.train.global_batch * config.train.sequence_length) as f64;
     let flops = Flops::of(config);
     let total = flops.total();
@@ -160,16 +202,20 @@ fn report(
     let model_gflops = total * tokens / step_s / 1e9;
     Report {
         preset: args.preset.clone(),
-        device: Cpu.describe(),
+        device: conditions.device,
         ranks: grid.world(),
         ep: grid.ep(),
         threads_per_rank: rayon::current_num_threads(),
         tokens_per_s: tokens / step_s,
         step_ms: step_s * 1e3,
         model_gflops,
+        mfu: device.peak_flops().map(|peak| model_gflops * 1e9 / (peak * grid.world() as f64)),
         gemm_gflops: gemm,
         fraction_of_gemm: model_gflops / gemm,
         stages: Stage::ALL.into_iter().enumerate().map(stage).collect(),
+        buffers,
+        copy_gbs: conditions.copy_gbs,
+        commit: conditions.commit,
     }
 }
 
@@ -181,12 +227,23 @@ fn show(report: &Report, json: bool) -> Result<(), Failure> {
     }
     println!("{} on {}: {} ranks, EP {}", report.preset, report.device, report.ranks, report.ep);
     println!(
-        "{:.0} tokens/s, {:.1} ms a step; {:.1} GF/s, {:.0} % of the {:.1} GF/s of a 2048^3 product",
+        "{:.0} tokens/s, {:.1} ms a step; {:.1} GF/s, {:.0} % of the {:.1} GF/s of a dense product{}",
         report.tokens_per_s,
         report.step_ms,
         report.model_gflops,
         report.fraction_of_gemm * 100.0,
-        report.gemm_gflops
+        report.gemm_gflops,
+        report.mfu.map_or(String::new(), |mfu| format!("; MFU {:.1} %", 100.0 * mfu))
+    );
+    let gib = |bytes: u64| bytes as f64 / (1_u64 << 30) as f64;
+    let Tally { parameters, gradients, optimizer, activations, communication } = report.buffers;
+    println!(
+        "GiB: parameters {:.2}, gradients {:.2}, optimizer {:.2}, activations {:.2}, communication {:.2}",
+        gib(parameters),
+        gib(gradients),
+        gib(optimizer),
+        gib(activations),
+        gib(communication)
     );
     println!("{:<12}{:>9}{:>9}{:>13}", "stage", "ms", "share", "of GEMM rate");
     for StageReport { stage, ms, share, fraction_of_gemm } in &report.stages {
@@ -194,34 +251,6 @@ fn show(report: &Report, json: bool) -> Result<(), Failure> {
         println!("{stage:<12}{ms:>9.2}{:>8.1}%{fraction:>13}", share * 100.0);
     }
     Ok(())
-}
-
-/// GF/s of a 2048³ product in f32, on all ranks at once, summed over them.
-fn gemm_rate(world: &HostCommunicator) -> Result<f64, Failure> {
-    const N: usize = 2048;
-    let device = Cpu;
-    let failed = |error: moe_kernels::DeviceError| Failure::new(Code::Internal, error);
-    let mut x = device.alloc::<f32>(N * N, "x").map_err(failed)?;
-    let mut w = device.alloc::<f32>(N * N, "w").map_err(failed)?;
-    let mut y = device.alloc::<f32>(N * N, "y").map_err(failed)?;
-    device.fill(ViewMut::of(&mut x), 0.5);
-    device.fill(ViewMut::of(&mut w), 0.25);
-    Communicator::<Cpu>::barrier(world)?;
-    let mut times: Vec<f64> = (0..5)
-        .map(|_| {
-            let started = Instant::now();
-            device.linear(GemmDims { m: N, n: N, k: N }, View::of(&x), View::of(&w), None, ViewMut::of(&mut y));
-            started.elapsed().as_secs_f64()
-        })
-        .collect();
-    let mut rate = vec![2.0 * (N as f64).powi(3) / median(&mut times) / 1e9];
-    Communicator::<Cpu>::all_reduce(world, &device, ViewMut::of(&mut rate), ReduceOp::Sum)?;
-    Ok(rate[0])
-}
-
-fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 /// The same random tokens in every step.

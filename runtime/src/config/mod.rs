@@ -20,8 +20,8 @@ pub use load::{ConfigBuilder, FlagValue, Resolved};
 pub use presets::{DEFAULT_PRESET, PRESETS};
 pub use resume::Difference;
 pub use sections::{
-    DataConfig, DecayGroups, OptimizerConfig, ParallelConfig, RunConfig, ScheduleConfig, ScheduleKind, SourceConfig,
-    TrainConfig,
+    DataConfig, DecayGroups, OptimizerConfig, ParallelConfig, Precision, RunConfig, ScheduleConfig, ScheduleKind,
+    SourceConfig, TrainConfig,
 };
 
 use crate::data::LoaderSpec;

@@ -13,9 +13,10 @@ use super::{Config, ConfigError};
 /// Sections whose every key a resumed run may change: they decide where and how the same is computed.
 const FREE_SECTIONS: [&str; 2] = ["parallel.", "run."];
 
-/// Further keys it may change: how long, and how often what is written.
-const FREE_KEYS: [&str; 6] = [
+/// Further keys it may change: how long, in which numbers (checkpoints hold the f32 ones), and how often what is written.
+const FREE_KEYS: [&str; 7] = [
     "train.steps",
+    "train.precision",
     "train.log_every",
     "train.eval_every",
     "train.eval_batches",

@@ -111,6 +111,19 @@ impl Default for ScheduleConfig {
     }
 }
 
+/// The numbers of activations and of the parameters' compute copy. Statistics, losses, master weights and optimizer state are f32 always.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Precision {
+    /// bf16 on GPUs, f32 on CPUs.
+    #[default]
+    Auto,
+    /// bf16 with f32 masters; GPUs only.
+    Bf16,
+    /// f32 throughout.
+    F32,
+}
+
 /// How long, how much at a time, and how often what is written.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -124,6 +137,8 @@ pub struct TrainConfig {
     /// Sequences a rank and pass; None (`"auto"`): as many as a rank has, at most [`TrainConfig::MICRO_BATCH_LIMIT`].
     #[serde(with = "automatic")]
     pub micro_batch: Option<usize>,
+    /// What activations and the compute copy of parameters are held in.
+    pub precision: Precision,
     /// S: tokens of a sequence.
     pub sequence_length: usize,
     /// Patterns of names, as tensors have them on disk, of what is not trained: no gradient norm, no update, no decay.
@@ -160,6 +175,7 @@ impl Default for TrainConfig {
             seed: 1,
             global_batch: 16,
             micro_batch: None,
+            precision: Precision::Auto,
             sequence_length: 128,
             freeze: Vec::new(),
             trainable: Vec::new(),

@@ -97,10 +97,12 @@ pub struct WorkerArgs {
 /// Where to compute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum DeviceChoice {
-    /// The best there is: this build knows CPUs.
+    /// GPUs where this build knows them and every rank has one, else the CPU; the run says which and why.
     Auto,
     /// The CPU.
     Cpu,
+    /// An NVIDIA GPU for each rank.
+    Cuda,
 }
 
 /// Whether a run directory's checkpoint is continued.

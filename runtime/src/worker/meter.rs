@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use moe_kernels::Cpu;
+use moe_kernels::{Backend, Cpu};
 
 use crate::collectives::{Communicator, HostCommunicator};
 use crate::data::Loader;
@@ -13,7 +13,7 @@ use crate::dispatch::ShuffledRows;
 use crate::plan::{Sent, Usage, memory_now};
 use crate::training::Trainer;
 
-type WorkerTrainer = Trainer<Cpu, HostCommunicator, Loader>;
+type WorkerTrainer<B> = Trainer<B, HostCommunicator, Loader>;
 
 /// Counters at one moment, which only grow.
 #[derive(Clone, Default)]
@@ -23,7 +23,7 @@ struct Counters {
 }
 
 impl Counters {
-    fn read(trainer: &WorkerTrainer) -> Self {
+    fn read<B: Backend>(trainer: &WorkerTrainer<B>) -> Self {
         let groups = trainer.groups();
         let mut sent = BTreeMap::new();
         for group in [&groups.world, &groups.expert, &groups.replica] {
@@ -51,12 +51,12 @@ impl Meter {
     }
 
     /// Counts from here.
-    pub(super) fn begin(&mut self, trainer: &WorkerTrainer) {
+    pub(super) fn begin<B: Backend>(&mut self, trainer: &WorkerTrainer<B>) {
         self.began = Counters::read(trainer);
     }
 
     /// Counts up to here: one step.
-    pub(super) fn end(&mut self, trainer: &WorkerTrainer) {
+    pub(super) fn end<B: Backend>(&mut self, trainer: &WorkerTrainer<B>) {
         let now = Counters::read(trainer);
         self.total.rows.sent += now.rows.sent - self.began.rows.sent;
         self.total.rows.received += now.rows.received - self.began.rows.received;
@@ -68,7 +68,7 @@ impl Meter {
     }
 
     /// The record so far.
-    pub(super) fn usage(&self, trainer: &WorkerTrainer) -> Usage {
+    pub(super) fn usage<B: Backend>(&self, trainer: &WorkerTrainer<B>) -> Usage {
         let grid = trainer.model.setup().grid;
         let sent = |((group, collective), bytes): (&(String, &'static str), &u64)| Sent {
             group: group.clone(),

@@ -4,6 +4,7 @@
 
 mod args;
 mod coordinate;
+mod device;
 mod meter;
 mod run_dir;
 mod run_loop;
@@ -15,10 +16,11 @@ use std::io::IsTerminal;
 use std::time::Duration;
 
 use clap::Parser;
-use moe_kernels::{Cpu, Device};
+use moe_kernels::{Backend, Cpu};
 
 pub use args::{DeviceChoice, Resume, WorkerArgs};
 pub use coordinate::{coordinator_listener, reachable_addr};
+pub use device::{Device, OnDevice};
 pub use run_dir::{RunDir, RunDirError};
 pub use settle::{configured_corpus, read_corpus, resolved_config};
 pub use world::World;
@@ -33,7 +35,7 @@ use crate::model::{ModelSetup, Transformer};
 use crate::plan::memory_now;
 use crate::telemetry::{Console, Progress, ProgressMode, ProgressSpec, TraceFile, init_logs, log_filter};
 use crate::topology::{Grid, Rank};
-use crate::training::Trainer;
+use crate::training::{StepError, Trainer};
 use coordinate::{Coordinated, Coordination};
 use meter::Meter;
 use run_loop::{DataState, Ending, Records, RunLoop, Surroundings};
@@ -90,6 +92,7 @@ fn train(args: &WorkerArgs, world: &World) -> Result<Ending, Failure> {
     let run_dir = RunDir::at(&plan.run_dir);
     let grid = grid_of(config, size)?;
     set_threads(config, world)?;
+    let device = Device::choose(args.device, config.train.precision, world)?;
     let context = Communicator::<Cpu>::context(&world.communicator);
     let stop = StopRequest::listen(context.abort_handle())
         .map_err(|error| Failure::new(ExitCode::Io, format!("cannot listen to signals: {error}")))?;
@@ -102,31 +105,11 @@ fn train(args: &WorkerArgs, world: &World) -> Result<Ending, Failure> {
     context.set_deadline(config.run.collective_timeout());
     let loader = Loader::new(&corpus, config.loader_spec(rank, size))?;
     let groups = Groups::of_grid::<Cpu>(duplicate(&world.communicator)?, &grid)?;
-    let start_bytes = memory_now().map_or(0, |(now, _)| now);
-    let mut trainer = build(config, &grid, Rank(rank), groups, loader)?;
-    let done = start_values(&mut trainer, &plan, &corpus)?;
-    let mode =
-        ProgressMode::choose(rank, args.json, std::io::stdout().is_terminal() && std::io::stderr().is_terminal());
-    let spec = ProgressSpec { mode, done, steps: config.train.steps, log_every: config.train.log_every };
-    let mut progress = Progress::new(spec, Box::new(std::io::stdout()), &console);
-    for line in introduction(&plan, &grid, &corpus, done) {
-        // A reader that went away does not end a run.
-        let _ = progress.message(&line);
-    }
-    let store = Store::new(run_dir.checkpoints(), config.train.keep_checkpoints);
-    let trace = args.trace.as_deref().map(|path| TraceFile::create(path, rank)).transpose()?;
-    let surroundings = Surroundings {
-        config,
-        run_dir: &run_dir,
-        store,
-        text_sha256: &corpus.sha256,
-        coordination: &coordination,
-        stop: &stop,
-    };
-    let records = Records { trace, meter: Meter::new(start_bytes), ..Records::default() };
-    let mut run = RunLoop::new(&mut trainer, surroundings, &mut progress, records);
-    let ending = run.run(done).and_then(|ending| run.close(args.trace.as_deref()).map(|()| ending));
-    progress.finish();
+    let (start_bytes, rank) = (memory_now().map_or(0, |(now, _)| now), Rank(rank));
+    let start =
+        Start { args, plan: &plan, run_dir: &run_dir, grid, rank, device: &device, corpus: &corpus, start_bytes };
+    let outside = Outside { console: &console, coordination: &coordination, stop: &stop };
+    let ending = device.visit(Training { start, outside, groups, loader });
     match &ending {
         Ok(ending) => tracing::debug!(?ending, "the run ends"),
         Err(failure) => tracing::debug!(%failure, "the run ends"),
@@ -137,6 +120,81 @@ fn train(args: &WorkerArgs, world: &World) -> Result<Ending, Failure> {
         Err(failure) => failure.exit_code(),
     });
     ending
+}
+
+/// What a run starts from.
+struct Start<'a> {
+    args: &'a WorkerArgs,
+    plan: &'a Plan,
+    run_dir: &'a RunDir,
+    grid: Grid,
+    rank: Rank,
+    device: &'a Device,
+    corpus: &'a Corpus,
+    /// Resident memory before the model.
+    start_bytes: u64,
+}
+
+/// Who looks at a run and may ask something of it.
+struct Outside<'a> {
+    console: &'a Console,
+    coordination: &'a Coordination,
+    stop: &'a StopRequest,
+}
+
+/// The run itself, on whatever device.
+struct Training<'a> {
+    start: Start<'a>,
+    outside: Outside<'a>,
+    groups: Groups<HostCommunicator>,
+    loader: Loader,
+}
+
+impl OnDevice for Training<'_> {
+    type Output = Result<Ending, Failure>;
+
+    fn run<B: Backend>(self, device: B) -> Result<Ending, Failure> {
+        let Self { start, outside, groups, loader } = self;
+        let Start { args, plan, run_dir, grid, corpus, .. } = start;
+        let Outside { console, coordination, stop } = outside;
+        let config = &plan.config;
+        let mut trainer =
+            build(device, config, (&grid, start.rank), groups, loader).map_err(|error| refused(&start, error))?;
+        trainer.set_peak_flops(start.device.peak_flops());
+        let done = start_values(&mut trainer, plan, corpus)?;
+        let on_terminal = std::io::stdout().is_terminal() && std::io::stderr().is_terminal();
+        let mode = ProgressMode::choose(start.rank.0, args.json, on_terminal);
+        let spec = ProgressSpec { mode, done, steps: config.train.steps, log_every: config.train.log_every };
+        let mut progress = Progress::new(spec, Box::new(std::io::stdout()), console);
+        for line in introduction(&start, done) {
+            // A reader that went away does not end a run.
+            let _ = progress.message(&line);
+        }
+        let surroundings = Surroundings {
+            config,
+            run_dir,
+            store: Store::new(run_dir.checkpoints(), config.train.keep_checkpoints),
+            text_sha256: &corpus.sha256,
+            coordination,
+            stop,
+            device: start.device,
+            grid,
+        };
+        let trace = args.trace.as_deref().map(|path| TraceFile::create(path, start.rank.0)).transpose()?;
+        let records = Records { trace, meter: Meter::new(start.start_bytes), ..Records::default() };
+        let mut run = RunLoop::new(&mut trainer, surroundings, &mut progress, records);
+        let ending = run.run(done).and_then(|ending| run.close(args.trace.as_deref()).map(|()| ending));
+        progress.finish();
+        ending
+    }
+}
+
+/// Why the model could not be built, with what would fit where memory did not suffice.
+fn refused(start: &Start<'_>, error: StepError) -> Failure {
+    match error {
+        StepError::Device(error) => start.device.explain(error, &start.plan.config, &start.grid),
+        error => error.into(),
+    }
 }
 
 /// A group of the same ranks, so that the world stays this process's own.
@@ -168,13 +226,16 @@ pub fn set_threads(config: &Config, world: &World) -> Result<(), Failure> {
 }
 
 /// The model and its trainer on this rank, with initial weights.
-pub fn build<D: crate::training::TrainingData>(
+///
+/// # Errors
+/// Too little memory, or a setting of training that cannot be: the same command fails again.
+pub fn build<B: Backend, D: crate::training::TrainingData>(
+    device: B,
     config: &Config,
-    grid: &Grid,
-    rank: Rank,
+    (grid, rank): (&Grid, Rank),
     groups: Groups<HostCommunicator>,
     data: D,
-) -> Result<Trainer<Cpu, HostCommunicator, D>, Failure> {
+) -> Result<Trainer<B, HostCommunicator, D>, StepError> {
     let setup = ModelSetup {
         model: config.model.clone(),
         router: config.router.clone(),
@@ -185,19 +246,18 @@ pub fn build<D: crate::training::TrainingData>(
         max_sequences: config.train.micro_batch_for(grid.world()),
         sequence_length: config.train.sequence_length,
     };
-    // What fails here is memory or a setting: the same command fails again.
-    let model = Transformer::new(Cpu, setup).map_err(|error| Failure::new(ExitCode::Usage, error))?;
-    Trainer::new(model, groups, config, data).map_err(|error| Failure::new(ExitCode::Usage, error))
+    Trainer::new(Transformer::new(device, setup)?, groups, config, data)
 }
 
 /// Loads what the run starts from and returns the steps that are done.
-fn start_values<D: crate::training::TrainingData>(
-    trainer: &mut Trainer<Cpu, HostCommunicator, D>,
+fn start_values<B: Backend, D: crate::training::TrainingData>(
+    trainer: &mut Trainer<B, HostCommunicator, D>,
     plan: &Plan,
     corpus: &Corpus,
 ) -> Result<u64, Failure> {
     if let Some(folder) = &plan.weights {
-        HfFolder::open(folder)?.load_into(&Cpu, trainer.model.parameters_mut())?;
+        let device = trainer.model.device().clone();
+        HfFolder::open(folder)?.load_into(&device, trainer.model.parameters_mut())?;
     }
     let Some(checkpoint) = &plan.resume else { return Ok(0) };
     let checkpoint = Checkpoint::open(checkpoint)?;
@@ -223,7 +283,8 @@ fn start_values<D: crate::training::TrainingData>(
 }
 
 /// What a reader should know before the first step.
-fn introduction(plan: &Plan, grid: &Grid, corpus: &Corpus, done: u64) -> Vec<String> {
+fn introduction(start: &Start<'_>, done: u64) -> Vec<String> {
+    let Start { plan, grid, corpus, device, .. } = start;
     let Config { model, router, train, .. } = &plan.config;
     let (all, active) = parameter_counts(model, router);
     let millions = |n: usize| format!("{:.1} M", n as f64 / 1e6);
@@ -231,16 +292,12 @@ fn introduction(plan: &Plan, grid: &Grid, corpus: &Corpus, done: u64) -> Vec<Str
         0 => "dense".to_owned(),
         layers => format!("{} experts in {layers} layers, top {}", model.experts, model.top_k),
     };
+    let peak = |flops: f64| format!("; MFU is of its {:.1} TFLOP/s, dense", flops / 1e12);
     let mut lines = vec![
         format!("run directory  {}", plan.run_dir.display()),
         format!("model          {} parameters, {} active a token, {experts}", millions(all), millions(active)),
-        format!(
-            "ranks          {} = {} expert-parallel x {} data-parallel, on {}",
-            grid.world(),
-            grid.ep(),
-            grid.dp(),
-            Cpu.describe()
-        ),
+        format!("ranks          {} = {} expert-parallel x {} data-parallel", grid.world(), grid.ep(), grid.dp()),
+        format!("device         {}{}", device.describe(), device.peak_flops().map_or(String::new(), peak)),
         format!("text           {}, sha256 {}", corpus.description, corpus.sha256),
         format!(
             "batch          {} sequences of {} tokens, {} steps",

@@ -4,10 +4,11 @@
 
 use std::path::{Path, PathBuf};
 
-use moe_kernels::Cpu;
+use moe_kernels::{Backend, Cpu, DeviceError};
 use serde::{Deserialize, Serialize};
 
 use super::coordinate::Coordination;
+use super::device::Device;
 use super::meter::Meter;
 use super::run_dir::RunDir;
 use super::signals::StopRequest;
@@ -18,6 +19,7 @@ use crate::coordination::{Activity, Progress as Reading};
 use crate::data::{Cursor, Loader};
 use crate::exit::{Classified, ExitCode, Failure};
 use crate::telemetry::{EventFile, MetricsFile, Progress, StepMetrics, TraceFile, merge_traces};
+use crate::topology::Grid;
 use crate::training::{Requests, StepError, Trainer};
 
 /// How a run ended without a failure.
@@ -52,6 +54,10 @@ pub(super) struct Surroundings<'a> {
     pub coordination: &'a Coordination,
     /// What signals asked.
     pub stop: &'a StopRequest,
+    /// What is computed on.
+    pub device: &'a Device,
+    /// The ranks.
+    pub grid: Grid,
 }
 
 /// What a rank writes down of its run.
@@ -68,18 +74,18 @@ pub(super) struct Records {
 }
 
 /// One run of steps.
-pub(super) struct RunLoop<'a> {
-    trainer: &'a mut Trainer<Cpu, HostCommunicator, Loader>,
+pub(super) struct RunLoop<'a, B: Backend> {
+    trainer: &'a mut Trainer<B, HostCommunicator, Loader>,
     surroundings: Surroundings<'a>,
     progress: &'a mut Progress,
     records: Records,
     last_checkpoint: Option<PathBuf>,
 }
 
-impl<'a> RunLoop<'a> {
+impl<'a, B: Backend> RunLoop<'a, B> {
     /// A run of `trainer`.
     pub(super) fn new(
-        trainer: &'a mut Trainer<Cpu, HostCommunicator, Loader>,
+        trainer: &'a mut Trainer<B, HostCommunicator, Loader>,
         surroundings: Surroundings<'a>,
         progress: &'a mut Progress,
         records: Records,
@@ -194,14 +200,18 @@ impl<'a> RunLoop<'a> {
         if let StepError::Collective(error) = &error {
             self.surroundings.coordination.report(step, error);
         }
-        let remedy = self.remedy();
+        let (remedy, code) = (self.remedy(), error.exit_code());
+        if let StepError::Device(error @ DeviceError::OutOfMemory { .. }) = error {
+            let Surroundings { device, config, grid, .. } = &self.surroundings;
+            return Failure::new(code, format!("step {step}: {}; {remedy}", device.explain(error, config, grid)));
+        }
         let message = match &error {
             StepError::Collective(CollectiveError::Aborted { .. }) if self.surroundings.stop.immediate() => {
                 format!("step {step} was given up: {error}; {remedy}")
             }
             _ => format!("{error}; {remedy}"),
         };
-        Failure::new(error.exit_code(), message)
+        Failure::new(code, message)
     }
 }
 

@@ -18,6 +18,7 @@ pub struct World {
     /// What the launcher says, where there is one.
     pub facts: Option<LauncherFacts>,
     ranks_here: usize,
+    local_rank: usize,
     #[cfg(feature = "mpi")]
     mpi: Option<crate::collectives::mpi::MpiWorld>,
 }
@@ -42,6 +43,7 @@ impl World {
                 communicator: local::solo(context),
                 facts,
                 ranks_here: 1,
+                local_rank: 0,
                 #[cfg(feature = "mpi")]
                 mpi: None,
             }),
@@ -54,8 +56,10 @@ impl World {
         // Launchers do not always say how many ranks share a machine; its name does.
         let host = host_name();
         let hosts = Communicator::<Cpu>::all_gather_bytes(&communicator, host.as_bytes())?;
-        let ranks_here = hosts.iter().filter(|other| **other == host.as_bytes()).count().max(1);
-        Ok(Self { communicator, facts: Some(facts), ranks_here, mpi: Some(mpi) })
+        let here = |hosts: &[Vec<u8>]| hosts.iter().filter(|other| **other == host.as_bytes()).count();
+        let ranks_here = here(&hosts).max(1);
+        let local_rank = here(&hosts[..facts.rank.min(hosts.len())]);
+        Ok(Self { communicator, facts: Some(facts), ranks_here, local_rank, mpi: Some(mpi) })
     }
 
     #[cfg(not(feature = "mpi"))]
@@ -76,6 +80,11 @@ impl World {
     /// Ranks that share this machine.
     pub fn ranks_here(&self) -> usize {
         self.ranks_here
+    }
+
+    /// This process's place among them.
+    pub fn local_rank(&self) -> usize {
+        self.local_rank
     }
 
     /// Whether all ranks are on this machine.

@@ -2,7 +2,7 @@
 //!
 //! Ranks are threads of this process; the same [`Trainer`] that `moe-worker` builds runs on each.
 
-use moe_kernels::Cpu;
+use moe_kernels::{Backend, Cpu};
 use moe_runtime::collectives::{Communicator, Groups, HostCommunicator, local};
 use moe_runtime::config::{Config, ScheduleKind};
 use moe_runtime::data::{Corpus, Loader, Tokens, generated_corpus};
@@ -48,10 +48,21 @@ pub(crate) fn text() -> Corpus {
 
 /// A trainer on the rank of `world`, with initial values.
 pub(crate) fn trainer(config: &Config, corpus: &Corpus, world: HostCommunicator, ep: usize) -> LocalTrainer {
+    trainer_on(Cpu, config, corpus, world, ep)
+}
+
+/// As [`trainer`], on any device.
+pub(crate) fn trainer_on<B: Backend>(
+    device: B,
+    config: &Config,
+    corpus: &Corpus,
+    world: HostCommunicator,
+    ep: usize,
+) -> Trainer<B, HostCommunicator, Loader> {
     let (rank, size) = (Communicator::<Cpu>::rank(&world), Communicator::<Cpu>::size(&world));
     let grid = Grid::new(size, ep, config.model.experts).unwrap();
     let loader = Loader::new(corpus, config.loader_spec(rank, size)).unwrap();
-    build(config, &grid, Rank(rank), Groups::of_grid::<Cpu>(world, &grid).unwrap(), loader).unwrap()
+    build(device, config, (&grid, Rank(rank)), Groups::of_grid::<Cpu>(world, &grid).unwrap(), loader).unwrap()
 }
 
 /// Takes the steps in `steps`.

@@ -1,0 +1,275 @@
+//! Which device this process computes on, and why.
+//!
+//! Owns the choice and its reasons. Everything else is generic over the backend: it gets the device by [`Device::visit`].
+
+use moe_kernels::{Backend, Cpu, Device as _, DeviceError};
+
+use super::World;
+use super::args::DeviceChoice;
+use crate::collectives::Communicator;
+use crate::config::{Config, Precision};
+use crate::exit::{ExitCode, Failure};
+use crate::plan::{Job, Numbers, nearest_that_fit};
+use crate::topology::Grid;
+
+/// Work that is the same on every device.
+pub trait OnDevice {
+    /// What comes of it.
+    type Output;
+    /// Does it on `device`.
+    fn run<B: Backend>(self, device: B) -> Self::Output;
+}
+
+/// An opened device.
+#[derive(Clone)]
+enum Opened {
+    Cpu(Cpu),
+    #[cfg(feature = "cuda")]
+    Bf16(moe_kernels::cuda::Cuda<half::bf16>),
+    #[cfg(feature = "cuda")]
+    F32(moe_kernels::cuda::Cuda<f32>),
+}
+
+/// What this process computes on.
+#[derive(Clone)]
+pub struct Device {
+    opened: Opened,
+    /// Why it is not the other kind, where nobody asked for this one.
+    reason: Option<String>,
+}
+
+impl Device {
+    /// The CPU, because it was asked for.
+    pub fn cpu() -> Self {
+        Self { opened: Opened::Cpu(Cpu), reason: None }
+    }
+
+    /// The device of this process among the ranks of `world`; all of them call this. A GPU for each rank, or the CPU for all.
+    ///
+    /// # Errors
+    /// Usage: a build without GPUs, numbers that the device does not compute in, no such GPU. Input or output: no driver, or one that
+    /// fails. The same on every rank.
+    pub fn choose(choice: DeviceChoice, precision: Precision, world: &World) -> Result<Self, Failure> {
+        match choice {
+            DeviceChoice::Cpu => Self::on_cpu(precision, None),
+            DeviceChoice::Cuda => open_gpu(precision, world.local_rank()).map_err(Refusal::into_failure),
+            DeviceChoice::Auto => {
+                let mine = open_gpu(precision, world.local_rank());
+                let refusal = mine.as_ref().err().map(Refusal::to_string).unwrap_or_default();
+                let all = Communicator::<Cpu>::all_gather_bytes(&world.communicator, refusal.as_bytes())?;
+                match (mine, all.iter().position(|refusal| !refusal.is_empty())) {
+                    (Ok(device), None) => Ok(device),
+                    (_, first) => {
+                        let text = String::from_utf8_lossy(&all[first.unwrap_or(0)]).into_owned();
+                        Self::on_cpu(precision, Some(text))
+                    }
+                }
+            }
+        }
+    }
+
+    /// The device of a process by itself; see [`Device::choose`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn choose_alone(choice: DeviceChoice, precision: Precision) -> Result<Self, Failure> {
+        match choice {
+            DeviceChoice::Cpu => Self::on_cpu(precision, None),
+            DeviceChoice::Cuda => open_gpu(precision, 0).map_err(Refusal::into_failure),
+            DeviceChoice::Auto => {
+                open_gpu(precision, 0).or_else(|refusal| Self::on_cpu(precision, Some(refusal.to_string())))
+            }
+        }
+    }
+
+    fn on_cpu(precision: Precision, reason: Option<String>) -> Result<Self, Failure> {
+        if precision == Precision::Bf16 {
+            let why = reason.map_or(String::new(), |reason| format!(", and there is no GPU to use ({reason})"));
+            let message = format!("train.precision = \"bf16\": the CPU computes in f32{why}; accepted: auto, f32");
+            return Err(Failure::new(ExitCode::Usage, message));
+        }
+        Ok(Self { opened: Opened::Cpu(Cpu), reason })
+    }
+
+    /// Does `work` on it.
+    pub fn visit<W: OnDevice>(&self, work: W) -> W::Output {
+        match &self.opened {
+            Opened::Cpu(cpu) => work.run(cpu.clone()),
+            #[cfg(feature = "cuda")]
+            Opened::Bf16(cuda) => work.run(cuda.clone()),
+            #[cfg(feature = "cuda")]
+            Opened::F32(cuda) => work.run(cuda.clone()),
+        }
+    }
+
+    /// The device in words, and why it is not another.
+    pub fn describe(&self) -> String {
+        let device = match &self.opened {
+            Opened::Cpu(cpu) => cpu.describe(),
+            #[cfg(feature = "cuda")]
+            Opened::Bf16(cuda) => cuda.describe(),
+            #[cfg(feature = "cuda")]
+            Opened::F32(cuda) => cuda.describe(),
+        };
+        self.reason.as_ref().map_or(device.clone(), |reason| format!("{device} ({reason})"))
+    }
+
+    /// Sizes of its numbers.
+    pub fn numbers(&self) -> Numbers {
+        match &self.opened {
+            Opened::Cpu(_) => Numbers::CPU,
+            #[cfg(feature = "cuda")]
+            Opened::Bf16(_) => Numbers::GPU,
+            #[cfg(feature = "cuda")]
+            Opened::F32(_) => Numbers::CPU,
+        }
+    }
+
+    /// Bytes of its own memory; None: it is the machine's.
+    pub fn memory_bytes(&self) -> Option<u64> {
+        match &self.opened {
+            Opened::Cpu(_) => None,
+            #[cfg(feature = "cuda")]
+            Opened::Bf16(cuda) => Some(cuda.facts().memory_bytes as u64),
+            #[cfg(feature = "cuda")]
+            Opened::F32(cuda) => Some(cuda.facts().memory_bytes as u64),
+        }
+    }
+
+    /// FLOP/s of its dense matrix products by the maker's data sheet, where known for its numbers.
+    pub fn peak_flops(&self) -> Option<f64> {
+        match &self.opened {
+            #[cfg(feature = "cuda")]
+            Opened::Bf16(cuda) => peak_bf16(&cuda.facts().name),
+            _ => None,
+        }
+    }
+
+    /// Out of memory, with what would fit; other failures of a device as they are.
+    pub fn explain(&self, error: DeviceError, config: &Config, grid: &Grid) -> Failure {
+        if !matches!(error, DeviceError::OutOfMemory { .. }) {
+            return Failure::new(ExitCode::Internal, error);
+        }
+        let numbers = self.numbers();
+        let job = Job { config: config.clone(), grid: *grid, ranks_per_node: grid.world(), numbers };
+        let fits = self.memory_bytes().map(|limit| nearest_that_fit(&job, limit / 100 * 95)).unwrap_or_default();
+        let mend = match fits.first() {
+            Some(alternative) => format!("by the plan this fits: {}", alternative.change),
+            None => "train.micro_batch can be smaller, or there can be more ranks".to_owned(),
+        };
+        Failure::new(ExitCode::Usage, format!("{error}; {mend}; moe-launch plan shows what needs how much"))
+    }
+}
+
+/// Dense bf16 with f32 sums, without sparsity: NVIDIA's data sheets of H100 SXM, H200, H100 NVL and H100 PCIe, A100.
+#[cfg_attr(not(any(feature = "cuda", test)), allow(dead_code))]
+fn peak_bf16(name: &str) -> Option<f64> {
+    let has = |text: &str| name.contains(text);
+    let teraflops = match () {
+        () if has("H100 PCIe") => 756.0,
+        () if has("H100 NVL") => 835.0,
+        () if has("H100") || has("H200") => 989.4,
+        () if has("A100") => 312.0,
+        () => return None,
+    };
+    Some(teraflops * 1e12)
+}
+
+/// Why there is no GPU.
+enum Refusal {
+    /// This program cannot use any.
+    #[cfg_attr(feature = "cuda", allow(dead_code))]
+    Build,
+    #[cfg(feature = "cuda")]
+    Open(moe_kernels::cuda::OpenError),
+}
+
+impl std::fmt::Display for Refusal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Build => f.write_str("built without CUDA"),
+            #[cfg(feature = "cuda")]
+            Self::Open(error) => error.fmt(f),
+        }
+    }
+}
+
+impl Refusal {
+    fn into_failure(self) -> Failure {
+        match self {
+            Self::Build => Failure::new(
+                ExitCode::Usage,
+                "--device cuda: this program was built without CUDA; build with `make cuda`",
+            ),
+            #[cfg(feature = "cuda")]
+            Self::Open(error) => {
+                use moe_kernels::cuda::OpenError;
+                let code = match error {
+                    OpenError::NoSuchDevice { .. } | OpenError::Unsupported { .. } => ExitCode::Usage,
+                    _ => ExitCode::Io,
+                };
+                Failure::new(code, error)
+            }
+        }
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn open_gpu(_: Precision, _: usize) -> Result<Device, Refusal> {
+    Err(Refusal::Build)
+}
+
+/// The GPU of a rank: that of its number on this machine, or the only one it may see.
+#[cfg(feature = "cuda")]
+fn open_gpu(precision: Precision, local_rank: usize) -> Result<Device, Refusal> {
+    use moe_kernels::cuda::{Cuda, CudaAct, OpenError};
+    fn open<A: CudaAct>(local_rank: usize) -> Result<Cuda<A>, Refusal> {
+        let opened = match Cuda::open(local_rank) {
+            Err(OpenError::NoSuchDevice { count: 1, .. }) => Cuda::open(0),
+            other => other,
+        };
+        opened.map_err(Refusal::Open)
+    }
+    let opened = match precision {
+        Precision::Auto | Precision::Bf16 => Opened::Bf16(open(local_rank)?),
+        Precision::F32 => Opened::F32(open(local_rank)?),
+    };
+    Ok(Device { opened, reason: None })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn peaks_are_those_of_the_form_factor() {
+        let table = [
+            ("NVIDIA H100 80GB HBM3", Some(989.4e12)),
+            ("NVIDIA H200", Some(989.4e12)),
+            ("NVIDIA H100 PCIe", Some(756e12)),
+            ("NVIDIA GeForce RTX 4090", None),
+        ];
+        for (name, peak) in table {
+            assert_eq!(peak_bf16(name), peak, "{name}");
+        }
+    }
+
+    #[test]
+    fn bf16_is_refused_on_the_cpu_with_what_is_accepted() {
+        let failure = Device::on_cpu(Precision::Bf16, None).err().unwrap();
+        assert_eq!(failure.exit_code(), ExitCode::Usage);
+        assert!(failure.to_string().starts_with("train.precision = \"bf16\": the CPU computes in f32"), "{failure}");
+    }
+
+    #[test]
+    fn a_gpu_that_this_program_or_machine_lacks_is_refused_with_the_mend() {
+        let Err(refusal) = open_gpu(Precision::Auto, 0) else { return };
+        let failure = refusal.into_failure();
+        if cfg!(feature = "cuda") {
+            assert!([ExitCode::Io, ExitCode::Usage].contains(&failure.exit_code()), "{failure:?}");
+        } else {
+            assert_eq!(failure.exit_code(), ExitCode::Usage);
+            assert!(failure.to_string().ends_with("build with `make cuda`"), "{failure}");
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! Training on a GPU beside the CPU: the same configuration, the same losses. Skipped with a notice where there is no GPU.
+
+#![cfg(feature = "cuda")]
+// Helpers of tests may stop at the first surprise like the tests themselves.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use moe_kernels::cuda::{Cuda, CudaAct, OpenError};
+use moe_kernels::{Backend, Cpu};
+use moe_runtime::collectives::local;
+use moe_runtime::config::Config;
+use moe_runtime::plan::{Job, MemoryPlan, Numbers};
+use moe_runtime::topology::Grid;
+use moe_runtime::training::Requests;
+use support::training::{small, text, trainer_on};
+
+fn gpu<A: CudaAct>() -> Option<Cuda<A>> {
+    match Cuda::open(0) {
+        Ok(device) => Some(device),
+        Err(error @ (OpenError::NoDriver | OpenError::NoDevice)) => {
+            eprintln!("notice: training on a GPU was not tested: {error}");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Loss and gradient norm of each step on one rank.
+fn losses<B: Backend>(device: B, config: &Config, steps: u64) -> Vec<(f64, f64)> {
+    let corpus = text();
+    let mut trainer = trainer_on(device, config, &corpus, local::solo(Default::default()), 1);
+    let take = |step| trainer.step(step, Requests::default()).unwrap().0;
+    (1..=steps).map(take).map(|metrics| (metrics.loss, metrics.grad_norm)).collect()
+}
+
+fn largest_difference(found: &[(f64, f64)], expected: &[(f64, f64)]) -> f64 {
+    let off = |(found, expected): (&(f64, f64), &(f64, f64))| ((found.0 - expected.0) / expected.0).abs();
+    found.iter().zip(expected).map(off).fold(0.0, f64::max)
+}
+
+#[test]
+fn two_hundred_steps_in_bf16_stay_within_a_hundredth_of_the_cpus_losses() {
+    let Some(device) = gpu::<half::bf16>() else { return };
+    let config = small();
+    let worst = largest_difference(&losses(device, &config, 200), &losses(Cpu, &config, 200));
+    println!("bf16 on a GPU, f32 on the CPU: largest relative difference of a loss {worst:.1e}");
+    assert!(worst <= 1e-2, "losses differ by {worst:e}");
+}
+
+#[test]
+fn steps_in_f32_are_the_cpus() {
+    let Some(device) = gpu::<f32>() else { return };
+    let config = small();
+    let worst = largest_difference(&losses(device, &config, 50), &losses(Cpu, &config, 50));
+    println!("f32 on a GPU and the CPU: largest relative difference of a loss {worst:.1e}");
+    assert!(worst <= 1e-3, "losses differ by {worst:e}");
+}
+
+#[test]
+fn the_same_seed_gives_the_same_bits_twice() {
+    let Some(device) = gpu::<half::bf16>() else { return };
+    let bits = |run: Vec<(f64, f64)>| run.into_iter().map(|(a, b)| (a.to_bits(), b.to_bits())).collect::<Vec<_>>();
+    let config = small();
+    assert_eq!(bits(losses(device.clone(), &config, 20)), bits(losses(device, &config, 20)));
+}
+
+#[test]
+fn buffers_of_a_gpu_are_planned_to_the_byte() {
+    let Some(device) = gpu::<half::bf16>() else { return };
+    let config = small();
+    let corpus = text();
+    let mut trainer = trainer_on(device, &config, &corpus, local::solo(Default::default()), 1);
+    for step in 1..=2 {
+        trainer.step(step, Requests::default()).unwrap();
+    }
+    let grid = Grid::new(1, 1, config.model.experts).unwrap();
+    let job = Job { config, grid, ranks_per_node: 1, numbers: Numbers::GPU };
+    assert_eq!(MemoryPlan::new(&job).buffers, trainer.tally());
+}
