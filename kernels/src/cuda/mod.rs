@@ -5,6 +5,7 @@
 //! [`Device::synchronize`] or [`Device::read_to_host`].
 
 mod gpu;
+mod grouped;
 mod launch;
 mod memory;
 mod scratch;

@@ -1,0 +1,328 @@
+// Grouped GEMM on Hopper, bf16 with f32 accumulation: the experts' matrices, all of a rank's experts in one launch.
+//
+// Group g owns rows offsets[g] .. offsets[g+1] of the row operands; offsets [E + 1] i32 are read on the device. Letters: N rows in all,
+// E groups, `out` × `in` one group's matrix w[E, out, in].
+//   linear       y[i, out]   = x[i, in] · w[g]ᵀ                           both operands K-major
+//   swiglu       h[i, 2F]    = x · w[g]ᵀ, a[i, F] = silu(h[:, :F])·h[:, F:]  a tile holds 128 gate columns and their 128 up columns
+//   grad_input   dx[i, in]   = dy[i, out] · w[g]                          w is MN-major
+//   grad_weight  dw[g, out, in] (+)= Σ_i dy[i, out] x[i, in], f32         both are MN-major; the last rows beyond the group are zeroed
+// Rows outside the groups are never written; they may hold NaN. Any group size, 0 included. `in` and `out` are multiples of 8; bases
+// of the operands lie on 16 bytes.
+//
+// Bound: tensor cores, 2·N·in·out operations; bytes (N·in + N·out + E·in·out)·2, for grad_weight 4 (or 8 where it adds) a weight.
+// A block is one producer warpgroup, of which one thread issues TMA copies, and two consumer warpgroups of 64 × 256 accumulators each; four
+// stages of 64 deep tiles. Blocks are persistent (schedule in grouped_schedule.cuh), so the copies of the next tile run under the epilogue
+// of this one. The order of sums is fixed: depth ascending.
+
+#include "grouped_schedule.cuh"
+#include "hopper.cuh"
+
+namespace {
+
+constexpr int BM = 128, BN = 256, BK = 64, STAGES = 4, BAND = 16;
+constexpr int CONSUMERS = 256, THREADS = CONSUMERS + 128;
+constexpr int A_BYTES = BM * BK * 2, B_BYTES = BN * BK * 2, STAGE_BYTES = A_BYTES + B_BYTES;
+constexpr int BOX_BYTES = 64 * 128; // 64 rows of 64 bf16, as TMA writes them
+constexpr int STAGING = 2;          // boxes of a consumer warpgroup on their way out (GradWeight)
+constexpr int ALIGNMENT = 1024;     // of tiles in the 128-byte swizzle
+
+enum class Form { Linear, Swiglu, GradInput, GradWeight };
+
+struct Shared {
+    uint8_t* stages;
+    uint64_t *full, *empty;
+    int* first;
+
+    __device__ explicit Shared(uint8_t* raw) {
+        const uint32_t offset = (ALIGNMENT - shared_address(raw) % ALIGNMENT) % ALIGNMENT;
+        stages = raw + offset;
+        full = reinterpret_cast<uint64_t*>(stages + STAGES * STAGE_BYTES + 2 * STAGING * BOX_BYTES);
+        empty = full + STAGES;
+        first = reinterpret_cast<int*>(staging(0, 0)); // GradWeight has no use for it, the others none for staging
+    }
+    __device__ uint8_t* a(int stage) const { return stages + stage * STAGE_BYTES; }
+    __device__ uint8_t* b(int stage) const { return a(stage) + A_BYTES; }
+    __device__ uint8_t* staging(int group_of_threads, int box) const {
+        return stages + STAGES * STAGE_BYTES + (group_of_threads * STAGING + box % STAGING) * BOX_BYTES;
+    }
+};
+
+// A stage and the parity of its phase.
+struct Cursor {
+    int stage = 0, parity = 0;
+    __device__ void advance() {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+};
+
+struct Sizes {
+    const int* offsets;
+    int groups;
+    int rows; // output rows of a group's matrix (GradWeight: out), else not used
+    int n;    // output columns: Linear out, Swiglu F, GradInput in, GradWeight in
+    int k;    // depth: Linear and Swiglu in, GradInput out, GradWeight the group's rows
+};
+
+template <Form FORM> __device__ auto schedule(const Sizes& s, const int* first) {
+    constexpr int COLUMNS = FORM == Form::Swiglu ? BN / 2 : BN;
+    const int column_tiles = (s.n + COLUMNS - 1) / COLUMNS;
+    if constexpr (FORM == Form::GradWeight)
+        return DepthSchedule<BAND>{s.offsets, s.groups, (s.rows + BM - 1) / BM, column_tiles};
+    else
+        return RowSchedule<BM, BAND>{s.offsets, first, s.groups, column_tiles};
+}
+
+template <Form FORM> __device__ int depth_blocks(const Sizes& s, const Tile& tile) {
+    const int depth = FORM == Form::GradWeight ? tile.rows : s.k;
+    return (depth + BK - 1) / BK;
+}
+
+// One thread copies all tiles of this block, stage after stage.
+template <Form FORM>
+__device__ void produce(const Shared& shared, const Sizes& s, const CUtensorMap* map_a, const CUtensorMap* map_b) {
+    tma_prefetch(map_a);
+    tma_prefetch(map_b);
+    auto tiles = schedule<FORM>(s, shared.first);
+    Cursor at;
+    for (int index = blockIdx.x; index < tiles.tiles(); index += gridDim.x) {
+        const Tile tile = tiles.at(index);
+        const int blocks = depth_blocks<FORM>(s, tile);
+        for (int block = 0; block < blocks; ++block, at.advance()) {
+            barrier_wait(&shared.empty[at.stage], at.parity ^ 1);
+            uint64_t* full = &shared.full[at.stage];
+            uint8_t *a = shared.a(at.stage), *b = shared.b(at.stage);
+            barrier_expect(full, STAGE_BYTES);
+            const int depth = block * BK;
+            if constexpr (FORM == Form::GradWeight) {
+#pragma unroll
+                for (int i = 0; i < BM / 64; ++i) tma_load(a + i * BOX_BYTES, map_a, full, tile.m * BM + i * 64, tile.start + depth);
+#pragma unroll
+                for (int i = 0; i < BN / 64; ++i) tma_load(b + i * BOX_BYTES, map_b, full, tile.n * BN + i * 64, tile.start + depth);
+            } else {
+                tma_load(a, map_a, full, depth, tile.start + tile.m * BM);
+                if constexpr (FORM == Form::Linear) {
+                    tma_load(b, map_b, full, depth, tile.group * s.n + tile.n * BN);
+                } else if constexpr (FORM == Form::Swiglu) {
+                    const int gate = tile.group * 2 * s.n + tile.n * (BN / 2);
+                    tma_load(b, map_b, full, depth, gate);
+                    tma_load(b + B_BYTES / 2, map_b, full, depth, gate + s.n);
+                } else {
+#pragma unroll
+                    for (int i = 0; i < BN / 64; ++i)
+                        tma_load(b + i * BOX_BYTES, map_b, full, tile.n * BN + i * 64, tile.group * s.k + depth);
+                }
+            }
+        }
+    }
+}
+
+// The rows of a group's last block that are not its own: set to zero in both operands, since a sum runs over them.
+__device__ void zero_beyond(const Shared& shared, int stage, int valid, int group_of_threads, int thread) {
+    const int bytes = BOX_BYTES - valid * 128;
+    uint8_t* boxes[3] = {shared.a(stage) + group_of_threads * BOX_BYTES, shared.b(stage) + (2 * group_of_threads) * BOX_BYTES,
+                         shared.b(stage) + (2 * group_of_threads + 1) * BOX_BYTES};
+#pragma unroll
+    for (int i = 0; i < 3; ++i)
+        for (int at = thread * 16; at < bytes; at += 128 * 16)
+            *reinterpret_cast<uint4*>(boxes[i] + valid * 128 + at) = make_uint4(0, 0, 0, 0);
+    fence_async();
+    meet(1, CONSUMERS);
+}
+
+// Multiplies one stage into the accumulators: four steps of 16 deep.
+template <Form FORM, bool FRESH> __device__ __forceinline__ void multiply(float (&d)[128], const uint8_t* a, const uint8_t* b) {
+    constexpr int TA = FORM == Form::GradWeight, TB = FORM == Form::GradWeight || FORM == Form::GradInput;
+    const uint64_t da = descriptor(a, TA ? BOX_BYTES : 16, 1024), db = descriptor(b, TB ? BOX_BYTES : 16, 1024);
+    // Bytes to the next 16 of depth: inside a row, or 16 rows on. In the descriptor's units of 16 bytes.
+    constexpr uint64_t NEXT_A = (TA ? 16 * 128 : 32) / 16, NEXT_B = (TB ? 16 * 128 : 32) / 16;
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < BK / 16; ++i) wgmma_n256<TA, TB>(d, da + i * NEXT_A, db + i * NEXT_B, !(FRESH && i == 0));
+    wgmma_commit();
+}
+
+__device__ __forceinline__ uint32_t packed(float x, float y) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
+    return *reinterpret_cast<const uint32_t*>(&both);
+}
+
+// Word i of lane q of a quad becomes word q of lane i.
+__device__ __forceinline__ void transpose_quad(uint32_t (&v)[4], int q) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const uint32_t sent = q & 1 ? v[i] : v[i + 1];
+        const uint32_t got = __shfl_xor_sync(0xffffffffu, sent, 1);
+        if (q & 1) v[i] = got; else v[i + 1] = got;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t sent = q & 2 ? v[i] : v[i + 2];
+        const uint32_t got = __shfl_xor_sync(0xffffffffu, sent, 2);
+        if (q & 2) v[i] = got; else v[i + 2] = got;
+    }
+}
+
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+
+// Writes 32 columns of two rows, 16 bytes a lane, from `values(chunk, half, element)`.
+template <typename Values>
+__device__ __forceinline__ void store_32(bf16* out, long stride, int column, int columns, const int (&row)[2], int rows, Values values) {
+    const int q = threadIdx.x % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        uint32_t v[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v[i] = packed(values(i, half, 0), values(i, half, 1));
+        transpose_quad(v, q);
+        const int at = column + 8 * q;
+        if (row[half] < rows && at < columns) *reinterpret_cast<uint4*>(out + row[half] * stride + at) = make_uint4(v[0], v[1], v[2], v[3]);
+    }
+}
+
+struct Outputs {
+    bf16* y;                // [N, n]; Swiglu h [N, 2F]; GradWeight none
+    bf16* a;                // Swiglu [N, F]
+    const CUtensorMap* dw;  // GradWeight [E, rows, n] f32
+    bool add;               // GradWeight: add to what is there
+};
+
+template <Form FORM>
+__device__ void epilogue(const float (&d)[128], const Sizes& s, const Outputs& out, const Tile& tile, int group_of_threads, int thread) {
+    const int first = group_of_threads * 64 + thread / 32 * 16 + thread % 32 / 4;
+    const int row[2] = {tile.m * BM + first, tile.m * BM + first + 8};
+    if constexpr (FORM == Form::Swiglu) {
+        bf16* h = out.y + long(tile.start) * 2 * s.n;
+        bf16* a = out.a + long(tile.start) * s.n;
+#pragma unroll
+        for (int j = 0; j < BN / 16; j += 4) {
+            const int column = tile.n * (BN / 2) + 8 * j;
+            const auto gate = [&](int i, int half, int e) { return d[4 * (j + i) + 2 * half + e]; };
+            const auto up = [&](int i, int half, int e) { return d[4 * (j + i + BN / 16) + 2 * half + e]; };
+            store_32(h, 2 * s.n, column, s.n, row, tile.rows, gate);
+            store_32(h + s.n, 2 * s.n, column, s.n, row, tile.rows, up);
+            // From the rounded values, which the backward pass will see.
+            store_32(a, s.n, column, s.n, row, tile.rows, [&](int i, int half, int e) {
+                const float g = __bfloat162float(__float2bfloat16_rn(gate(i, half, e))), u = __bfloat162float(__float2bfloat16_rn(up(i, half, e)));
+                return silu(g) * u;
+            });
+        }
+    } else {
+        bf16* y = out.y + long(tile.start) * s.n;
+#pragma unroll
+        for (int j = 0; j < BN / 8; j += 4)
+            store_32(y, s.n, tile.n * BN + 8 * j, s.n, row, tile.rows, [&](int i, int half, int e) { return d[4 * (j + i) + 2 * half + e]; });
+    }
+}
+
+// 64 × 256 f32 of a weight's gradient leave through shared memory, a box of 64 × 32 after the other, while the next tile's products run.
+// Nobody else adds to these elements in this launch, so that adding in memory keeps the order of sums.
+__device__ void epilogue_grad_weight(const float (&d)[128], const Shared& shared, const Outputs& out, const Tile& tile, int group_of_threads, int thread) {
+    const int row = thread / 32 * 16 + thread % 32 / 4, q = thread % 4;
+#pragma unroll
+    for (int box = 0; box < BN / 32; ++box) {
+        uint8_t* to = shared.staging(group_of_threads, box);
+        if (thread == 0) store_wait_read<STAGING - 1>();
+        meet(2 + group_of_threads, 128);
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int chunk = (2 * j + q / 2) ^ (row % 8); // 16-byte chunks are swizzled as TMA expects
+                const int at = 4 * (box * 4 + j) + 2 * half;
+                *reinterpret_cast<float2*>(to + (row + 8 * half) * 128 + chunk * 16 + q % 2 * 8) = make_float2(d[at], d[at + 1]);
+            }
+        fence_async();
+        meet(2 + group_of_threads, 128);
+        if (thread == 0) {
+            const int x = tile.n * BN + box * 32, y = tile.m * BM + group_of_threads * 64;
+            if (out.add) tma_store<true>(out.dw, to, x, y, tile.group);
+            else tma_store<false>(out.dw, to, x, y, tile.group);
+            store_commit();
+        }
+    }
+}
+
+template <Form FORM> __device__ void consume(const Shared& shared, const Sizes& s, const Outputs& out) {
+    const int thread = threadIdx.x % 128, group_of_threads = threadIdx.x / 128 - 1;
+    auto tiles = schedule<FORM>(s, shared.first);
+    Cursor at;
+    for (int index = blockIdx.x; index < tiles.tiles(); index += gridDim.x) {
+        const Tile tile = tiles.at(index);
+        const int blocks = depth_blocks<FORM>(s, tile);
+        if (FORM == Form::GradWeight && blocks == 0 && out.add) continue;
+        float d[128];
+        if (FORM == Form::GradWeight && blocks == 0) {
+#pragma unroll
+            for (int i = 0; i < 128; ++i) d[i] = 0.0f;
+        } else {
+            // The A operand of this warpgroup is its own box; the stage of a block is given back when the next one is under way.
+            const auto arrive_at = [&](int block) {
+                barrier_wait(&shared.full[at.stage], at.parity);
+                const int valid = tile.rows - block * BK;
+                if (FORM == Form::GradWeight && valid < BK) zero_beyond(shared, at.stage, valid, group_of_threads, thread);
+            };
+            arrive_at(0);
+            multiply<FORM, true>(d, shared.a(at.stage) + group_of_threads * BOX_BYTES, shared.b(at.stage));
+            int before = at.stage;
+            at.advance();
+            for (int block = 1; block < blocks; ++block) {
+                arrive_at(block);
+                multiply<FORM, false>(d, shared.a(at.stage) + group_of_threads * BOX_BYTES, shared.b(at.stage));
+                wgmma_wait<1>();
+                if (thread % 32 == 0) barrier_arrive(&shared.empty[before]);
+                before = at.stage;
+                at.advance();
+            }
+            wgmma_wait<0>();
+            if (thread % 32 == 0) barrier_arrive(&shared.empty[before]);
+        }
+        if constexpr (FORM == Form::GradWeight) epilogue_grad_weight(d, shared, out, tile, group_of_threads, thread);
+        else epilogue<FORM>(d, s, out, tile, group_of_threads, thread);
+    }
+    if (FORM == Form::GradWeight && thread == 0) store_wait();
+}
+
+template <Form FORM> __device__ void run(const CUtensorMap* map_a, const CUtensorMap* map_b, const Sizes& s, const Outputs& out) {
+    extern __shared__ uint8_t raw[];
+    const Shared shared(raw);
+    if (FORM != Form::GradWeight) RowSchedule<BM, BAND>::prepare(shared.first, s.offsets, s.groups);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(&shared.full[i], 1);
+            barrier_init(&shared.empty[i], CONSUMERS / 32);
+        }
+        fence_barrier_init();
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        registers_down<40>();
+        if (threadIdx.x == 0) produce<FORM>(shared, s, map_a, map_b);
+    } else {
+        registers_up<232>();
+        consume<FORM>(shared, s, out);
+    }
+}
+
+} // namespace
+
+#define GROUPED extern "C" __global__ void __launch_bounds__(THREADS, 1)
+
+GROUPED grouped_linear_sm90(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w, const int* offsets, int groups,
+                            int n, int k, bf16* y) {
+    run<Form::Linear>(&x, &w, Sizes{offsets, groups, 0, n, k}, Outputs{y, nullptr, nullptr, false});
+}
+
+GROUPED grouped_swiglu_sm90(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w, const int* offsets, int groups,
+                            int f, int k, bf16* h, bf16* a) {
+    run<Form::Swiglu>(&x, &w, Sizes{offsets, groups, 0, f, k}, Outputs{h, a, nullptr, false});
+}
+
+GROUPED grouped_grad_input_sm90(const __grid_constant__ CUtensorMap dy, const __grid_constant__ CUtensorMap w, const int* offsets,
+                                int groups, int n, int k, bf16* dx) {
+    run<Form::GradInput>(&dy, &w, Sizes{offsets, groups, 0, n, k}, Outputs{dx, nullptr, nullptr, false});
+}
+
+GROUPED grouped_grad_weight_sm90(const __grid_constant__ CUtensorMap dy, const __grid_constant__ CUtensorMap x,
+                                 const __grid_constant__ CUtensorMap dw, const int* offsets, int groups, int rows, int n, int add) {
+    run<Form::GradWeight>(&dy, &x, Sizes{offsets, groups, rows, n, 0}, Outputs{nullptr, nullptr, &dw, add != 0});
+}
