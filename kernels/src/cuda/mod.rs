@@ -4,11 +4,15 @@
 //! `kernels/cuda`. An operation is issued and returns at once. What fails is remembered and comes out of the next
 //! [`Device::synchronize`] or [`Device::read_to_host`].
 
+mod expert;
 mod gpu;
 mod grouped;
 mod launch;
 mod memory;
+mod routing;
+mod rows;
 mod scratch;
+mod shuffle;
 
 use std::marker::PhantomData;
 use std::sync::Arc;
