@@ -27,7 +27,7 @@ template <> __device__ __forceinline__ bf16 from_f32<bf16>(float x) { return __f
 // 16 bytes of a row: 4 f32 or 8 bf16. Rows must start on 16 bytes.
 template <typename Act> struct Vec {
     static constexpr int N = 16 / sizeof(Act);
-    Act v[N];
+    alignas(16) Act v[N];
 };
 
 template <typename Act> __device__ __forceinline__ Vec<Act> load16(const Act* p) {

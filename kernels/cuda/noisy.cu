@@ -1,7 +1,7 @@
 // Noisy top-k gating (Shazeer et al. 2017): the perturbed logits, the smooth load, and their backward pass.    (ops/routing.rs)
 //
 // noisy_logits: clean, raw, noise [T, E] f32 → noisy [T, E] f32, and per stretch of 32 tokens Σ Φ((clean − threshold)/std) [·, E] f64, which
-//   sum_partials (statistics.cu) adds up in order. noisy_logits_grad: also noisy, dnoisy [T, E], dload [E] → dclean, draw [T, E].
+//   sum_stretches (statistics.cu) adds up in order. noisy_logits_grad: also noisy, dnoisy [T, E], dload [E] → dclean, draw [T, E].
 // The threshold of an expert is the k-th highest of the others' noisy logits: that of the last chosen, or for the chosen the
 // next one. Margins, Φ and gradients in f64. E ≤ 512.
 // Bound: f64 arithmetic; written for exactness, one warp a token.

@@ -11,34 +11,24 @@
 // exported as NAME_wide; widths or addresses off 16 bytes take packs of one element. Loads of several packs are in flight before the first is used; what is
 // written is too large to be found in a cache again, so it passes them by.
 
-#include "activation.cuh"
+#include "pack.cuh"
+#include "swiglu.cuh"
 
 constexpr unsigned ALL = 0xffffffffu;
 constexpr int THREADS = 256;
 constexpr int ROWS_PER_BLOCK = THREADS / WARP;
 
-// N elements that are loaded at once.
-template <typename Act, int N> struct alignas(N * sizeof(Act)) Pack {
-    Act v[N];
-};
-
-template <typename Act, int N> __device__ __forceinline__ Pack<Act, N> load(const Act* p) {
-    Pack<Act, N> r;
-    if constexpr (N == 1) r.v[0] = *p;
-    else *reinterpret_cast<uint4*>(r.v) = *reinterpret_cast<const uint4*>(p);
-    return r;
+// Packs that are read or written once, and need not stay in the caches.
+template <int V, typename T> __device__ __forceinline__ Pack<T, V> load_once(const T* p) {
+    if constexpr (V == 1) return load<V>(p);
+    Pack<T, V> pack;
+    *reinterpret_cast<uint4*>(pack.v) = __ldcs(reinterpret_cast<const uint4*>(p));
+    return pack;
 }
 
-template <typename Act, int N> __device__ __forceinline__ Pack<Act, N> load_once(const Act* p) {
-    Pack<Act, N> r;
-    if constexpr (N == 1) r.v[0] = *p;
-    else *reinterpret_cast<uint4*>(r.v) = __ldcs(reinterpret_cast<const uint4*>(p));
-    return r;
-}
-
-template <typename Act, int N> __device__ __forceinline__ void store_once(Act* p, const Pack<Act, N>& r) {
-    if constexpr (N == 1) *p = r.v[0];
-    else __stcs(reinterpret_cast<uint4*>(p), *reinterpret_cast<const uint4*>(r.v));
+template <int V, typename T> __device__ __forceinline__ void store_once(T* p, const Pack<T, V>& pack) {
+    if constexpr (V == 1) store(p, pack);
+    else __stcs(reinterpret_cast<uint4*>(p), *reinterpret_cast<const uint4*>(pack.v));
 }
 
 // The row of this warp; -1 beyond the live ones.
@@ -59,11 +49,11 @@ __device__ void gather_rows(int bound, const int* count, int width, const int* i
     for (; pack + (FLIGHT - 1) * WARP < packs; pack += FLIGHT * WARP) {
         Pack<Act, N> held[FLIGHT];
 #pragma unroll
-        for (int i = 0; i < FLIGHT; i++) held[i] = load<Act, N>(src + (pack + i * WARP) * N);
+        for (int i = 0; i < FLIGHT; i++) held[i] = load<N>(src + (pack + i * WARP) * N);
 #pragma unroll
-        for (int i = 0; i < FLIGHT; i++) store_once<Act, N>(dst + (pack + i * WARP) * N, held[i]);
+        for (int i = 0; i < FLIGHT; i++) store_once<N>(dst + (pack + i * WARP) * N, held[i]);
     }
-    for (; pack < packs; pack += WARP) store_once<Act, N>(dst + pack * N, load<Act, N>(src + pack * N));
+    for (; pack < packs; pack += WARP) store_once<N>(dst + pack * N, load<N>(src + pack * N));
 }
 
 // One block a row, one thread a pack of it, the packs of up to 8 slots in flight.
@@ -89,7 +79,7 @@ __device__ void weighted_reduce(int bound, const int* count, int slots_per_row, 
 #pragma unroll
             for (int i = 0; i < FLIGHT; i++) {
                 const int from = __shfl_sync(ALL, slot, (j + i) % WARP);
-                if (mine && j + i < slots_per_row && from >= 0) held[i] = load_once<Act, N>(y + long(from) * width + pack * N);
+                if (mine && j + i < slots_per_row && from >= 0) held[i] = load_once<N>(y + long(from) * width + pack * N);
             }
 #pragma unroll
             for (int i = 0; i < FLIGHT; i++) {
@@ -103,10 +93,10 @@ __device__ void weighted_reduce(int bound, const int* count, int slots_per_row, 
         if (!mine) continue;
         Act* to = out + long(row) * width + pack * N;
         Pack<Act, N> total;
-        if (add) total = load<Act, N>(to);
+        if (add) total = load<N>(to);
 #pragma unroll
         for (int c = 0; c < N; c++) total.v[c] = from_f32<Act>(add ? to_f32(total.v[c]) + sum[c] : sum[c]);
-        store_once<Act, N>(to, total);
+        store_once<N>(to, total);
     }
 }
 
@@ -118,10 +108,12 @@ __device__ __forceinline__ void swiglu_pack(float weight, const Pack<Act, N>& da
 #pragma unroll
     for (int c = 0; c < N; c++) {
         const float g = to_f32(gate.v[c]), u = to_f32(up.v[c]), d = to_f32(da.v[c]);
-        const float s = sigmoid<Act>(g), plain = g * s * u, weighted = weight * d;
+        const float plain = swiglu(g, u);
+        float dg, du;
+        swiglu_slopes(g, u, weight * d, dg, du);
         dot += d * plain;
-        dup.v[c] = from_f32<Act>(weighted * g * s);
-        dgate.v[c] = from_f32<Act>(weighted * u * silu_slope(g, s));
+        dgate.v[c] = from_f32<Act>(dg);
+        dup.v[c] = from_f32<Act>(du);
         a.v[c] = from_f32<Act>(weight * plain);
     }
 }
@@ -146,9 +138,9 @@ __device__ void weighted_swiglu_grad(int bound, const int* count, int f, const i
         for (int i = 0; i < FLIGHT; i++) {
             const int at = first + i * WARP * N;
             if (at >= f) continue;
-            d[i] = load_once<Act, N>(da + at);
-            gate[i] = load_once<Act, N>(h + at);
-            up[i] = load_once<Act, N>(h + f + at);
+            d[i] = load_once<N>(da + at);
+            gate[i] = load_once<N>(h + at);
+            up[i] = load_once<N>(h + f + at);
         }
 #pragma unroll
         for (int i = 0; i < FLIGHT; i++) {
@@ -156,9 +148,9 @@ __device__ void weighted_swiglu_grad(int bound, const int* count, int f, const i
             if (at >= f) continue;
             Pack<Act, N> dgate, dup, weighted;
             swiglu_pack<Act, N>(weight, d[i], gate[i], up[i], dgate, dup, weighted, dot);
-            store_once<Act, N>(dh + at, dgate);
-            store_once<Act, N>(dh + f + at, dup);
-            store_once<Act, N>(a + at, weighted);
+            store_once<N>(dh + at, dgate);
+            store_once<N>(dh + f + at, dup);
+            store_once<N>(a + at, weighted);
         }
     }
     dot = warp_sum(dot);

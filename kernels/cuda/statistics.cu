@@ -1,8 +1,8 @@
 // What routing sums over tokens, the small losses made of it, and capacity.                                 (ops/routing.rs)
 //
-// sum_partials: partial [groups, n, C] f64 → out [groups, C] f32: 32 interleaved sums, ascending, then these ascending.
+// sum_stretches: partial [groups, n, C] f64 → out [groups, C] f32: 32 interleaved sums, ascending, then these ascending.
 // balance_loss: counts, prob_sums [L, G, E] → loss += Σ E·f·P, coefficients [L, G, E]; in f64, one block.
-// importance: ids, weights [T, k] → per stretch of 32 tokens [·, E] f64, for sum_partials. importance_grad: dweights += dimportance[id].
+// importance: ids, weights [T, k] → per stretch of 32 tokens [·, E] f64, for sum_stretches. importance_grad: dweights += dimportance[id].
 // cv_squared: x [E] → loss += var/(mean² + 1e-10), dx [E]; in f64, one block.
 // apply_capacity: ids, weights [T, k] → kept [T, k], *dropped (zero before). One block an expert reads all ids: by weight, a radix selection
 //   of the lowest kept key, 8 bits a pass; then in order of tokens, keys above it are kept and as many equal ones as fit.
@@ -17,7 +17,7 @@ constexpr int WIDE = 1024;
 constexpr int STRETCH = 32;
 constexpr int MOST_CHOICES = 32;
 
-extern "C" __global__ void __launch_bounds__(WIDE) sum_partials(int n, int columns, const double* partial, float* out) {
+extern "C" __global__ void __launch_bounds__(WIDE) sum_stretches(int n, int columns, const double* partial, float* out) {
     __shared__ double sums[WARP][WARP + 1];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, tiles = (columns + WARP - 1) / WARP;
     const long group = blockIdx.x / tiles;

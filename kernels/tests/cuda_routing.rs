@@ -3,7 +3,7 @@
 
 mod cuda_support;
 
-use cuda_support::{assert_close, download, filled, gpu, random, random_below, tolerance, upload};
+use cuda_support::{assert_matches, download, filled, gpu, random_below, random_within, tolerance, upload};
 use half::bf16;
 use moe_kernels::cuda::{Cuda, CudaBuffer};
 use moe_kernels::{
@@ -24,6 +24,9 @@ const SIZES: [(usize, usize, usize); 10] = [
     (40, 512, 10),
     (5000, 60, 4),
 ];
+
+/// More tokens than there are, so that all are one group.
+const ONE_GROUP: usize = 1 << 40;
 
 fn dims((tokens, experts, top_k): (usize, usize, usize)) -> GateDims {
     GateDims { tokens, experts, top_k }
@@ -75,10 +78,10 @@ fn scores_choices_and_weights_are_the_cpus() {
         for (spec, bias) in specs(size).flat_map(|spec| [(spec, None), (spec, Some(&bias))]) {
             let (got, want) = (gate_on_gpu(&gpu, spec, &logits, bias), gate_on_cpu(spec, &logits, bias));
             let what = |name: &str| format!("{name}, {spec:?}");
-            assert_close(&what("scores"), &got.scores, &want.scores, tolerance::<f32>(16, 1.0));
+            assert_matches(&what("scores"), &got.scores, &want.scores, tolerance::<f32>(16, 1.0));
             if bias.is_none() {
                 assert!(got.ids == want.ids, "{}", what("ids"));
-                assert_close(&what("weights"), &got.weights, &want.weights, tolerance::<f32>(32, 2.5));
+                assert_matches(&what("weights"), &got.weights, &want.weights, tolerance::<f32>(32, 2.5));
             }
             // With a bias, sums of different parts may nearly tie: the choice is checked against the GPU's own scores.
             let experts = size.1;
@@ -100,7 +103,7 @@ fn nan_and_infinite_logits_give_the_cpus_choices() {
     for spec in specs((4, 4, 2)) {
         let (got, want) = (gate_on_gpu(&gpu, spec, &logits, None), gate_on_cpu(spec, &logits, None));
         assert_eq!(got.ids, want.ids, "{spec:?}");
-        assert_close("scores", &got.scores, &want.scores, tolerance::<f32>(4, 1.0));
+        assert_matches("scores", &got.scores, &want.scores, tolerance::<f32>(4, 1.0));
     }
     let vanishing = GateSpec { dims: dims((1, 3, 2)), score: Score::Sigmoid, renormalize: true, scale: 1.0 };
     assert_eq!(gate_on_gpu(&gpu, vanishing, &[-300.0; 3], None).weights, [0.0, 0.0]);
@@ -110,7 +113,7 @@ fn nan_and_infinite_logits_give_the_cpus_choices() {
 fn the_activation_type_decides_nothing() {
     let (Some(narrow), Some(wide)) = (gpu::<bf16>(), gpu::<f32>()) else { return };
     let spec = GateSpec { dims: dims((20, 16, 2)), score: Score::Softmax, renormalize: true, scale: 1.0 };
-    let logits = random(1, 320, 3.0);
+    let logits = random_within(1, 320, 3.0);
     let on_gpu = upload(&narrow, &logits);
     let (mut scores, mut ids, mut weights) =
         (filled(&narrow, 320, 0.0), filled(&narrow, 40, 0), filled(&narrow, 40, 0.0));
@@ -125,13 +128,13 @@ fn gate_gradients_are_the_cpus() {
     let Some(gpu) = gpu::<f32>() else { return };
     for size in SIZES {
         let (tokens, experts, top_k) = size;
-        let logits = random(3, tokens * experts, 4.0);
-        let dweights = random(4, tokens * top_k, 1.0);
+        let logits = random_within(3, tokens * experts, 4.0);
+        let dweights = random_within(4, tokens * top_k, 1.0);
         for spec in specs(size) {
             let gated = gate_on_cpu(spec, &logits, None);
-            for (tokens_per_group, balanced, z_scale) in [(1, false, 0.0), (usize::MAX, true, 0.0), (7, true, 0.01)] {
+            for (tokens_per_group, balanced, z_scale) in [(1, false, 0.0), (ONE_GROUP, true, 0.0), (7, true, 0.01)] {
                 let groups = tokens.div_ceil(tokens_per_group);
-                let coefficients = random(5, groups * experts, 1.0);
+                let coefficients = random_within(5, groups * experts, 1.0);
                 let mut want = vec![f32::NAN; logits.len()];
                 let (l, s, i, d) =
                     (View::of(&logits), View::of(&gated.scores), View::of(&gated.ids), View::of(&dweights));
@@ -145,7 +148,7 @@ fn gate_gradients_are_the_cpus() {
                 let balance = BalanceGrad { coefficients: View::of(&c), tokens_per_group };
                 gpu.gate_grad(spec, l, s, i, d, balanced.then_some(balance), z_scale, ViewMut::of(&mut dlogits));
                 let what = format!("{spec:?}, groups of {tokens_per_group}, z {z_scale}");
-                assert_close(&what, &download(&gpu, &dlogits), &want, tolerance::<f32>(experts.min(32) + 16, 8.0));
+                assert_matches(&what, &download(&gpu, &dlogits), &want, tolerance::<f32>(experts.min(32) + 16, 8.0));
             }
         }
     }
@@ -156,12 +159,12 @@ fn statistics_are_the_cpus_and_repeat_to_the_bit() {
     let Some(gpu) = gpu::<f32>() else { return };
     for size in SIZES {
         let (tokens, experts, _) = size;
-        let logits = random(6, tokens * experts, 4.0);
+        let logits = random_within(6, tokens * experts, 4.0);
         for spec in specs(size) {
             let mut gated = gate_on_cpu(spec, &logits, None);
             gated.ids.iter_mut().skip(3).step_by(11).for_each(|id| *id = -1);
             // One more group than tokens fill, so that one is empty.
-            for tokens_per_group in [usize::MAX, 100, 7] {
+            for tokens_per_group in [ONE_GROUP, 100, 7] {
                 let groups = tokens.div_ceil(tokens_per_group) + 1;
                 let nan = |len: usize| vec![f32::NAN; len];
                 let (mut counts, mut sums, mut z) = (nan(groups * experts), nan(groups * experts), nan(1));
@@ -183,8 +186,8 @@ fn statistics_are_the_cpus_and_repeat_to_the_bit() {
                 let what = |name: &str| format!("{name}, {spec:?}, groups of {tokens_per_group}");
                 assert!(got[0] == counts, "{}", what("counts"));
                 let members = tokens.min(tokens_per_group) as f32;
-                assert_close(&what("probabilities"), &got[1], &sums, tolerance::<f32>(24, members));
-                assert_close(&what("z"), &got[2], &z, tolerance::<f32>(24, 128.0 * tokens as f32));
+                assert_matches(&what("probabilities"), &got[1], &sums, tolerance::<f32>(24, members));
+                assert_matches(&what("z"), &got[2], &z, tolerance::<f32>(24, 128.0 * tokens as f32));
             }
         }
     }
@@ -197,7 +200,7 @@ fn balance_losses_are_the_cpus() {
     {
         let spec = BalanceSpec { layers, groups, experts, pooled, f_scale: 0.01, p_scale: 0.02, coefficient: 0.5 };
         let len = layers * groups * experts;
-        let (counts, sums) = (random(7, len, 50.0), random(8, len, 50.0));
+        let (counts, sums) = (random_within(7, len, 50.0), random_within(8, len, 50.0));
         let (mut loss, mut coefficients) = (vec![1.5f64], vec![f32::NAN; len]);
         let (loss_view, c) = (ViewMut::of(&mut loss), ViewMut::of(&mut coefficients));
         Cpu.balance_loss(spec, View::of(&counts), View::of(&sums), loss_view, c);
@@ -206,7 +209,7 @@ fn balance_losses_are_the_cpus() {
         let (mut got_loss, mut got) = (upload(&gpu, &[1.5f64]), filled(&gpu, len, f32::NAN));
         let (loss_view, c) = (ViewMut::of(&mut got_loss), ViewMut::of(&mut got));
         gpu.balance_loss(spec, View::of(&counts), View::of(&sums), loss_view, c);
-        assert_close("coefficients", &download(&gpu, &got), &coefficients, tolerance::<f32>(1, 5.0));
+        assert_matches("coefficients", &download(&gpu, &got), &coefficients, tolerance::<f32>(1, 5.0));
         let error = (download(&gpu, &got_loss)[0] - loss[0]).abs();
         assert!(error <= 1e-10 * len as f64, "{spec:?}: off by {error:e}");
     }
@@ -246,7 +249,7 @@ fn capacity_drops_what_the_cpu_drops() {
 fn the_second_expert_is_dropped_where_the_cpu_drops_it() {
     let Some(gpu) = gpu::<f32>() else { return };
     let spec = GateDims { tokens: 700, experts: 8, top_k: 2 };
-    let (uniform, weights) = (random(11, 700, 1.0), random(12, 1400, 0.5));
+    let (uniform, weights) = (random_within(11, 700, 1.0), random_within(12, 1400, 0.5));
     let mut want = vec![3; 1400];
     Cpu.drop_second(spec, View::of(&uniform), View::of(&weights), ViewMut::of(&mut want));
     let (uniform, weights, mut ids) = (upload(&gpu, &uniform), upload(&gpu, &weights), filled(&gpu, 1400, 3));
@@ -259,8 +262,8 @@ fn noisy_logits_and_their_gradients_are_the_cpus() {
     let Some(gpu) = gpu::<f32>() else { return };
     for size in SIZES {
         let (tokens, experts, _) = size;
-        let [clean, raw, noise, dnoisy] = [13, 14, 15, 16].map(|seed| random(seed, tokens * experts, 2.0));
-        let dload = random(17, experts, 1.0);
+        let [clean, raw, noise, dnoisy] = [13, 14, 15, 16].map(|seed| random_within(seed, tokens * experts, 2.0));
+        let dload = random_within(17, experts, 1.0);
         let (mut noisy, mut load) = (vec![f32::NAN; clean.len()], vec![f32::NAN; experts]);
         let (c, r, n) = (View::of(&clean), View::of(&raw), View::of(&noise));
         Cpu.noisy_logits(dims(size), c, r, n, ViewMut::of(&mut noisy), ViewMut::of(&mut load));
@@ -277,12 +280,17 @@ fn noisy_logits_and_their_gradients_are_the_cpus() {
         let (dc, dr) = (ViewMut::of(&mut got_dclean), ViewMut::of(&mut got_draw));
         gpu.noisy_logits_grad(dims(size), c, r, n, x, dx, dl, dc, dr);
         let what = |name: &str| format!("{name}, {size:?}");
-        assert_close(&what("noisy"), &download(&gpu, &got), &noisy, tolerance::<f32>(4, 8.0));
-        assert_close(&what("load"), &download(&gpu, &got_load), &load, tolerance::<f32>(8, tokens as f32 + 1.0) * 8.0);
+        assert_matches(&what("noisy"), &download(&gpu, &got), &noisy, tolerance::<f32>(4, 8.0));
+        assert_matches(
+            &what("load"),
+            &download(&gpu, &got_load),
+            &load,
+            tolerance::<f32>(8, tokens as f32 + 1.0) * 8.0,
+        );
         // The least deviation is 0.13, so slopes go up to 3, and a threshold collects those of all experts.
         let allowed = tolerance::<f32>(64, 3.0 * experts as f32);
-        assert_close(&what("dclean"), &download(&gpu, &got_dclean), &dclean, allowed);
-        assert_close(&what("draw"), &download(&gpu, &got_draw), &draw, allowed);
+        assert_matches(&what("dclean"), &download(&gpu, &got_dclean), &dclean, allowed);
+        assert_matches(&what("draw"), &download(&gpu, &got_draw), &draw, allowed);
     }
 }
 
@@ -293,8 +301,8 @@ fn importance_and_its_variation_are_the_cpus() {
         let (tokens, experts, top_k) = size;
         let choices = tokens * top_k;
         let ids: Vec<i32> = random_below(18, choices, experts + 1).into_iter().map(|id| id as i32 - 1).collect();
-        let (weights, dimportance) = (random(19, choices, 1.0), random(20, experts, 1.0));
-        let (mut importance, mut dweights) = (vec![f32::NAN; experts], random(21, choices, 1.0));
+        let (weights, dimportance) = (random_within(19, choices, 1.0), random_within(20, experts, 1.0));
+        let (mut importance, mut dweights) = (vec![f32::NAN; experts], random_within(21, choices, 1.0));
         let before = dweights.clone();
         Cpu.importance(dims(size), View::of(&ids), View::of(&weights), ViewMut::of(&mut importance));
         let d = View::of(&dimportance);
@@ -311,11 +319,11 @@ fn importance_and_its_variation_are_the_cpus() {
         let (mut got_loss, mut got_dx) = (upload(&gpu, &[0.25f64]), filled(&gpu, experts, f32::NAN));
         gpu.cv_squared(0.3, View::of(&x), ViewMut::of(&mut got_loss), ViewMut::of(&mut got_dx));
         let allowed = tolerance::<f32>(1, choices as f32 + 1.0);
-        assert_close(&format!("importance, {size:?}"), &download(&gpu, &got), &importance, allowed);
+        assert_matches(&format!("importance, {size:?}"), &download(&gpu, &got), &importance, allowed);
         assert_eq!(download(&gpu, &got_dweights), dweights, "{size:?}");
         let (loss_off, largest) =
             ((download(&gpu, &got_loss)[0] - loss[0]).abs(), dx.iter().fold(0.0f32, |m, d| m.max(d.abs())));
         assert!(loss_off <= 1e-9 * loss[0].abs(), "loss of {size:?}: off by {loss_off:e}");
-        assert_close(&format!("dx, {size:?}"), &download(&gpu, &got_dx), &dx, 1e-6 * largest);
+        assert_matches(&format!("dx, {size:?}"), &download(&gpu, &got_dx), &dx, 1e-6 * largest);
     }
 }

@@ -3,7 +3,7 @@
 
 mod cuda_support;
 
-use cuda_support::{download, filled, gpu, random, random_below, upload};
+use cuda_support::{download, filled, gpu, random_below, random_within, upload};
 use moe_kernels::cuda::Cuda;
 use moe_kernels::{Cpu, ExpandPlan, ExpertOps, ShuffleDims, ShufflePlan, View, ViewMut};
 
@@ -146,7 +146,7 @@ fn shuffle_plans_are_the_cpus() {
     for (tokens, top_k, experts, ranks) in SIZES {
         let dims = ShuffleDims { tokens, top_k, experts, ranks };
         for routing in ROUTINGS {
-            let (ids, weights) = (choices(routing, dims), random(2, tokens * top_k, 1.0));
+            let (ids, weights) = (choices(routing, dims), random_within(2, tokens * top_k, 1.0));
             let (got, want) = (on_gpu(&gpu, dims, &ids, &weights), on_cpu(dims, &ids, &weights));
             let what = |name: &str| format!("{dims:?}, {routing:?}: {name}");
             assert_equal(&what("rows"), &got.rows, &want.rows);
@@ -162,7 +162,7 @@ fn shuffle_plans_are_the_cpus() {
 
 /// Arrivals as the plan of `routing` makes them for one rank: its local experts ascending, then −1; garbage beyond the rows.
 fn arrivals(routing: Routing, dims: ShuffleDims) -> (Vec<i32>, Vec<i32>) {
-    let plan = on_cpu(dims, &choices(routing, dims), &random(2, dims.tokens * dims.top_k, 1.0));
+    let plan = on_cpu(dims, &choices(routing, dims), &random_within(2, dims.tokens * dims.top_k, 1.0));
     let busiest = (0..dims.ranks).max_by_key(|&rank| plan.send_counts[rank]).unwrap_or(0);
     let first: i32 = plan.send_counts[..busiest].iter().sum();
     let arrived = plan.send_counts[busiest] as usize;

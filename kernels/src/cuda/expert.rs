@@ -3,7 +3,8 @@
 use super::rows::{self, Reduction, Weighted};
 use super::{Cuda, CudaAct, grouped, shuffle};
 use crate::{
-    Accumulate, CombineDims, ExpandPlan, ExpertOps, GroupedDims, Rows, ShuffleDims, ShufflePlan, View, ViewMut,
+    Accumulate, CombineDims, DenseOps, ExpandPlan, ExpertOps, GroupedDims, Rows, ShuffleDims, ShufflePlan, View,
+    ViewMut,
 };
 
 impl<A: CudaAct> ExpertOps for Cuda<A> {
@@ -96,11 +97,13 @@ impl<A: CudaAct> ExpertOps for Cuda<A> {
         x: View<'_, Self, A>,
         w: View<'_, Self, A>,
         mut h: ViewMut<'_, Self, A>,
-        a: ViewMut<'_, Self, A>,
+        mut a: ViewMut<'_, Self, A>,
     ) {
         assert!(dims.n.is_multiple_of(2), "gate and up columns are as many: their sum cannot be {}", dims.n);
-        grouped::linear(self, dims, offsets, x, w, h.reborrow());
-        let _ = (rows, a);
+        if !grouped::linear_swiglu(self, dims, offsets, (x, w), (h.reborrow(), a.reborrow())) {
+            grouped::linear(self, dims, offsets, x, w, h.reborrow());
+            self.swiglu(rows, dims.n / 2, h.as_view(), a);
+        }
     }
 
     fn grouped_linear_grad_input(

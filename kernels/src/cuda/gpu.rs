@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
+use super::blas::Blas;
 use super::launch::Grid;
 use crate::DeviceError;
 
@@ -62,6 +63,14 @@ pub enum OpenError {
         /// Its capability.
         found: (i32, i32),
     },
+    /// cuBLASLt is not on this machine.
+    #[error(
+        "libcublasLt.so.13 (or .12) was not found: install CUDA's cuBLAS, or put its folder on LD_LIBRARY_PATH; or use --device cpu"
+    )]
+    NoCublas,
+    /// cuBLASLt is there but does not start.
+    #[error("libcublasLt could not be started: {0:?}")]
+    Cublas(cudarc::cublaslt::result::CublasError),
     /// The driver refused.
     #[error("the NVIDIA driver failed: {}", explained(*.0))]
     Driver(DriverError),
@@ -91,6 +100,8 @@ impl Facts {
 
 /// An open GPU.
 pub(super) struct Gpu {
+    /// Before the context, so that it is closed while there still is one.
+    pub(super) blas: Blas,
     pub(super) context: Arc<CudaContext>,
     pub(super) facts: Facts,
     modules: Vec<Module>,
@@ -101,9 +112,12 @@ pub(super) struct Gpu {
 /// A loaded image.
 struct Module(sys::CUmodule);
 
-/// A kernel of a loaded image.
+/// A kernel of a loaded image, and the dynamic shared memory it is allowed.
 #[derive(Clone, Copy)]
-struct Kernel(sys::CUfunction);
+struct Kernel {
+    function: sys::CUfunction,
+    shared_bytes: u32,
+}
 
 // SAFETY: handles of the driver may be used from any thread that has bound the context, which `Gpu::bound` and `Gpu::launch` do first; a module is
 // unloaded only with its `Gpu`.
@@ -157,6 +171,7 @@ impl Gpu {
         if facts.capability < CAPABILITY_NEEDED {
             return Err(OpenError::Unsupported { ordinal, name: facts.name, found: facts.capability });
         }
+        let blas = Blas::open(facts.is_hopper())?;
         let mut modules = Vec::new();
         for Image { name, bytes } in IMAGES {
             // SAFETY: the image is a whole fat binary that nvcc wrote; the driver reads its own length from it.
@@ -167,7 +182,7 @@ impl Gpu {
                 Err(error) => return Err(OpenError::Driver(error)),
             }
         }
-        Ok(Self { context, facts, modules, kernels: Mutex::default(), fault: Mutex::default() })
+        Ok(Self { blas, context, facts, modules, kernels: Mutex::default(), fault: Mutex::default() })
     }
 
     pub(super) fn new_stream(&self) -> Result<Arc<CudaStream>, DriverError> {
@@ -195,7 +210,7 @@ impl Gpu {
         if grid.blocks.0 == 0 || grid.blocks.1 == 0 || grid.blocks.2 == 0 {
             return;
         }
-        let Some(Kernel(function)) = self.kernel(name, grid.shared_bytes) else { return };
+        let Some(function) = self.kernel(name, grid.shared_bytes) else { return };
         self.bound(name, || {
             // SAFETY: the caller's promise; function and stream are this context's.
             unsafe {
@@ -211,30 +226,36 @@ impl Gpu {
         });
     }
 
-    /// The kernel `name`, looked up once.
-    fn kernel(&self, name: &'static str, shared_bytes: u32) -> Option<Kernel> {
+    /// The kernel `name`, looked up once, allowed to have `shared_bytes`.
+    fn kernel(&self, name: &'static str, shared_bytes: u32) -> Option<sys::CUfunction> {
         let mut kernels = locked(&self.kernels);
-        *kernels.entry(name).or_insert_with(|| {
-            let found = self.find(name, shared_bytes);
+        let found = kernels.entry(name).or_insert_with(|| {
+            let found = self.find(name);
             found.map_err(|error| self.remember(name, error)).ok()
-        })
+        });
+        let kernel = found.as_mut()?;
+        if shared_bytes > kernel.shared_bytes {
+            use sys::CUfunction_attribute_enum as Attribute;
+            let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let function = kernel.function;
+            // SAFETY: the function is a loaded module's.
+            let raise =
+                || unsafe { result::function::set_function_attribute(function, attribute, shared_bytes as i32) };
+            self.bound(name, raise);
+            kernel.shared_bytes = shared_bytes;
+        }
+        Some(kernel.function)
     }
 
-    fn find(&self, name: &str, shared_bytes: u32) -> Result<Kernel, DriverError> {
+    fn find(&self, name: &str) -> Result<Kernel, DriverError> {
         let absent = DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND);
         let text = CString::new(name).map_err(|_| absent)?;
         self.context.bind_to_thread()?;
         for Module(module) in &self.modules {
             // SAFETY: the module is loaded, and the text ends in a zero.
-            let Ok(function) = (unsafe { result::module::get_function(*module, text.clone()) }) else { continue };
-            if shared_bytes > PLAIN_SHARED_BYTES {
-                use sys::CUfunction_attribute_enum as Attribute;
-                let most = self.facts.shared_bytes as i32;
-                let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-                // SAFETY: the function is the module's.
-                unsafe { result::function::set_function_attribute(function, attribute, most) }?;
+            if let Ok(function) = unsafe { result::module::get_function(*module, text.clone()) } {
+                return Ok(Kernel { function, shared_bytes: PLAIN_SHARED_BYTES });
             }
-            return Ok(Kernel(function));
         }
         Err(absent)
     }

@@ -43,6 +43,38 @@ pub(super) fn linear<A: CudaAct>(
     launch!(queue, "grouped_linear_sm90", hopper(queue); x, w, offsets, groups, n, k, y);
 }
 
+/// `h[i] = x[i] · w[e]ᵀ` with the fused gate and up projection, `a` = SwiGLU of it. None of it is done, and false comes back, where the
+/// Hopper kernel cannot do both at once.
+pub(super) fn linear_swiglu<A: CudaAct>(
+    queue: &Cuda<A>,
+    dims: GroupedDims,
+    offsets: View<'_, Cuda<A>, i32>,
+    (x, w): (View<'_, Cuda<A>, A>, View<'_, Cuda<A>, A>),
+    (h, a): (ViewMut<'_, Cuda<A>, A>, ViewMut<'_, Cuda<A>, A>),
+) -> bool {
+    let rows = check(dims, offsets.len(), x.len(), dims.k, w.len());
+    let f = dims.n / 2;
+    assert!(
+        h.len() >= rows * dims.n && a.len() >= rows * f,
+        "grouped SwiGLU: h has {} and a {} elements for {rows} rows of {} and {f}",
+        h.len(),
+        a.len(),
+        dims.n
+    );
+    let (x, w, offsets, h, a) = (pointer(x), pointer(w), pointer(offsets), pointer_mut(h), pointer_mut(a));
+    // Columns of gate and up lie F apart: each must begin on 16 bytes.
+    if !f.is_multiple_of(8) || !on_hopper(queue, dims, [x, w, h]) || !a.is_multiple_of(16) {
+        return false;
+    }
+    let (groups, f, k) = (dims.experts as i32, f as i32, dims.k as i32);
+    let maps =
+        matrix(queue, x, [rows, dims.k], [128, 64]).zip(matrix(queue, w, [dims.experts * dims.n, dims.k], [128, 64]));
+    if let Some((x, w)) = maps {
+        launch!(queue, "grouped_swiglu_sm90", hopper(queue); x, w, offsets, groups, f, k, h, a);
+    }
+    true
+}
+
 /// `dx[i] = dy[i] · w[e]`.
 pub(super) fn grad_input<A: CudaAct>(
     queue: &Cuda<A>,

@@ -4,14 +4,20 @@
 //! `kernels/cuda`. An operation is issued and returns at once. What fails is remembered and comes out of the next
 //! [`Device::synchronize`] or [`Device::read_to_host`].
 
+mod blas;
+mod dense;
 mod expert;
 mod gpu;
 mod grouped;
 mod launch;
+mod loss;
 mod memory;
+mod norm;
+mod optimizer;
 mod routing;
 mod rows;
 mod scratch;
+mod shape;
 mod shuffle;
 
 use std::marker::PhantomData;

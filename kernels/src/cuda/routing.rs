@@ -66,9 +66,9 @@ fn warp_a_token(dims: GateDims) -> Grid {
 
 impl<A: CudaAct> Cuda<A> {
     /// Adds up `n` partial sums `[groups, n, columns]` at `partial`.
-    fn sum_partials(&self, [groups, n, columns]: [usize; 3], partial: u64, out: u64) {
+    fn sum_stretches(&self, [groups, n, columns]: [usize; 3], partial: u64, out: u64) {
         let grid = Grid::new(groups * columns.div_ceil(COLUMNS), WIDE);
-        launch!(self, "sum_partials", grid; n as i32, columns as i32, partial, out);
+        launch!(self, "sum_stretches", grid; n as i32, columns as i32, partial, out);
     }
 }
 
@@ -164,9 +164,9 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
             tokens, width, top_k, is_sigmoid(spec), length as i32, stretches as i32,
             pointer(logits), pointer(scores), pointer(ids), count_sums, sums, z_sums
         );
-        self.sum_partials([groups, stretches, experts], count_sums, pointer_mut(counts));
-        self.sum_partials([groups, stretches, experts], sums, pointer_mut(prob_sums));
-        self.sum_partials([1, blocks, 1], z_sums, pointer_mut(z_sum));
+        self.sum_stretches([groups, stretches, experts], count_sums, pointer_mut(counts));
+        self.sum_stretches([groups, stretches, experts], sums, pointer_mut(prob_sums));
+        self.sum_stretches([1, blocks, 1], z_sums, pointer_mut(z_sum));
     }
 
     fn balance_loss(
@@ -247,7 +247,7 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
             self, "noisy_logits", Grid::new(blocks, THREADS);
             tokens, experts, top_k, pointer(clean), pointer(raw), pointer(noise), pointer_mut(noisy), scratch.at(0)
         );
-        self.sum_partials([1, blocks, dims.experts], scratch.at(0), pointer_mut(load));
+        self.sum_stretches([1, blocks, dims.experts], scratch.at(0), pointer_mut(load));
     }
 
     fn noisy_logits_grad(
@@ -296,7 +296,7 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
             self, "importance", Grid::new(blocks, THREADS);
             tokens, experts, top_k, pointer(ids), pointer(weights), scratch.at(0)
         );
-        self.sum_partials([1, blocks, dims.experts], scratch.at(0), pointer_mut(importance));
+        self.sum_stretches([1, blocks, dims.experts], scratch.at(0), pointer_mut(importance));
     }
 
     fn importance_grad(

@@ -3,20 +3,15 @@
 //! Owns the choice between packs of 16 bytes and single elements, and the checks of shapes. The host never learns how many rows count.
 
 use super::launch::{Grid, launch};
+use super::shape::{PACK_BYTES, holds, packed};
 use super::{Cuda, CudaAct, pointer, pointer_mut, pointer_or_null};
 use crate::{Accumulate, CombineDims, Device, Rows, View, ViewMut};
 
 /// Threads of a block, and rows of it where each warp has one.
 const THREADS: u32 = 256;
 const ROWS_PER_BLOCK: usize = 8;
-/// Bytes of a pack.
-const PACK_BYTES: usize = 16;
 /// Slots of a row, one a lane.
 const MOST_SLOTS: usize = 32;
-
-fn check_at_least(what: &str, got: usize, want: usize) {
-    assert!(got >= want, "`{what}` has {got} elements, needs {want}");
-}
 
 /// Names of a kernel: in packs for f32 and bf16, then in single elements.
 type Names = [&'static str; 4];
@@ -29,9 +24,11 @@ macro_rules! names {
 
 /// Elements of a pack, and the kernel that takes them, for rows of `width` at these addresses.
 fn packs<A: CudaAct>(names: Names, width: usize, at: &[u64]) -> (usize, &'static str) {
-    let wide =
-        (width * A::BYTES).is_multiple_of(PACK_BYTES) && at.iter().all(|at| at.is_multiple_of(PACK_BYTES as u64));
-    if wide { (PACK_BYTES / A::BYTES, A::pick(names[0], names[1])) } else { (1, A::pick(names[2], names[3])) }
+    if packed::<A>(&[width], at) == 1 {
+        (PACK_BYTES / A::BYTES, A::pick(names[0], names[1]))
+    } else {
+        (1, A::pick(names[2], names[3]))
+    }
 }
 
 fn warp_a_row(rows: usize) -> Grid {
@@ -47,8 +44,8 @@ pub(super) fn gather<A: CudaAct>(
     src: View<'_, Cuda<A>, A>,
     dst: ViewMut<'_, Cuda<A>, A>,
 ) {
-    check_at_least("index", index.len(), rows.bound);
-    check_at_least("dst", dst.len(), rows.bound * width);
+    holds("index", index.len(), rows.bound);
+    holds("dst", dst.len(), rows.bound * width);
     let (src, dst) = (pointer(src), pointer_mut(dst));
     let (_, name) = packs::<A>(names!("gather_rows"), width, &[src, dst]);
     launch!(
@@ -79,10 +76,10 @@ pub(super) fn reduce<A: CudaAct>(
 ) {
     let CombineDims { slots: per_row, width } = reduction.dims;
     assert!(per_row <= MOST_SLOTS, "{per_row} slots of a row, at most {MOST_SLOTS}");
-    check_at_least("slots", reduction.slots.len(), rows.bound * per_row);
-    check_at_least("out", out.len(), rows.bound * width);
+    holds("slots", reduction.slots.len(), rows.bound * per_row);
+    holds("out", out.len(), rows.bound * width);
     if let Some(weights) = reduction.weights {
-        check_at_least("weights", weights.len(), rows.bound * per_row);
+        holds("weights", weights.len(), rows.bound * per_row);
     }
     let (y, out) = (pointer(reduction.y), pointer_mut(out));
     let (pack, name) = packs::<A>(names!("weighted_reduce"), width, &[y, out]);
@@ -119,12 +116,12 @@ pub(super) fn weighted_swiglu_grad<A: CudaAct>(
     dweights: ViewMut<'_, Cuda<A>, f32>,
 ) {
     let (bound, f) = (rows.bound, given.f);
-    check_at_least("origin", given.origin.len(), bound);
-    check_at_least("da", given.da.len(), bound * f);
-    check_at_least("h", given.h.len(), bound * 2 * f);
-    check_at_least("dh", dh.len(), bound * 2 * f);
-    check_at_least("a", a.len(), bound * f);
-    check_at_least("dweights", dweights.len(), given.weights.len());
+    holds("origin", given.origin.len(), bound);
+    holds("da", given.da.len(), bound * f);
+    holds("h", given.h.len(), bound * 2 * f);
+    holds("dh", dh.len(), bound * 2 * f);
+    holds("a", a.len(), bound * f);
+    holds("dweights", dweights.len(), given.weights.len());
     let (da, h, dh, a) = (pointer(given.da), pointer(given.h), pointer_mut(dh), pointer_mut(a));
     let (_, name) = packs::<A>(names!("weighted_swiglu_grad"), f, &[da, h, dh, a]);
     launch!(
@@ -144,8 +141,8 @@ pub(super) fn scatter_choices<A: CudaAct>(
     mut dweights: ViewMut<'_, Cuda<A>, f32>,
 ) {
     let slots = rows.bound * top_k;
-    check_at_least("row_choice", row_choice.len(), slots);
-    check_at_least("row_dweights", row_dweights.len(), slots);
+    holds("row_choice", row_choice.len(), slots);
+    holds("row_dweights", row_dweights.len(), slots);
     let choices = dweights.len();
     queue.fill(dweights.reborrow(), 0.0);
     if slots == 0 {

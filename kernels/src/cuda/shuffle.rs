@@ -3,6 +3,7 @@
 //! Owns how choices are cut into stretches, one a block, and the checks of shapes. No count is read by the host.
 
 use super::launch::{Grid, launch};
+use super::shape::holds;
 use super::{Cuda, CudaAct, pointer, pointer_mut};
 use crate::{ExpandPlan, ShuffleDims, ShufflePlan, View};
 
@@ -35,10 +36,6 @@ fn check(dims: ShuffleDims) {
     assert!(dims.local_experts() <= MOST_EXPERTS, "{} experts on a rank, at most {MOST_EXPERTS}", dims.local_experts());
 }
 
-fn check_at_least(what: &str, got: usize, want: usize) {
-    assert!(got >= want, "`{what}` has {got} elements, needs {want}");
-}
-
 /// See [`crate::ExpertOps::shuffle_plan`].
 pub(super) fn plan<A: CudaAct>(
     queue: &Cuda<A>,
@@ -52,11 +49,11 @@ pub(super) fn plan<A: CudaAct>(
     let bound = tokens * dims.rows_per_token();
     assert_eq!((ids.len(), weights.len()), (tokens * top_k, tokens * top_k), "ids and weights of {dims:?}");
     assert_eq!((plan.send_counts.len(), plan.token_rows.len()), (ranks, bound), "outputs for {dims:?}");
-    check_at_least("row_token", plan.row_token.len(), bound);
-    check_at_least("row_experts", plan.row_experts.len(), bound * top_k);
-    check_at_least("row_choice", plan.row_choice.len(), bound * top_k);
-    check_at_least("row_weights", plan.row_weights.len(), bound * top_k);
-    check_at_least("rows", plan.rows.len(), 1);
+    holds("row_token", plan.row_token.len(), bound);
+    holds("row_experts", plan.row_experts.len(), bound * top_k);
+    holds("row_choice", plan.row_choice.len(), bound * top_k);
+    holds("row_weights", plan.row_weights.len(), bound * top_k);
+    holds("rows", plan.rows.len(), 1);
     let (stretch, blocks) = stretches(tokens, TILE_TOKENS);
     let Some(scratch) = queue.scratch(blocks * ranks * size_of::<i32>()) else { return };
     let (grid, counts, ids) = (Grid::new(blocks, PLAN_THREADS), scratch.at(0), pointer(ids));
@@ -81,7 +78,7 @@ pub(super) fn expand<A: CudaAct>(
     check(dims);
     let (top_k, experts) = (dims.top_k, dims.local_experts());
     assert_eq!((recv_counts.len(), plan.offsets.len()), (dims.ranks, experts + 1), "counts and offsets of {dims:?}");
-    check_at_least("rows", plan.rows.len(), 1);
+    holds("rows", plan.rows.len(), 1);
     let bound = row_experts.len().min(plan.slots.len()) / top_k;
     let room = plan.source.len().min(plan.origin.len());
     let (stretch, blocks) = stretches(bound * top_k, TILE_SLOTS);

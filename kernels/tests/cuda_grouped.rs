@@ -1,0 +1,175 @@
+//! Grouped GEMM on a GPU against the CPU's, which gets the same rounded inputs.
+#![cfg(feature = "cuda")]
+
+mod cuda_support;
+
+use cuda_support::{assert_close, download, gpu, poisoned, random, rounded, upload, upload_act};
+use half::bf16;
+use moe_kernels::cuda::{Cuda, CudaAct};
+use moe_kernels::{Activation, Cpu, Element, ExpertOps, GroupedDims, Rows, View, ViewMut};
+
+/// Rows of each group; output and input width. The last widths are none that the copy engine takes.
+const CASES: [(&[usize], usize, usize); 9] = [
+    (&[1], 256, 64),
+    (&[128], 256, 64),
+    (&[0, 0, 0], 64, 64),
+    (&[5, 0, 300, 129], 256, 192),
+    (&[0, 0, 7], 512, 128),
+    (&[0, 513, 0, 0], 144, 72),
+    (&[300, 1, 127, 128, 129, 0], 384, 320),
+    (&[64; 40], 128, 256),
+    (&[33, 0, 70], 38, 21),
+];
+/// Rows behind the last group, which hold NaN and stay so.
+const BEYOND: usize = 37;
+
+struct Case<A: CudaAct> {
+    gpu: Cuda<A>,
+    dims: GroupedDims,
+    rows: usize,
+    offsets: Vec<i32>,
+    x: Vec<f32>,
+    dy: Vec<f32>,
+    w: Vec<f32>,
+}
+
+impl<A: CudaAct> Case<A> {
+    fn new(gpu: &Cuda<A>, (sizes, n, k): (&[usize], usize, usize)) -> Self {
+        let mut offsets = vec![0];
+        for size in sizes {
+            offsets.push(offsets[offsets.len() - 1] + *size as i32);
+        }
+        let rows: usize = sizes.iter().sum();
+        let dims = GroupedDims { experts: sizes.len(), n, k };
+        let inputs = [(1, rows * k), (2, rows * n), (3, sizes.len() * n * k)];
+        let [x, dy, w] = inputs.map(|(seed, len)| rounded::<A>(&random(seed, len)));
+        Self { gpu: gpu.clone(), dims, rows, offsets, x, dy, w }
+    }
+
+    /// Rows on the GPU, with NaNs behind them.
+    fn with_nans(&self, rows: &[f32], width: usize) -> moe_kernels::cuda::CudaBuffer<A> {
+        upload_act(&self.gpu, &[rows, &vec![f32::NAN; BEYOND * width]].concat())
+    }
+
+    /// The rows that were to be written; those behind must be NaN still.
+    fn rows_of(&self, buffer: &moe_kernels::cuda::CudaBuffer<A>, width: usize) -> Vec<f32> {
+        let mut all: Vec<f32> = download(&self.gpu, buffer).into_iter().map(A::to_f32).collect();
+        assert!(all.split_off(self.rows * width).iter().all(|x| x.is_nan()), "rows of no group were written");
+        all
+    }
+
+    /// What a sum of `depth` products of numbers below 1 may be off by: f32 sums in another order, and one rounding of the result.
+    fn tolerance(&self, depth: usize) -> impl Fn(f32) -> f32 {
+        let ulp = if A::BYTES == 2 { 2.0f32.powi(-8) } else { f32::EPSILON };
+        move |expected| f32::EPSILON * 2.0 * depth as f32 + ulp * expected.abs()
+    }
+}
+
+fn forward_and_gradients<A: CudaAct>() {
+    let Some(gpu) = gpu::<A>() else { return };
+    for sizes in CASES {
+        let case = Case::new(&gpu, sizes);
+        let Case { dims, rows, ref offsets, ref x, ref dy, ref w, .. } = case;
+        let (n, k, room) = (dims.n, dims.k, rows + BEYOND);
+        let on_gpu = upload(&gpu, offsets);
+        let (gx, gdy, gw) = (case.with_nans(x, k), case.with_nans(dy, n), upload_act(&gpu, w));
+        let (mut y, mut dx) = (poisoned::<A, A>(&gpu, room * n), poisoned::<A, A>(&gpu, room * k));
+        let before = random(4, w.len());
+        let mut dw = upload(&gpu, &before);
+        gpu.grouped_linear(dims, View::of(&on_gpu), View::of(&gx), View::of(&gw), ViewMut::of(&mut y));
+        gpu.grouped_linear_grad_input(dims, View::of(&on_gpu), View::of(&gdy), View::of(&gw), ViewMut::of(&mut dx));
+        gpu.grouped_linear_grad_weight(dims, View::of(&on_gpu), View::of(&gdy), View::of(&gx), ViewMut::of(&mut dw));
+
+        let (mut ry, mut rdx, mut rdw) = (vec![0.0; rows * n], vec![0.0; rows * k], before);
+        Cpu.grouped_linear(dims, View::of(offsets), View::of(x), View::of(w), ViewMut::of(&mut ry));
+        Cpu.grouped_linear_grad_input(dims, View::of(offsets), View::of(dy), View::of(w), ViewMut::of(&mut rdx));
+        Cpu.grouped_linear_grad_weight(dims, View::of(offsets), View::of(dy), View::of(x), ViewMut::of(&mut rdw));
+        let what = format!("{} {sizes:?}", A::NAME);
+        let (of_y, of_dx) = (case.tolerance(k), case.tolerance(n));
+        assert_close(&format!("y, {what}"), &case.rows_of(&y, n), &ry, |i| of_y(ry[i]));
+        assert_close(&format!("dx, {what}"), &case.rows_of(&dx, k), &rdx, |i| of_dx(rdx[i]));
+        let deepest = sizes.0.iter().max().copied().unwrap_or(0) + 1;
+        assert_close(&format!("dw, {what}"), &download(&gpu, &dw), &rdw, |_| f32::EPSILON * 2.0 * deepest as f32);
+    }
+}
+
+#[test]
+fn products_and_gradients_in_bf16() {
+    forward_and_gradients::<bf16>();
+}
+
+#[test]
+fn products_and_gradients_in_f32() {
+    forward_and_gradients::<f32>();
+}
+
+fn swiglu<A: CudaAct>() {
+    let Some(gpu) = gpu::<A>() else { return };
+    for sizes in CASES.into_iter().filter(|(_, n, _)| n % 2 == 0) {
+        let case = Case::new(&gpu, sizes);
+        let Case { dims, rows, ref offsets, ref x, ref w, .. } = case;
+        let (f, room) = (dims.n / 2, rows + BEYOND);
+        let on_gpu = upload(&gpu, offsets);
+        let (gx, gw) = (case.with_nans(x, dims.k), upload_act(&gpu, w));
+        let (mut h, mut a) = (poisoned::<A, A>(&gpu, room * 2 * f), poisoned::<A, A>(&gpu, room * f));
+        let live = View::of(&on_gpu).slice(dims.experts..dims.experts + 1);
+        let counted = Rows { bound: room, count: Some(live) };
+        gpu.grouped_linear_swiglu(
+            counted,
+            dims,
+            View::of(&on_gpu),
+            View::of(&gx),
+            View::of(&gw),
+            ViewMut::of(&mut h),
+            ViewMut::of(&mut a),
+        );
+        let (mut rh, mut ra) = (vec![0.0; rows * 2 * f], vec![0.0; rows * f]);
+        Cpu.grouped_linear_swiglu(
+            Rows::exactly(rows),
+            dims,
+            View::of(offsets),
+            View::of(x),
+            View::of(w),
+            ViewMut::of(&mut rh),
+            ViewMut::of(&mut ra),
+        );
+        let (what, of_h) = (format!("{} {sizes:?}", A::NAME), case.tolerance(dims.k));
+        assert_close(&format!("h, {what}"), &case.rows_of(&h, 2 * f), &rh, |i| of_h(rh[i]));
+        let got = case.rows_of(&a, f);
+        // silu and the product pass an error of h on, at most times 1.1 and the other factor.
+        assert_close(&format!("a, {what}"), &got, &ra, |i| {
+            let (row, column) = (i / f, i % f);
+            let (gate, up) = (rh[row * 2 * f + column], rh[row * 2 * f + f + column]);
+            2.0 * (1.1 * of_h(gate) * up.abs() + of_h(up) * gate.abs()) + of_h(ra[i])
+        });
+    }
+}
+
+#[test]
+fn swiglu_of_products_in_bf16() {
+    swiglu::<bf16>();
+}
+
+#[test]
+fn swiglu_of_products_in_f32() {
+    swiglu::<f32>();
+}
+
+#[test]
+fn the_same_bits_every_time() {
+    let Some(gpu) = gpu::<bf16>() else { return };
+    let case = Case::new(&gpu, (&[300, 1, 127, 128, 129, 0], 384, 320));
+    let (offsets, x, dy) = (upload(&gpu, &case.offsets), upload_act(&gpu, &case.x), upload_act(&gpu, &case.dy));
+    let once = || {
+        let mut dw = upload(&gpu, &vec![0.0f32; case.w.len()]);
+        gpu.grouped_linear_grad_weight(
+            case.dims,
+            View::of(&offsets),
+            View::of(&dy),
+            View::of(&x),
+            ViewMut::of(&mut dw),
+        );
+        download(&gpu, &dw).into_iter().map(f32::to_bits).collect::<Vec<_>>()
+    };
+    assert!(once() == once());
+}
