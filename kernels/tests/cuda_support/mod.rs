@@ -1,6 +1,7 @@
 //! What the tests of the GPU's operations share: a GPU if there is one, inputs, poisoned outputs, comparison.
 
-#![allow(dead_code, unreachable_pub)] // each test binary uses its part, and none of them exports it
+#![allow(dead_code, unreachable_pub)] // each test binary uses its part
+#![allow(clippy::expect_used)] // a test ends where a GPU fails
 
 use moe_kernels::cuda::{Cuda, CudaAct, CudaBuffer, OpenError};
 use moe_kernels::{Activation, Device, Element, View, ViewMut};
