@@ -4,6 +4,7 @@
 //! `kernels/cuda`. An operation is issued and returns at once. What fails is remembered and comes out of the next
 //! [`Device::synchronize`] or [`Device::read_to_host`].
 
+mod attention;
 mod blas;
 mod dense;
 mod expert;
