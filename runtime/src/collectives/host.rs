@@ -75,6 +75,97 @@ impl HostCommunicator {
     }
 }
 
+/// What needs no device.
+impl HostCommunicator {
+    /// See [`Communicator::rank`].
+    pub fn rank(&self) -> usize {
+        self.group.rank
+    }
+
+    /// See [`Communicator::size`].
+    pub fn size(&self) -> usize {
+        self.group.members.len()
+    }
+
+    /// See [`Communicator::members`].
+    pub fn members(&self) -> &[Rank] {
+        &self.group.members
+    }
+
+    /// See [`Communicator::name`].
+    pub fn name(&self) -> &str {
+        &self.group.name
+    }
+
+    /// See [`Communicator::context`].
+    pub fn context(&self) -> &Context {
+        &self.group.worker.context
+    }
+
+    /// See [`Communicator::all_gather_bytes`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn all_gather_bytes(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
+        algorithms::all_gather_bytes(&mut self.begin(Collective::AllGatherBytes)?, mine)
+    }
+
+    /// See [`Communicator::broadcast_bytes`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn broadcast_bytes(&self, bytes: &mut Vec<u8>, root: usize) -> Result<()> {
+        assert!(root < self.group.members.len(), "root {root} of {} ranks", self.group.members.len());
+        algorithms::broadcast_bytes(&mut self.begin(Collective::BroadcastBytes)?, bytes, root)
+    }
+
+    /// See [`Communicator::barrier`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn barrier(&self) -> Result<()> {
+        algorithms::barrier(&mut self.begin(Collective::Barrier)?)
+    }
+
+    /// See [`Communicator::sent_bytes`].
+    pub fn sent_bytes(&self) -> Vec<(&'static str, u64)> {
+        self.group.sent_bytes()
+    }
+
+    /// See [`Communicator::staging_bytes`].
+    pub fn staging_bytes(&self) -> u64 {
+        lock(&self.group.worker.engine).pool.bytes()
+    }
+
+    /// See [`Communicator::split`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn split(&self, name: &str, color: usize, key: usize) -> Result<Self> {
+        let worker = &self.group.worker;
+        let me = Ticket { color: color as u64, key: key as u64, next: worker.next_group.load(Ordering::Relaxed) };
+        let mut call = self.begin(Collective::Split)?;
+        let mut tickets = vec![0; Ticket::BYTES * self.group.members.len()];
+        algorithms::all_gather(&mut call, &me.encode(), &mut tickets)?;
+        let tickets = tickets.chunks_exact(Ticket::BYTES).map(Ticket::decode).collect::<Vec<_>>();
+
+        // The highest number any member could use is free with all of them; groups of one split have no member in common, so
+        // they may share it.
+        let id = tickets.iter().map(|ticket| ticket.next).max().unwrap_or(0);
+        if id >= Tag::GROUPS {
+            let limit = Tag::GROUPS - 1;
+            return Err(call.fail(CollectiveError::TooManyGroups { group: name.into(), limit }));
+        }
+        worker.next_group.store(id + 1, Ordering::Relaxed);
+
+        let mut chosen = (0..tickets.len()).filter(|rank| tickets[*rank].color == me.color).collect::<Vec<_>>();
+        chosen.sort_by_key(|rank| (tickets[*rank].key, *rank));
+        let rank = chosen.iter().take_while(|rank| **rank != self.group.rank).count();
+        let members = chosen.into_iter().map(|rank| self.group.members[rank]).collect();
+        Ok(Self { group: Group::new(Arc::clone(worker), id, name, members, rank) })
+    }
+}
+
 /// A copy of a view in host memory. Waits for the queue.
 fn downloaded<D: Device, T: Element>(queue: &D, view: View<'_, D, T>) -> Result<Vec<T>> {
     let mut host = vec![T::default(); view.len()];
@@ -111,19 +202,19 @@ fn with_host_mut<D: Device, T: Element>(
 
 impl<D: Device> Communicator<D> for HostCommunicator {
     fn rank(&self) -> usize {
-        self.group.rank
+        HostCommunicator::rank(self)
     }
 
     fn members(&self) -> &[Rank] {
-        &self.group.members
+        HostCommunicator::members(self)
     }
 
     fn name(&self) -> &str {
-        &self.group.name
+        HostCommunicator::name(self)
     }
 
     fn context(&self) -> &Context {
-        &self.group.worker.context
+        HostCommunicator::context(self)
     }
 
     fn all_to_all<T: Element>(&self, queue: &D, send: View<'_, D, T>, recv: ViewMut<'_, D, T>) -> Result<D::Event> {
@@ -229,48 +320,27 @@ impl<D: Device> Communicator<D> for HostCommunicator {
     }
 
     fn all_gather_bytes(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {
-        algorithms::all_gather_bytes(&mut self.begin(Collective::AllGatherBytes)?, mine)
+        HostCommunicator::all_gather_bytes(self, mine)
     }
 
     fn broadcast_bytes(&self, bytes: &mut Vec<u8>, root: usize) -> Result<()> {
-        assert!(root < self.group.members.len(), "root {root} of {} ranks", self.group.members.len());
-        algorithms::broadcast_bytes(&mut self.begin(Collective::BroadcastBytes)?, bytes, root)
+        HostCommunicator::broadcast_bytes(self, bytes, root)
     }
 
     fn barrier(&self) -> Result<()> {
-        algorithms::barrier(&mut self.begin(Collective::Barrier)?)
+        HostCommunicator::barrier(self)
     }
 
     fn sent_bytes(&self) -> Vec<(&'static str, u64)> {
-        self.group.sent_bytes()
+        HostCommunicator::sent_bytes(self)
     }
 
     fn staging_bytes(&self) -> u64 {
-        lock(&self.group.worker.engine).pool.bytes()
+        HostCommunicator::staging_bytes(self)
     }
 
     fn split(&self, name: &str, color: usize, key: usize) -> Result<Self> {
-        let worker = &self.group.worker;
-        let me = Ticket { color: color as u64, key: key as u64, next: worker.next_group.load(Ordering::Relaxed) };
-        let mut call = self.begin(Collective::Split)?;
-        let mut tickets = vec![0; Ticket::BYTES * self.group.members.len()];
-        algorithms::all_gather(&mut call, &me.encode(), &mut tickets)?;
-        let tickets = tickets.chunks_exact(Ticket::BYTES).map(Ticket::decode).collect::<Vec<_>>();
-
-        // The highest number any member could use is free with all of them; groups of one split have no member in common, so
-        // they may share it.
-        let id = tickets.iter().map(|ticket| ticket.next).max().unwrap_or(0);
-        if id >= Tag::GROUPS {
-            let limit = Tag::GROUPS - 1;
-            return Err(call.fail(CollectiveError::TooManyGroups { group: name.into(), limit }));
-        }
-        worker.next_group.store(id + 1, Ordering::Relaxed);
-
-        let mut chosen = (0..tickets.len()).filter(|rank| tickets[*rank].color == me.color).collect::<Vec<_>>();
-        chosen.sort_by_key(|rank| (tickets[*rank].key, *rank));
-        let rank = chosen.iter().take_while(|rank| **rank != self.group.rank).count();
-        let members = chosen.into_iter().map(|rank| self.group.members[rank]).collect();
-        Ok(Self { group: Group::new(Arc::clone(worker), id, name, members, rank) })
+        HostCommunicator::split(self, name, color, key)
     }
 }
 
