@@ -11,7 +11,7 @@
 //! ranks the host reads the counts, since buffers must fit what comes, and each layer keeps the rows that arrived.
 
 use moe_kernels::{
-    Accumulate, Backend, CombineDims, DeviceError, ExpandPlan, Rows, ShuffleDims, ShufflePlan, View, ViewMut,
+    Accumulate, Backend, CombineDims, Device, DeviceError, ExpandPlan, Rows, ShuffleDims, ShufflePlan, View, ViewMut,
 };
 
 use serde::{Deserialize, Serialize};
@@ -424,7 +424,7 @@ impl<B: Backend> Shuffle<B> {
         group: &C,
         scratch: &mut ShuffleScratch<B>,
         weights: Option<View<'_, B, f32>>,
-        (y_NH, out_TH, accumulate): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>, Accumulate),
+        (y_NH, out_TH, accumulate): Sums<'_, B>,
     ) -> Result<(), ShuffleError> {
         let (h, k, Bounds { sent, received, .. }) = (self.hidden_size, self.dims.top_k, self.bounds);
         let (slots, dims) = (self.slots.view(received * k), CombineDims { slots: k, width: h });
@@ -460,6 +460,9 @@ impl<B: Backend> Shuffle<B> {
         }
     }
 }
+
+/// Expanded rows, the tokens they are summed into, and whether what is there is kept.
+type Sums<'a, B> = (View<'a, B, <B as Device>::Act>, ViewMut<'a, B, <B as Device>::Act>, Accumulate);
 
 /// The number of expanded rows on the device: the last offset.
 fn last<B: Backend>(offsets: &Slot<B, i32>, local_experts: usize) -> View<'_, B, i32> {
