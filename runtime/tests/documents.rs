@@ -63,7 +63,7 @@ fn documents_of_a_sequence_compute_what_each_does_alone() {
         assert!(together > 1e-2, "{name}: the test sees no difference that a mask could make: {together}");
 
         let each = [targets(first), targets(second)];
-        let texts = [first, second].iter().zip(&each);
+        let texts = [first, second].into_iter().zip(&each);
         let texts: Vec<_> =
             texts.map(|(ids, targets)| PassTokens { targets, ..PassTokens::of_inputs(ids, ids.len()) }).collect();
         let both = each.concat();

@@ -10,9 +10,10 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
+use super::batch::{Batch, Window};
 use super::mixture::Mixture;
 use super::order::{self, Permutation};
-use super::stream::{NO_TARGET, Stream};
+use super::stream::Stream;
 use super::{Corpus, DataError};
 
 /// What a loader is made for.
@@ -36,38 +37,6 @@ pub struct LoaderSpec {
     pub eval_batches: usize,
     /// Whether documents that share a sequence are kept apart: no token sees another document's, none is predicted from one.
     pub document_mask: bool,
-}
-
-/// The sequences of one pass. Filled again and again without allocating.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Batch {
-    /// n; 0 where a rank has nothing left in a pass that others need.
-    pub sequences: usize,
-    /// S.
-    pub sequence_length: usize,
-    /// `[n, S]`: token ids.
-    pub inputs: Vec<i32>,
-    /// `[n, S]`: the token after each input; −1: none, or one that is given and not learned.
-    pub targets: Vec<i32>,
-    /// `[n, S]`: where in its sequence each input's document begins; None: documents are not kept apart.
-    pub starts: Option<Vec<i32>>,
-    /// Number of the first sequence: in training since the start of the run, in evaluation of the held-out windows. The others
-    /// follow it.
-    pub first_sample: u64,
-    /// The same, from the start of the step or of the evaluation: its token `t` is token `first_in_step · S + t` of the step.
-    pub first_in_step: u64,
-}
-
-impl Batch {
-    /// Tokens of the pass: n · S.
-    pub fn tokens(&self) -> usize {
-        self.inputs.len()
-    }
-
-    /// Positions that have a target.
-    pub fn valid_targets(&self) -> usize {
-        self.targets.iter().filter(|&&target| target != NO_TARGET).count()
-    }
 }
 
 /// How far the data has been read; it follows from the step alone and is saved for people and for checks.
@@ -225,24 +194,9 @@ impl Loader {
     }
 
     fn fill<'a>(&self, batch: &mut Batch, share: Range<usize>, first: u64, window: impl Fn(u64) -> Window<'a>) {
-        let s = self.spec.sequence_length;
-        let len = share.len() * s;
-        (batch.sequences, batch.sequence_length) = (share.len(), s);
         (batch.first_sample, batch.first_in_step) = (first, share.start as u64);
-        batch.inputs.resize(len, 0);
-        batch.targets.resize(len, 0);
-        batch.starts = self.spec.document_mask.then(|| batch.starts.take().unwrap_or_default());
-        let rows = batch.inputs.chunks_exact_mut(s).zip(batch.targets.chunks_exact_mut(s));
-        for (number, (inputs, targets)) in (first..).zip(rows) {
-            window(number).copy_to(inputs, targets);
-        }
-        if let Some(starts) = &mut batch.starts {
-            starts.resize(len, 0);
-            let rows = starts.chunks_exact_mut(s).zip(batch.targets.chunks_exact_mut(s));
-            for (number, (starts, targets)) in (first..).zip(rows) {
-                window(number).keep_apart(starts, targets);
-            }
-        }
+        let windows = (0..share.len()).map(|row| window(first + row as u64));
+        batch.fill(self.spec.sequence_length, self.spec.document_mask, windows);
     }
 
     fn passes_of(&self, sequences: usize) -> usize {
@@ -254,34 +208,6 @@ impl Loader {
         let share = share(sequences, self.spec.rank, self.spec.world);
         let start = share.start.saturating_add(pass.saturating_mul(self.spec.micro_batch)).min(share.end);
         start..start.saturating_add(self.spec.micro_batch).min(share.end)
-    }
-}
-
-/// The tokens of one sequence and their targets, each the token after.
-struct Window<'a> {
-    stream: &'a Stream,
-    /// The first input's position in the stream.
-    start: usize,
-    /// Inputs that there are; the rest of the sequence is padding.
-    inputs: usize,
-}
-
-impl Window<'_> {
-    fn copy_to(&self, inputs: &mut [i32], targets: &mut [i32]) {
-        let (known, rest) = inputs.split_at_mut(self.inputs);
-        self.stream.copy_to(self.start, known);
-        rest.fill(0);
-        let (known, rest) = targets.split_at_mut(self.inputs);
-        self.stream.copy_targets_to(self.start + 1, known);
-        rest.fill(NO_TARGET);
-    }
-
-    /// Says where the documents of the inputs start, and takes away the targets that begin one: what stands before is another's.
-    fn keep_apart(&self, starts: &mut [i32], targets: &mut [i32]) {
-        let (known, rest) = starts.split_at_mut(self.inputs);
-        self.stream.copy_starts_to(self.start, known);
-        rest.fill(known.last().copied().unwrap_or(0));
-        self.stream.mask_first_tokens(self.start + 1, &mut targets[..self.inputs]);
     }
 }
 

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::data::stream::{DocumentList, Segment};
+use crate::data::stream::{DocumentList, NO_TARGET, Segment};
 use crate::data::{Source, Tokens};
 use crate::exit::{Classified, ExitCode};
 
