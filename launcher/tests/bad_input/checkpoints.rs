@@ -28,7 +28,7 @@ const TABLE: [(&str, &str, Damage); 7] = [
     ("step-00000004", "it has no manifest.json", |dir| fs::remove_file(dir.join("manifest.json")).unwrap()),
     ("manifest.json", "damaged: its sha256 is", |dir| rewrite(&dir.join("manifest.json"), |bytes| *bytes = String::from_utf8(bytes.clone()).unwrap().replace("\"step\": 4", "\"step\": 5").into())),
     ("manifest.json", "not valid", |dir| rewrite(&dir.join("manifest.json"), |bytes| bytes.truncate(bytes.len() / 2))),
-    ("manifest.json", "damaged: its sha256 is", |dir| rewrite(&dir.join("manifest.json"), |bytes| { let at = bytes.windows(5).position(|w| w == b"model").unwrap(); bytes[at + 2] ^= 0x80; })),
+    ("manifest.json", "not valid", |dir| rewrite(&dir.join("manifest.json"), |bytes| { let at = bytes.windows(5).position(|w| w == b"model").unwrap(); bytes[at + 2] ^= 0x80; })),
 ];
 
 /// A run of 4 steps, to be damaged.
