@@ -185,7 +185,7 @@ fn logits<B: Backend>(device: &B, tolerance: f32) {
                 let (mut model, groups, data) = fixture.model(device, comm, ep);
                 let mut batch = Batch::default();
                 data.train_pass(0, 0, &mut batch);
-                model.read_logits(&groups, &batch.inputs, data.length, LogitsOf::All).unwrap()
+                model.read_logits(&groups, PassTokens::of_inputs(&batch.inputs, data.length), LogitsOf::All).unwrap()
             })
             .concat();
             assert_eq!(found.len(), expected.len());
@@ -226,6 +226,7 @@ fn gradients<B: Backend>(device: &B, tolerance: f64) {
                 let tokens = PassTokens {
                     inputs: &batch.inputs,
                     targets: &batch.targets,
+                    starts: None,
                     sequence_length: data.length,
                     first_token: 0,
                 };

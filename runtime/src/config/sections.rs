@@ -141,6 +141,9 @@ pub struct TrainConfig {
     pub precision: Precision,
     /// S: tokens of a sequence.
     pub sequence_length: usize,
+    /// Whether documents that share a sequence are kept apart: attention stays inside each, and the first token of one is not
+    /// predicted from the one before.
+    pub document_mask: bool,
     /// Patterns of names, as tensors have them on disk, of what is not trained: no gradient norm, no update, no decay.
     pub freeze: Vec<String>,
     /// Patterns of names of what alone is trained; none: everything that is not frozen.
@@ -177,6 +180,7 @@ impl Default for TrainConfig {
             micro_batch: None,
             precision: Precision::Auto,
             sequence_length: 128,
+            document_mask: false,
             freeze: Vec::new(),
             trainable: Vec::new(),
             eval_every: 0,

@@ -189,6 +189,7 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
             let tokens = PassTokens {
                 inputs: &self.batch.inputs,
                 targets: &self.batch.targets,
+                starts: self.batch.starts.as_deref(),
                 sequence_length: self.batch.sequence_length,
                 first_token: self.batch.first_sample * self.batch.sequence_length as u64,
             };
@@ -242,6 +243,7 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
             let tokens = PassTokens {
                 inputs: &self.batch.inputs,
                 targets: &self.batch.targets,
+                starts: self.batch.starts.as_deref(),
                 sequence_length: self.batch.sequence_length,
                 first_token: 0,
             };
