@@ -93,7 +93,7 @@ impl Case {
 
 /// The largest relative error of rounding to bf16; f32's is counted apart.
 fn unit<A: CudaAct>() -> f32 {
-    if A::HOLDS_F32 { 0.0 } else { 2.0_f32.powi(-9) }
+    if A::HOLDS_F32 { 0.0 } else { 2.0_f32.powi(-8) }
 }
 
 /// Root mean square of the differences over that of what is expected. 0 over 0 is 0: one position alone has no gradient of q and k.

@@ -6,7 +6,7 @@ mod cuda_support;
 use cuda_support::{assert_close, download, gpu, poisoned, random, rounded, upload, upload_act};
 use half::bf16;
 use moe_kernels::cuda::{Cuda, CudaAct};
-use moe_kernels::{Activation, Cpu, Element, ExpertOps, GroupedDims, Rows, View, ViewMut};
+use moe_kernels::{Cpu, ExpertOps, GroupedDims, Rows, View, ViewMut};
 
 /// Rows of each group; output and input width. The last widths are none that the copy engine takes.
 const CASES: [(&[usize], usize, usize); 9] = [
