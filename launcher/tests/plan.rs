@@ -71,7 +71,7 @@ fn a_job_that_cannot_fit_is_refused_with_what_would() {
         "-n",
         "4",
         "--memory",
-        "80",
+        "72",
         "--gemm",
         "80",
         "--memory-rate",
