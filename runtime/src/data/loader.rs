@@ -34,6 +34,8 @@ pub struct LoaderSpec {
     pub validation_fraction: f64,
     /// Global batches of an evaluation; 0: the whole held-out text.
     pub eval_batches: usize,
+    /// Whether documents that share a sequence are kept apart: no token sees another document's, none is predicted from one.
+    pub document_mask: bool,
 }
 
 /// The sequences of one pass. Filled again and again without allocating.
@@ -47,6 +49,8 @@ pub struct Batch {
     pub inputs: Vec<i32>,
     /// `[n, S]`: the token after each input; −1: none, or one that is given and not learned.
     pub targets: Vec<i32>,
+    /// `[n, S]`: where in its sequence each input's document begins; None: documents are not kept apart.
+    pub starts: Option<Vec<i32>>,
     /// Number of the first sequence: in training since the start of the run, in evaluation of the held-out windows. The others
     /// follow it.
     pub first_sample: u64,
@@ -185,7 +189,7 @@ impl Loader {
     pub fn train_pass(&self, steps_done: u64, pass: usize, batch: &mut Batch) {
         let share = self.pass_share(self.spec.global_batch, pass);
         let first = steps_done * self.spec.global_batch as u64 + share.start as u64;
-        self.fill(batch, share, first, |number, inputs, targets| self.sample(number, inputs, targets));
+        self.fill(batch, share, first, |number| self.sample(number));
     }
 
     /// Fills `batch` with pass `pass`, from 0, of an evaluation: the held-out text from its start, in windows whose targets do not
@@ -193,11 +197,11 @@ impl Loader {
     pub fn eval_pass(&self, pass: usize, batch: &mut Batch) {
         let share = self.pass_share(self.eval_windows(), pass);
         let first = share.start as u64;
-        self.fill(batch, share, first, |number, inputs, targets| self.eval_window(number, inputs, targets));
+        self.fill(batch, share, first, |number| self.eval_window(number));
     }
 
-    /// Training sample `number`, counted from the start of the run: S inputs and S targets.
-    pub fn sample(&self, number: u64, inputs: &mut [i32], targets: &mut [i32]) {
+    /// Training sample `number`, counted from the start of the run.
+    fn sample(&self, number: u64) -> Window<'_> {
         let (source, number) = self.mixture.at(number);
         let part = &self.parts[source];
         let (epoch, index) = (number / part.windows, number % part.windows);
@@ -205,38 +209,39 @@ impl Loader {
         let key = |purpose: u64| order::key([self.spec.seed, epoch, 2 * source as u64 + purpose]);
         let window = Permutation::new(part.windows, key(1)).at(index);
         let start = (key(0) % part.offsets) as usize + window as usize * self.spec.sequence_length;
-        part.stream.copy_to(start, inputs);
-        part.stream.copy_targets_to(start + 1, targets);
+        Window { stream: &part.stream, start, inputs: self.spec.sequence_length }
     }
 
-    fn eval_window(&self, number: u64, inputs: &mut [i32], targets: &mut [i32]) {
-        let mut number = number as usize;
+    fn eval_window(&self, number: u64) -> Window<'_> {
+        let (mut number, s) = (number as usize, self.spec.sequence_length);
         for part in &self.held_out {
-            if number >= part.windows {
-                number -= part.windows;
-                continue;
+            if number < part.windows {
+                let start = part.tokens.start + number * s;
+                return Window { stream: &part.stream, start, inputs: s.min(part.tokens.end - 1 - start) };
             }
-            let start = part.tokens.start + number * self.spec.sequence_length;
-            let valid = inputs.len().min(part.tokens.end - 1 - start);
-            let (known, rest) = inputs.split_at_mut(valid);
-            part.stream.copy_to(start, known);
-            rest.fill(0);
-            let (known, rest) = targets.split_at_mut(valid);
-            part.stream.copy_targets_to(start + 1, known);
-            rest.fill(NO_TARGET);
-            return;
+            number -= part.windows;
         }
+        unreachable!("an evaluation has as many windows as its parts")
     }
 
-    fn fill(&self, batch: &mut Batch, share: Range<usize>, first: u64, read: impl Fn(u64, &mut [i32], &mut [i32])) {
+    fn fill<'a>(&self, batch: &mut Batch, share: Range<usize>, first: u64, window: impl Fn(u64) -> Window<'a>) {
         let s = self.spec.sequence_length;
+        let len = share.len() * s;
         (batch.sequences, batch.sequence_length) = (share.len(), s);
         (batch.first_sample, batch.first_in_step) = (first, share.start as u64);
-        batch.inputs.resize(share.len() * s, 0);
-        batch.targets.resize(share.len() * s, 0);
+        batch.inputs.resize(len, 0);
+        batch.targets.resize(len, 0);
+        batch.starts = self.spec.document_mask.then(|| batch.starts.take().unwrap_or_default());
         let rows = batch.inputs.chunks_exact_mut(s).zip(batch.targets.chunks_exact_mut(s));
         for (number, (inputs, targets)) in (first..).zip(rows) {
-            read(number, inputs, targets);
+            window(number).copy_to(inputs, targets);
+        }
+        if let Some(starts) = &mut batch.starts {
+            starts.resize(len, 0);
+            let rows = starts.chunks_exact_mut(s).zip(batch.targets.chunks_exact_mut(s));
+            for (number, (starts, targets)) in (first..).zip(rows) {
+                window(number).keep_apart(starts, targets);
+            }
         }
     }
 
@@ -249,6 +254,34 @@ impl Loader {
         let share = share(sequences, self.spec.rank, self.spec.world);
         let start = share.start.saturating_add(pass.saturating_mul(self.spec.micro_batch)).min(share.end);
         start..start.saturating_add(self.spec.micro_batch).min(share.end)
+    }
+}
+
+/// The tokens of one sequence and their targets, each the token after.
+struct Window<'a> {
+    stream: &'a Stream,
+    /// The first input's position in the stream.
+    start: usize,
+    /// Inputs that there are; the rest of the sequence is padding.
+    inputs: usize,
+}
+
+impl Window<'_> {
+    fn copy_to(&self, inputs: &mut [i32], targets: &mut [i32]) {
+        let (known, rest) = inputs.split_at_mut(self.inputs);
+        self.stream.copy_to(self.start, known);
+        rest.fill(0);
+        let (known, rest) = targets.split_at_mut(self.inputs);
+        self.stream.copy_targets_to(self.start + 1, known);
+        rest.fill(NO_TARGET);
+    }
+
+    /// Says where the documents of the inputs start, and takes away the targets that begin one: what stands before is another's.
+    fn keep_apart(&self, starts: &mut [i32], targets: &mut [i32]) {
+        let (known, rest) = starts.split_at_mut(self.inputs);
+        self.stream.copy_starts_to(self.start, known);
+        rest.fill(known.last().copied().unwrap_or(0));
+        self.stream.mask_first_tokens(self.start + 1, &mut targets[..self.inputs]);
     }
 }
 

@@ -56,8 +56,8 @@ pub fn text_loss<B: Backend, C: Communicator<B>>(
         targets.clear();
         targets.extend_from_slice(&tokens[start + 1..start + 1 + pass.len()]);
         targets.extend(std::iter::repeat_n(NO_TARGET, padding));
-        let tokens =
-            PassTokens { inputs: &inputs, targets: &targets, sequence_length: length, first_token: start as u64 };
+        let first_token = start as u64;
+        let tokens = PassTokens { targets: &targets, first_token, ..PassTokens::of_inputs(&inputs, length) };
         loss.sum += model.evaluate_pass(groups, tokens)?;
         loss.tokens += pass.len() as u64;
         each(loss.tokens);
