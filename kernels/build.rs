@@ -3,6 +3,9 @@
 //! Looks for nvcc in `NVCC`, in `CUDA_HOME/bin`, in `.local/cuda/bin` of the workspace (where `make cuda` puts one), then on the
 //! PATH. `MOE_CUDA_ARCHS` (as `90` or `80 90`) narrows the architectures of the plain kernels, for quicker builds while developing.
 
+// A build script has nobody to return an error to.
+#![allow(clippy::expect_used)]
+
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};

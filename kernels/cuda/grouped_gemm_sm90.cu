@@ -21,31 +21,32 @@
 
 namespace {
 
-constexpr int BM = 128, BN = 256, BK = 64, STAGES = 4, BAND = 16;
+constexpr int BM = 128, BN = 256, BK = 64, STAGES = 4, BAND = 16, LAG = 3;
 constexpr int CONSUMERS = 256, THREADS = CONSUMERS + 128;
 constexpr int A_BYTES = BM * BK * 2, B_BYTES = BN * BK * 2, STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int BOX_BYTES = 64 * 128; // 64 rows of 64 bf16, as TMA writes them
-constexpr int STAGING = 2;          // boxes of a consumer warpgroup on their way out (GradWeight)
+constexpr int OUT_BYTES = 16 * 128, STAGING = 2; // a box that leaves a consumer warp (GradWeight), and how many at once
 constexpr int ALIGNMENT = 1024;     // of tiles in the 128-byte swizzle
 
 enum class Form { Linear, Swiglu, GradInput, GradWeight };
 
 struct Shared {
     uint8_t* stages;
-    uint64_t *full, *empty;
+    uint64_t *full, *empty, *repaired;
     int* first;
 
     __device__ explicit Shared(uint8_t* raw) {
         const uint32_t offset = (ALIGNMENT - shared_address(raw) % ALIGNMENT) % ALIGNMENT;
         stages = raw + offset;
-        full = reinterpret_cast<uint64_t*>(stages + STAGES * STAGE_BYTES + 2 * STAGING * BOX_BYTES);
+        full = reinterpret_cast<uint64_t*>(stages + STAGES * STAGE_BYTES + CONSUMERS / 32 * STAGING * OUT_BYTES);
         empty = full + STAGES;
+        repaired = empty + STAGES;
         first = reinterpret_cast<int*>(staging(0, 0)); // GradWeight has no use for it, the others none for staging
     }
     __device__ uint8_t* a(int stage) const { return stages + stage * STAGE_BYTES; }
     __device__ uint8_t* b(int stage) const { return a(stage) + A_BYTES; }
-    __device__ uint8_t* staging(int group_of_threads, int box) const {
-        return stages + STAGES * STAGE_BYTES + (group_of_threads * STAGING + box % STAGING) * BOX_BYTES;
+    __device__ uint8_t* staging(int warp, int box) const {
+        return stages + STAGES * STAGE_BYTES + (warp * STAGING + box % STAGING) * OUT_BYTES;
     }
 };
 
@@ -118,17 +119,31 @@ __device__ void produce(const Shared& shared, const Sizes& s, const CUtensorMap*
     }
 }
 
-// The rows of a group's last block that are not its own: set to zero in both operands, since a sum runs over them.
-__device__ void zero_beyond(const Shared& shared, int stage, int valid, int group_of_threads, int thread) {
-    const int bytes = BOX_BYTES - valid * 128;
-    uint8_t* boxes[3] = {shared.a(stage) + group_of_threads * BOX_BYTES, shared.b(stage) + (2 * group_of_threads) * BOX_BYTES,
-                         shared.b(stage) + (2 * group_of_threads + 1) * BOX_BYTES};
+// The rows of a group's last block that are not its own are set to zero in both operands, since a sum runs over them: three warps of the
+// producer's warpgroup do it, so that the consumers need not meet.
+constexpr int REPAIRERS = 96;
+
+__device__ void repair(const Shared& shared, const Sizes& s) {
+    auto tiles = schedule<Form::GradWeight>(s, shared.first);
+    const int thread = threadIdx.x - 32;
+    Cursor at;
+    for (int index = blockIdx.x; index < tiles.tiles(); index += gridDim.x) {
+        const Tile tile = tiles.at(index);
+        const int blocks = depth_blocks<Form::GradWeight>(s, tile), valid = tile.rows % BK;
+        for (int block = 0; block < blocks; ++block, at.advance()) {
+            // Every block is waited for and given back, so that no phase is taken for the one before the last.
+            barrier_wait(&shared.full[at.stage], at.parity);
+            if (valid != 0 && block + 1 == blocks) {
 #pragma unroll
-    for (int i = 0; i < 3; ++i)
-        for (int at = thread * 16; at < bytes; at += 128 * 16)
-            *reinterpret_cast<uint4*>(boxes[i] + valid * 128 + at) = make_uint4(0, 0, 0, 0);
-    fence_async();
-    meet(1, CONSUMERS);
+                for (int box = 0; box < STAGE_BYTES / BOX_BYTES; ++box)
+                    for (int byte = valid * 128 + thread * 16; byte < BOX_BYTES; byte += REPAIRERS * 16)
+                        *reinterpret_cast<uint4*>(shared.a(at.stage) + box * BOX_BYTES + byte) = make_uint4(0, 0, 0, 0);
+                fence_async();
+                barrier_arrive(&shared.repaired[at.stage]);
+            }
+            if (thread % 32 == 0) barrier_arrive(&shared.empty[at.stage]);
+        }
+    }
 }
 
 // Multiplies one stage into the accumulators: four steps of 16 deep.
@@ -245,31 +260,44 @@ template <Form FORM> __device__ __forceinline__ void store_part(int part, const 
     else if (part == 3) store<FORM, 3>(pending, s, out, group_of_threads, thread);
 }
 
-// 64 × 256 f32 of a weight's gradient leave through shared memory, a box of 64 × 32 after the other, while the next tile's products run.
-// Nobody else adds to these elements in this launch, so that adding in memory keeps the order of sums.
-__device__ void epilogue_grad_weight(const float (&d)[128], const Shared& shared, const Outputs& out, const Tile& tile, int group_of_threads, int thread) {
-    const int row = thread / 32 * 16 + thread % 32 / 4, q = thread % 4;
+__device__ __forceinline__ void send(const Shared& shared, const Outputs& out, const Tile& tile, int warp, int box) {
+    const int x = tile.n * BN + box * 32, y = tile.m * BM + warp * 16;
+    if (out.add) tma_store<true>(out.dw, shared.staging(warp, box), x, y, tile.group);
+    else tma_store<false>(out.dw, shared.staging(warp, box), x, y, tile.group);
+    store_commit();
+}
+
+// The gradient of a group without rows, where it replaces what was there.
+__device__ void store_zeros(const Shared& shared, const Outputs& out, const Tile& tile, int warp, int lane) {
+    if (lane == 0) store_wait_read<0>();
+    __syncwarp();
+    for (int at = lane * 16; at < STAGING * OUT_BYTES; at += 32 * 16) *reinterpret_cast<uint4*>(shared.staging(warp, 0) + at) = make_uint4(0, 0, 0, 0);
+    fence_async();
+    __syncwarp();
+    if (lane == 0)
+        for (int box = 0; box < BN / 32; ++box) send(shared, out, tile, warp, box);
+}
+
+// 16 × 256 f32 of a weight's gradient leave a warp through its shared memory, a box of 16 × 32 after the other. Nobody else adds to these
+// elements in this launch, so that adding in memory keeps the order of sums.
+__device__ void epilogue_grad_weight(const float (&d)[128], const Shared& shared, const Outputs& out, const Tile& tile, int warp, int lane) {
+    const int row = lane / 4, q = lane % 4;
 #pragma unroll
     for (int box = 0; box < BN / 32; ++box) {
-        uint8_t* to = shared.staging(group_of_threads, box);
-        if (thread == 0) store_wait_read<STAGING - 1>();
-        meet(2 + group_of_threads, 128);
+        uint8_t* to = shared.staging(warp, box);
+        if (lane == 0) store_wait_read<STAGING - 1>();
+        __syncwarp();
 #pragma unroll
         for (int j = 0; j < 4; ++j)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int chunk = (2 * j + q / 2) ^ (row % 8); // 16-byte chunks are swizzled as TMA expects
+                const int chunk = (2 * j + q / 2) ^ row; // 16-byte chunks are swizzled as TMA expects
                 const int at = 4 * (box * 4 + j) + 2 * half;
                 *reinterpret_cast<float2*>(to + (row + 8 * half) * 128 + chunk * 16 + q % 2 * 8) = make_float2(d[at], d[at + 1]);
             }
         fence_async();
-        meet(2 + group_of_threads, 128);
-        if (thread == 0) {
-            const int x = tile.n * BN + box * 32, y = tile.m * BM + group_of_threads * 64;
-            if (out.add) tma_store<true>(out.dw, to, x, y, tile.group);
-            else tma_store<false>(out.dw, to, x, y, tile.group);
-            store_commit();
-        }
+        __syncwarp();
+        if (lane == 0) send(shared, out, tile, warp, box);
     }
 }
 
@@ -279,51 +307,57 @@ template <Form FORM> __device__ void consume(const Shared& shared, const Sizes& 
     auto tiles = schedule<FORM>(s, shared.first);
     Cursor at;
     Pending pending;
+    int repaired = 0; // a bit a stage: the parity of its next repair
+    // One warpgroup goes LAG blocks ahead: while one is busy with a finished tile the other has the tensor cores.
+    bool leads = group_of_threads == 0;
+    if (!leads) meet(1, CONSUMERS);
     for (int index = blockIdx.x; index < tiles.tiles(); index += gridDim.x) {
         const Tile tile = tiles.at(index);
         const int blocks = depth_blocks<FORM>(s, tile);
-        if (FORM == Form::GradWeight && blocks == 0 && out.add) continue;
-        float d[128];
         if (FORM == Form::GradWeight && blocks == 0) {
-#pragma unroll
-            for (int i = 0; i < 128; ++i) d[i] = 0.0f;
-        } else {
-            // The A operand of this warpgroup is its own box; the stage of a block is given back when the next one is under way.
-            const auto arrive_at = [&](int block) {
-                barrier_wait(&shared.full[at.stage], at.parity);
-                const int valid = tile.rows - block * BK;
-                if (FORM == Form::GradWeight && valid < BK) zero_beyond(shared, at.stage, valid, group_of_threads, thread);
-            };
-            arrive_at(0);
-            multiply<FORM, true>(d, shared.a(at.stage) + group_of_threads * BOX_BYTES, shared.b(at.stage));
-            int before = at.stage;
-            at.advance();
-            if (DEFERS && pending.any) store_part<FORM>(0, pending, s, out, group_of_threads, thread);
-            for (int block = 1; block < blocks; ++block) {
-                arrive_at(block);
-                multiply<FORM, false>(d, shared.a(at.stage) + group_of_threads * BOX_BYTES, shared.b(at.stage));
-                if (DEFERS && pending.any && block < PARTS) store_part<FORM>(block, pending, s, out, group_of_threads, thread);
-                wgmma_wait<1>();
-                if (thread % 32 == 0) barrier_arrive(&shared.empty[before]);
-                before = at.stage;
-                at.advance();
-            }
-            wgmma_wait<0>();
-            if (thread % 32 == 0) barrier_arrive(&shared.empty[before]);
+            if (!out.add) store_zeros(shared, out, tile, threadIdx.x / 32 - 4, thread % 32);
+            continue;
         }
+        float d[128];
+        // The A operand of this warpgroup is its own box; the stage of a block is given back when the next one is under way.
+        const auto arrive_at = [&](int block) {
+            if (leads && block == min(LAG, blocks - 1)) come(1, CONSUMERS), leads = false;
+            barrier_wait(&shared.full[at.stage], at.parity);
+            if (FORM == Form::GradWeight && block + 1 == blocks && tile.rows % BK != 0) {
+                barrier_wait(&shared.repaired[at.stage], repaired >> at.stage & 1);
+                repaired ^= 1 << at.stage;
+            }
+        };
+        arrive_at(0);
+        multiply<FORM, true>(d, shared.a(at.stage) + group_of_threads * BOX_BYTES, shared.b(at.stage));
+        int before = at.stage;
+        at.advance();
+        if (DEFERS && pending.any) store_part<FORM>(0, pending, s, out, group_of_threads, thread);
+        for (int block = 1; block < blocks; ++block) {
+            arrive_at(block);
+            multiply<FORM, false>(d, shared.a(at.stage) + group_of_threads * BOX_BYTES, shared.b(at.stage));
+            if (DEFERS && pending.any && block < PARTS) store_part<FORM>(block, pending, s, out, group_of_threads, thread);
+            wgmma_wait<1>();
+            if (thread % 32 == 0) barrier_arrive(&shared.empty[before]);
+            before = at.stage;
+            at.advance();
+        }
+        wgmma_wait<0>();
+        if (thread % 32 == 0) barrier_arrive(&shared.empty[before]);
         if constexpr (DEFERS) {
             if (pending.any)
                 for (int part = blocks; part < PARTS; ++part) store_part<FORM>(part, pending, s, out, group_of_threads, thread);
             round_up(pending, d, tile);
         } else {
-            epilogue_grad_weight(d, shared, out, tile, group_of_threads, thread);
+            epilogue_grad_weight(d, shared, out, tile, threadIdx.x / 32 - 4, thread % 32);
         }
     }
+    if (leads) come(1, CONSUMERS);
     if (DEFERS && pending.any) {
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) store_part<FORM>(part, pending, s, out, group_of_threads, thread);
     }
-    if (FORM == Form::GradWeight && thread == 0) store_wait();
+    if (FORM == Form::GradWeight && thread % 32 == 0) store_wait();
 }
 
 template <Form FORM> __device__ void run(const CUtensorMap* map_a, const CUtensorMap* map_b, const Sizes& s, const Outputs& out) {
@@ -333,7 +367,8 @@ template <Form FORM> __device__ void run(const CUtensorMap* map_a, const CUtenso
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(&shared.full[i], 1);
-            barrier_init(&shared.empty[i], CONSUMERS / 32);
+            barrier_init(&shared.repaired[i], REPAIRERS);
+            barrier_init(&shared.empty[i], CONSUMERS / 32 + (FORM == Form::GradWeight ? REPAIRERS / 32 : 0));
         }
         fence_barrier_init();
     }
@@ -341,6 +376,7 @@ template <Form FORM> __device__ void run(const CUtensorMap* map_a, const CUtenso
     if (threadIdx.x < 128) {
         registers_down<40>();
         if (threadIdx.x == 0) produce<FORM>(shared, s, map_a, map_b);
+        else if (FORM == Form::GradWeight && threadIdx.x >= 32) repair(shared, s);
     } else {
         registers_up<232>();
         consume<FORM>(shared, s, out);

@@ -74,6 +74,9 @@ __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.
 // `threads` threads meet at barrier `id` (1 to 15; 0 is __syncthreads()).
 __device__ __forceinline__ void meet(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
+// As meet, without waiting for the others.
+__device__ __forceinline__ void come(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
 template <int N> __device__ __forceinline__ void registers_up() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 template <int N> __device__ __forceinline__ void registers_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 

@@ -126,7 +126,11 @@ fn grid(blocks: (usize, usize, usize), threads: usize) -> Grid {
 
 /// Of the plain kernels: one warp for each token and head, with `vectors` heads' worth of shared memory.
 fn plain_grid(dims: AttentionDims, heads: usize, vectors: usize) -> Grid {
-    assert!(dims.head_dim <= PLAIN_DIM_MOST, "heads of {} columns; attention takes up to {PLAIN_DIM_MOST}", dims.head_dim);
+    assert!(
+        dims.head_dim <= PLAIN_DIM_MOST,
+        "heads of {} columns; attention takes up to {PLAIN_DIM_MOST}",
+        dims.head_dim
+    );
     let floats = PLAIN_ROWS * (64 + vectors * dims.head_dim);
     grid((dims.tokens().div_ceil(PLAIN_ROWS), heads, 1), 32 * PLAIN_ROWS).shared(floats * f32::BYTES)
 }
@@ -158,7 +162,11 @@ impl<A: CudaAct> AttentionOps for Cuda<A> {
     ) {
         let (half, heads) = (dims.head_dim / 2, dims.heads + dims.kv_heads);
         assert_eq!(dims.head_dim, 2 * half, "rotary embedding pairs the halves of a head");
-        assert!(cos.len() >= dims.seq * half && sin.len() >= dims.seq * half, "angles of {} positions x {half}", dims.seq);
+        assert!(
+            cos.len() >= dims.seq * half && sin.len() >= dims.seq * half,
+            "angles of {} positions x {half}",
+            dims.seq
+        );
         check(dims, &[("qkv", qkv.len(), dims.qkv_width())]);
         let (cos, sin, qkv) = (pointer(cos), pointer(sin), pointer_mut(qkv));
         let lanes = 16 / A::BYTES;
@@ -189,11 +197,7 @@ impl<A: CudaAct> AttentionOps for Cuda<A> {
         let out_width = dims.heads * dims.head_dim;
         check(
             dims,
-            &[
-                ("qkv", qkv.len(), dims.qkv_width()),
-                ("out", out.len(), out_width),
-                ("lse", lse.len(), dims.heads),
-            ],
+            &[("qkv", qkv.len(), dims.qkv_width()), ("out", out.len(), out_width), ("lse", lse.len(), dims.heads)],
         );
         let starts = starts_of(dims, starts);
         let (qkv, out, lse) = (pointer(qkv), pointer_mut(out), pointer_mut(lse));

@@ -13,7 +13,7 @@ use crate::{Element, GroupedDims, View, ViewMut};
 
 /// Threads and shared memory of the Hopper kernels: four stages of (128 + 256) × 64 bf16, boxes on their way out, barriers, alignment.
 const HOPPER_THREADS: u32 = 384;
-const HOPPER_SHARED_BYTES: usize = 4 * (128 + 256) * 64 * 2 + 4 * BOX_BYTES + 64 + 1024;
+const HOPPER_SHARED_BYTES: usize = 4 * (128 + 256) * 64 * 2 + 4 * BOX_BYTES + 128 + 1024;
 const BOX_BYTES: usize = 64 * 128;
 /// Threads of the plain kernels, and blocks of them that a multiprocessor runs at once.
 const PLAIN_THREADS: u32 = 256;
@@ -116,7 +116,7 @@ pub(super) fn grad_weight<A: CudaAct>(
     }
     let Some(dy) = matrix(queue, dy, [rows, dims.n], [64, 64]) else { return };
     let Some(x) = matrix(queue, x, [rows, dims.k], [64, 64]) else { return };
-    let Some(dw) = matrices_f32(queue, dw, [dims.experts, dims.n, dims.k], [64, 32]) else { return };
+    let Some(dw) = matrices_f32(queue, dw, [dims.experts, dims.n, dims.k], [16, 32]) else { return };
     launch!(queue, "grouped_grad_weight_sm90", hopper(queue); dy, x, dw, offsets, groups, n, k, 1i32);
 }
 

@@ -7,6 +7,7 @@
 mod attention;
 mod blas;
 mod dense;
+mod expert;
 mod gpu;
 mod grouped;
 mod launch;
@@ -14,8 +15,11 @@ mod loss;
 mod memory;
 mod norm;
 mod optimizer;
+mod routing;
+mod rows;
 mod scratch;
 mod shape;
+mod shuffle;
 
 use std::marker::PhantomData;
 use std::sync::Arc;

@@ -1,0 +1,189 @@
+// Rows between shuffle and experts: gather, weighted sum, the weighted SwiGLU's backward pass, the weights' gradients home.
+//
+// gather_rows: src [·, width], index [N] i32 → dst[i] = src[index[i]].                              Bytes: 2·N·width·size.
+// weighted_reduce: y [N, width], slots [R, k] i32 (−1: none), weights [R, k] f32 or none → out[r] (+)= Σ_j weights[r,j]·y[slots[r,j]],
+//   in f32, ascending j, k ≤ 32; the sum is finished before it meets the old content.               Bytes: (N + R)·width·size.
+// weighted_swiglu_grad: da [N, F], h [N, 2F], origin [N] i32, weights → dh [N, 2F], a [N, F], dweights[origin[i]] (ops/expert.rs); the
+//   row's dot product in f32: strided over the lanes, then a butterfly.                             Bytes: 6·N·F·size.
+// scatter_choices: row_choice, row_dweights [R, k] → dweights[row_choice[i]] = row_dweights[i].
+//
+// Bound: memory, all of them. Rows beyond the live count are left alone. Each is written once over packs of 16 bytes, and
+// exported as NAME_wide; widths or addresses off 16 bytes take packs of one element. Loads of several packs are in flight before the first is used; what is
+// written is too large to be found in a cache again, so it passes them by.
+
+#include "pack.cuh"
+#include "swiglu.cuh"
+
+constexpr unsigned ALL = 0xffffffffu;
+constexpr int THREADS = 256;
+constexpr int ROWS_PER_BLOCK = THREADS / WARP;
+
+// Packs that are read or written once, and need not stay in the caches.
+template <int V, typename T> __device__ __forceinline__ Pack<T, V> load_once(const T* p) {
+    if constexpr (V == 1) return load<V>(p);
+    Pack<T, V> pack;
+    *reinterpret_cast<uint4*>(pack.v) = __ldcs(reinterpret_cast<const uint4*>(p));
+    return pack;
+}
+
+template <int V, typename T> __device__ __forceinline__ void store_once(T* p, const Pack<T, V>& pack) {
+    if constexpr (V == 1) store(p, pack);
+    else __stcs(reinterpret_cast<uint4*>(p), *reinterpret_cast<const uint4*>(pack.v));
+}
+
+// The row of this warp; -1 beyond the live ones.
+__device__ __forceinline__ int row_of_warp(int bound, const int* count) {
+    const int row = blockIdx.x * ROWS_PER_BLOCK + threadIdx.x / WARP;
+    return row < live_rows(bound, count) ? row : -1;
+}
+
+// One warp a row.
+template <typename Act, int N>
+__device__ void gather_rows(int bound, const int* count, int width, const int* index, const Act* src, Act* dst) {
+    constexpr int FLIGHT = 8;
+    const int row = row_of_warp(bound, count), lane = threadIdx.x % WARP, packs = width / N;
+    if (row < 0) return;
+    src += long(index[row]) * width;
+    dst += long(row) * width;
+    int pack = lane;
+    for (; pack + (FLIGHT - 1) * WARP < packs; pack += FLIGHT * WARP) {
+        Pack<Act, N> held[FLIGHT];
+#pragma unroll
+        for (int i = 0; i < FLIGHT; i++) held[i] = load<N>(src + (pack + i * WARP) * N);
+#pragma unroll
+        for (int i = 0; i < FLIGHT; i++) store_once<N>(dst + (pack + i * WARP) * N, held[i]);
+    }
+    for (; pack < packs; pack += WARP) store_once<N>(dst + pack * N, load<N>(src + pack * N));
+}
+
+// One block a row, one thread a pack of it, the packs of up to 8 slots in flight.
+template <typename Act, int N>
+__device__ void weighted_reduce(int bound, const int* count, int slots_per_row, int width, const int* slots,
+                                const float* weights, const Act* y, Act* out, int add) {
+    constexpr int FLIGHT = 8;
+    const int row = blockIdx.x, lane = threadIdx.x % WARP;
+    if (row >= live_rows(bound, count)) return;
+    int slot = -1;
+    float weight = 0.0f;
+    if (lane < slots_per_row) {
+        slot = slots[long(row) * slots_per_row + lane];
+        if (slot >= 0) weight = weights ? weights[long(row) * slots_per_row + lane] : 1.0f;
+    }
+    // Whole warps go round, so that every lane can be asked for its slot.
+    for (int first = threadIdx.x - lane; first < width / N; first += blockDim.x) {
+        const int pack = first + lane;
+        const bool mine = pack < width / N;
+        float sum[N] = {};
+        for (int j = 0; j < slots_per_row; j += FLIGHT) {
+            Pack<Act, N> held[FLIGHT];
+#pragma unroll
+            for (int i = 0; i < FLIGHT; i++) {
+                const int from = __shfl_sync(ALL, slot, (j + i) % WARP);
+                if (mine && j + i < slots_per_row && from >= 0) held[i] = load_once<N>(y + long(from) * width + pack * N);
+            }
+#pragma unroll
+            for (int i = 0; i < FLIGHT; i++) {
+                const int from = __shfl_sync(ALL, slot, (j + i) % WARP);
+                const float w = __shfl_sync(ALL, weight, (j + i) % WARP);
+                if (mine && j + i < slots_per_row && from >= 0)
+#pragma unroll
+                    for (int c = 0; c < N; c++) sum[c] += w * to_f32(held[i].v[c]);
+            }
+        }
+        if (!mine) continue;
+        Act* to = out + long(row) * width + pack * N;
+        Pack<Act, N> total;
+        if (add) total = load<N>(to);
+#pragma unroll
+        for (int c = 0; c < N; c++) total.v[c] = from_f32<Act>(add ? to_f32(total.v[c]) + sum[c] : sum[c]);
+        store_once<N>(to, total);
+    }
+}
+
+// One pack of a row: gradients and weighted activations; the product of da with the plain activations is added to `dot`.
+template <typename Act, int N>
+__device__ __forceinline__ void swiglu_pack(float weight, const Pack<Act, N>& da, const Pack<Act, N>& gate,
+                                            const Pack<Act, N>& up, Pack<Act, N>& dgate, Pack<Act, N>& dup,
+                                            Pack<Act, N>& a, float& dot) {
+#pragma unroll
+    for (int c = 0; c < N; c++) {
+        const float g = to_f32(gate.v[c]), u = to_f32(up.v[c]), d = to_f32(da.v[c]);
+        const float plain = swiglu(g, u);
+        float dg, du;
+        swiglu_slopes(g, u, weight * d, dg, du);
+        dot += d * plain;
+        dgate.v[c] = from_f32<Act>(dg);
+        dup.v[c] = from_f32<Act>(du);
+        a.v[c] = from_f32<Act>(weight * plain);
+    }
+}
+
+// One warp a row, two packs of each operand in flight.
+template <typename Act, int N>
+__device__ void weighted_swiglu_grad(int bound, const int* count, int f, const int* origin, const float* weights,
+                                     const Act* da, const Act* h, Act* dh, Act* a, float* dweights) {
+    constexpr int FLIGHT = 2;
+    const int row = row_of_warp(bound, count), lane = threadIdx.x % WARP;
+    if (row < 0) return;
+    const int from = origin[row];
+    const float weight = weights[from];
+    da += long(row) * f;
+    a += long(row) * f;
+    h += long(row) * 2 * f;
+    dh += long(row) * 2 * f;
+    float dot = 0.0f;
+    for (int first = lane * N; first < f; first += FLIGHT * WARP * N) {
+        Pack<Act, N> d[FLIGHT], gate[FLIGHT], up[FLIGHT];
+#pragma unroll
+        for (int i = 0; i < FLIGHT; i++) {
+            const int at = first + i * WARP * N;
+            if (at >= f) continue;
+            d[i] = load_once<N>(da + at);
+            gate[i] = load_once<N>(h + at);
+            up[i] = load_once<N>(h + f + at);
+        }
+#pragma unroll
+        for (int i = 0; i < FLIGHT; i++) {
+            const int at = first + i * WARP * N;
+            if (at >= f) continue;
+            Pack<Act, N> dgate, dup, weighted;
+            swiglu_pack<Act, N>(weight, d[i], gate[i], up[i], dgate, dup, weighted, dot);
+            store_once<N>(dh + at, dgate);
+            store_once<N>(dh + f + at, dup);
+            store_once<N>(a + at, weighted);
+        }
+    }
+    dot = warp_sum(dot);
+    if (lane == 0) dweights[from] = dot;
+}
+
+// NAME_wide_f32, NAME_wide_bf16 in packs of 16 bytes, NAME_f32, NAME_bf16 in single elements.
+#define EXPORT(NAME, PARAMS, ARGS)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_wide_f32(PARAMS(float)) { NAME<float, 4> ARGS; }           \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_wide_bf16(PARAMS(bf16)) { NAME<bf16, 8> ARGS; }            \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_f32(PARAMS(float)) { NAME<float, 1> ARGS; }                \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_bf16(PARAMS(bf16)) { NAME<bf16, 1> ARGS; }
+
+#define GATHER_PARAMS(Act) int bound, const int *count, int width, const int *index, const Act *src, Act *dst
+EXPORT(gather_rows, GATHER_PARAMS, (bound, count, width, index, src, dst))
+
+#define REDUCE_PARAMS(Act)                                                                                                 \
+    int bound, const int *count, int slots_per_row, int width, const int *slots, const float *weights, const Act *y,       \
+        Act *out, int add
+EXPORT(weighted_reduce, REDUCE_PARAMS, (bound, count, slots_per_row, width, slots, weights, y, out, add))
+
+#define SWIGLU_PARAMS(Act)                                                                                                 \
+    int bound, const int *count, int f, const int *origin, const float *weights, const Act *da, const Act *h, Act *dh,     \
+        Act *a, float *dweights
+EXPORT(weighted_swiglu_grad, SWIGLU_PARAMS, (bound, count, f, origin, weights, da, h, dh, a, dweights))
+
+// Choices without a row keep the zero that a fill put there before.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    scatter_choices(int bound, const int* count, int top_k, int choices, const int* row_choice, const float* row_dweights,
+                    float* dweights) {
+    const int slots = live_rows(bound, count) * top_k;
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < slots; i += gridDim.x * blockDim.x) {
+        const int choice = row_choice[i];
+        if (choice >= 0 && choice < choices) dweights[choice] = row_dweights[i];
+    }
+}

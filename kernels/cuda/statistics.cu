@@ -1,0 +1,165 @@
+// What routing sums over tokens, the small losses made of it, and capacity.                                 (ops/routing.rs)
+//
+// sum_stretches: partial [groups, n, C] f64 → out [groups, C] f32: 32 interleaved sums, ascending, then these ascending.
+// balance_loss: counts, prob_sums [L, G, E] → loss += Σ E·f·P, coefficients [L, G, E]; in f64, one block.
+// importance: ids, weights [T, k] → per stretch of 32 tokens [·, E] f64, for sum_stretches. importance_grad: dweights += dimportance[id].
+// cv_squared: x [E] → loss += var/(mean² + 1e-10), dx [E]; in f64, one block.
+// apply_capacity: ids, weights [T, k] → kept [T, k], *dropped (zero before). One block an expert reads all ids: by weight, a radix selection
+//   of the lowest kept key, 8 bits a pass; then in order of tokens, keys above it are kept and as many equal ones as fit.
+// drop_second: ids[t, 1] = −1 where 2·weights[t, 1] ≤ uniform[t].
+// Bound: latency; small tensors, or rarely used. apply_capacity reads T·k ids E times, from the second-level cache.
+
+#include "common.cuh"
+
+constexpr unsigned ALL = 0xffffffffu;
+constexpr int THREADS = 256;
+constexpr int WIDE = 1024;
+constexpr int STRETCH = 32;
+constexpr int MOST_CHOICES = 32;
+
+extern "C" __global__ void __launch_bounds__(WIDE) sum_stretches(int n, int columns, const double* partial, float* out) {
+    __shared__ double sums[WARP][WARP + 1];
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, tiles = (columns + WARP - 1) / WARP;
+    const long group = blockIdx.x / tiles;
+    const int column = blockIdx.x % tiles * WARP + lane;
+    double sum = 0.0;
+    if (column < columns)
+#pragma unroll 4
+        for (int i = warp; i < n; i += WARP) sum += partial[(group * n + i) * columns + column];
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp > 0 || column >= columns) return;
+    double total = 0.0;
+#pragma unroll
+    for (int w = 0; w < WARP; w++) total += sums[w][lane];
+    out[group * columns + column] = float(total);
+}
+
+extern "C" __global__ void __launch_bounds__(WIDE)
+    balance_loss(int layers, int groups, int experts, int pooled, float f_scale, float p_scale, float coefficient,
+                 const float* counts, const float* prob_sums, double* loss, float* coefficients) {
+    __shared__ double scratch[WARP];
+    const long columns = long(groups) * experts;
+    double sum = 0.0;
+    for (long c = threadIdx.x; c < columns; c += blockDim.x) {
+        double all_counts = 0.0, all_probs = 0.0;
+        if (pooled) {
+            for (int layer = 0; layer < layers; layer++) {
+                all_counts += counts[layer * columns + c];
+                all_probs += prob_sums[layer * columns + c];
+            }
+            sum += experts * (all_counts * f_scale) * (all_probs * p_scale);
+        }
+        for (int layer = 0; layer < layers; layer++) {
+            const long i = layer * columns + c;
+            const double slope = experts * ((pooled ? all_counts : counts[i]) * f_scale) * p_scale;
+            if (!pooled) sum += slope * prob_sums[i];
+            coefficients[i] = float(coefficient * slope);
+        }
+    }
+    sum = block_sum(sum, scratch);
+    if (threadIdx.x == 0) *loss += sum;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    importance(int tokens, int experts, int top_k, const int* ids, const float* weights, double* partial) {
+    __shared__ int chosen[STRETCH * MOST_CHOICES];
+    __shared__ float weight[STRETCH * MOST_CHOICES];
+    const int first = blockIdx.x * STRETCH * top_k, choices = min(STRETCH * top_k, tokens * top_k - first);
+    for (int i = threadIdx.x; i < choices; i += THREADS) {
+        chosen[i] = ids[first + i];
+        weight[i] = weights[first + i];
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < experts; e += THREADS) {
+        double sum = 0.0;
+        for (int i = 0; i < choices; i++)
+            if (chosen[i] == e) sum += weight[i];
+        partial[long(blockIdx.x) * experts + e] = sum;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    importance_grad(int choices, const int* ids, const float* dimportance, float* dweights) {
+    for (int i = blockIdx.x * THREADS + threadIdx.x; i < choices; i += gridDim.x * THREADS)
+        if (ids[i] >= 0) dweights[i] += dimportance[ids[i]];
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) cv_squared(int n, float coefficient, const float* x, double* loss, float* dx) {
+    __shared__ double scratch[WARP];
+    if (n < 2) {
+        if (threadIdx.x < n) dx[threadIdx.x] = 0.0f;
+        return;
+    }
+    double sum = 0.0;
+    for (int e = threadIdx.x; e < n; e += THREADS) sum += x[e];
+    const double mean = block_sum(sum, scratch) / n;
+    sum = 0.0;
+    for (int e = threadIdx.x; e < n; e += THREADS) sum += (x[e] - mean) * (x[e] - mean);
+    const double variance = block_sum(sum, scratch) / (n - 1), divisor = mean * mean + 1e-10;
+    const double through_mean = 2.0 * mean * variance / (n * divisor * divisor);
+    for (int e = threadIdx.x; e < n; e += THREADS)
+        dx[e] = float(coefficient * (2.0 * (x[e] - mean) / ((n - 1) * divisor) - through_mean));
+    if (threadIdx.x == 0) *loss += variance / divisor;
+}
+
+// Weights as unsigned numbers of the same order; NaN is the lowest weight there is.
+__device__ __forceinline__ unsigned weight_key(float weight) {
+    const unsigned bits = __float_as_uint(weight != weight ? -INFINITY : weight);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+extern "C" __global__ void __launch_bounds__(WIDE)
+    apply_capacity(int choices, int per_expert, int by_weight, const int* ids, const float* weights, int* kept, int* dropped) {
+    __shared__ int held[WARP], histogram[256], next_digit, next_room;
+    const int expert = blockIdx.x, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    int mine = 0;
+    for (int i = threadIdx.x; i < choices; i += WIDE) {
+        mine += ids[i] == expert;
+        if (expert == 0 && ids[i] < 0) kept[i] = ids[i];
+    }
+    const int wanted = block_sum(mine, held);
+    if (threadIdx.x == 0 && wanted > per_expert) atomicAdd(dropped, wanted - per_expert);
+
+    // Keys above `lowest` are kept, and `room` of those that equal it. Unranked, all keys are 0.
+    const bool ranked = by_weight && per_expert > 0 && wanted > per_expert;
+    unsigned lowest = 0, decided = 0;
+    int room = per_expert;
+    for (int shift = 24; ranked && shift >= 0; shift -= 8) {
+        for (int d = threadIdx.x; d < 256; d += WIDE) histogram[d] = 0;
+        __syncthreads();
+        for (int i = threadIdx.x; i < choices; i += WIDE) {
+            if (ids[i] != expert) continue;
+            const unsigned key = weight_key(weights[i]);
+            if ((key & decided) == lowest) atomicAdd(&histogram[key >> shift & 255], 1);
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            int digit = 255, left = room;
+            while (digit > 0 && histogram[digit] < left) left -= histogram[digit--];
+            next_digit = digit, next_room = left;
+        }
+        __syncthreads();
+        lowest |= unsigned(next_digit) << shift, decided |= 255u << shift, room = next_room;
+    }
+
+    for (int first = 0; first < choices; first += WIDE) {
+        const int i = first + threadIdx.x;
+        const bool here = i < choices && ids[i] == expert;
+        const unsigned key = here && ranked ? weight_key(weights[i]) : 0;
+        const bool tied = here && key == lowest;
+        const unsigned ties = __ballot_sync(ALL, tied);
+        __syncthreads();
+        if (lane == 0) held[warp] = __popc(ties);
+        __syncthreads();
+        const int before = warp_sum(lane < warp ? held[lane] : 0) + __popc(ties & ((1u << lane) - 1));
+        if (here) kept[i] = key > lowest || (tied && before < room) ? expert : -1;
+        room -= warp_sum(held[lane]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    drop_second(int tokens, int top_k, const float* uniform, const float* weights, int* ids) {
+    for (int t = blockIdx.x * THREADS + threadIdx.x; t < tokens; t += gridDim.x * THREADS)
+        if (2.0f * weights[long(t) * top_k + 1] <= uniform[t]) ids[long(t) * top_k + 1] = -1;
+}

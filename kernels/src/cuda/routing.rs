@@ -1,0 +1,331 @@
+//! `RoutingOps` on CUDA: kernels of `gate.cu`, `statistics.cu` and `noisy.cu`.
+//!
+//! Owns the checks of shapes, the choice of a kernel by the length of a row, and where partial sums lie in the scratch.
+
+use super::launch::{Grid, launch};
+use super::{Cuda, CudaAct, pointer, pointer_mut, pointer_or_null};
+use crate::{
+    BalanceGrad, BalanceSpec, Capacity, CapacityPolicy, Device, GateDims, GateSpec, RoutingOps, Score, View, ViewMut,
+};
+
+/// Threads of a block, and tokens of it where each warp has one.
+const THREADS: u32 = 256;
+const TOKENS_PER_BLOCK: usize = 8;
+/// Threads of the kernels that one block an item runs.
+const WIDE: u32 = 1024;
+/// Tokens that one block sums.
+const STRETCH: usize = 32;
+/// Columns of partial sums that one block adds up.
+const COLUMNS: usize = 32;
+/// The longest rows and choices: what a warp holds in registers.
+const MOST_EXPERTS: usize = 512;
+const MOST_CHOICES: usize = 32;
+
+fn check(what: &str, got: usize, want: usize) {
+    assert_eq!(got, want, "elements of `{what}`: got, and expected");
+}
+
+/// T·E, after a check that E and k fit.
+fn logits_len(dims: GateDims) -> usize {
+    let GateDims { tokens, experts, top_k } = dims;
+    assert!(1 <= top_k && top_k <= experts, "top-{top_k} of {experts} experts: k must be between 1 and E");
+    assert!(experts <= MOST_EXPERTS, "{experts} experts; the CUDA gate takes at most {MOST_EXPERTS}");
+    assert!(top_k <= MOST_CHOICES, "top-{top_k}; the CUDA gate takes at most {MOST_CHOICES}");
+    tokens * experts
+}
+
+/// T·k.
+fn choices_len(dims: GateDims) -> usize {
+    dims.tokens * dims.top_k
+}
+
+/// T, E, k as the kernels take them.
+fn sizes(dims: GateDims) -> (i32, i32, i32) {
+    (dims.tokens as i32, dims.experts as i32, dims.top_k as i32)
+}
+
+fn is_sigmoid(spec: GateSpec) -> i32 {
+    i32::from(spec.score == Score::Sigmoid)
+}
+
+macro_rules! sized {
+    ($name:literal, $experts:expr) => {
+        match $experts {
+            0..=32 => concat!($name, "_1"),
+            33..=64 => concat!($name, "_2"),
+            65..=128 => concat!($name, "_4"),
+            129..=256 => concat!($name, "_8"),
+            _ => concat!($name, "_16"),
+        }
+    };
+}
+
+fn warp_a_token(dims: GateDims) -> Grid {
+    Grid::new(dims.tokens.div_ceil(TOKENS_PER_BLOCK), THREADS)
+}
+
+impl<A: CudaAct> Cuda<A> {
+    /// Adds up `n` partial sums `[groups, n, columns]` at `partial`.
+    fn sum_stretches(&self, [groups, n, columns]: [usize; 3], partial: u64, out: u64) {
+        let grid = Grid::new(groups * columns.div_ceil(COLUMNS), WIDE);
+        launch!(self, "sum_stretches", grid; n as i32, columns as i32, partial, out);
+    }
+}
+
+impl<A: CudaAct> RoutingOps for Cuda<A> {
+    fn gate(
+        &self,
+        spec: GateSpec,
+        logits: View<'_, Self, f32>,
+        bias: Option<View<'_, Self, f32>>,
+        scores: ViewMut<'_, Self, f32>,
+        ids: ViewMut<'_, Self, i32>,
+        weights: ViewMut<'_, Self, f32>,
+    ) {
+        check("logits", logits.len(), logits_len(spec.dims));
+        check("scores", scores.len(), logits.len());
+        check("ids", ids.len(), choices_len(spec.dims));
+        check("weights", weights.len(), ids.len());
+        if let Some(bias) = bias {
+            check("bias", bias.len(), spec.dims.experts);
+        }
+        let (tokens, experts, top_k) = sizes(spec.dims);
+        launch!(
+            self, sized!("gate", spec.dims.experts), warp_a_token(spec.dims);
+            tokens, experts, top_k, is_sigmoid(spec), i32::from(spec.renormalize), spec.scale,
+            pointer(logits), pointer_or_null(bias), pointer_mut(scores), pointer_mut(ids), pointer_mut(weights)
+        );
+    }
+
+    fn gate_grad(
+        &self,
+        spec: GateSpec,
+        logits: View<'_, Self, f32>,
+        scores: View<'_, Self, f32>,
+        ids: View<'_, Self, i32>,
+        dweights: View<'_, Self, f32>,
+        balance: Option<BalanceGrad<'_, Self>>,
+        z_scale: f32,
+        dlogits: ViewMut<'_, Self, f32>,
+    ) {
+        check("logits", logits.len(), logits_len(spec.dims));
+        check("scores", scores.len(), logits.len());
+        check("dlogits", dlogits.len(), logits.len());
+        check("ids", ids.len(), choices_len(spec.dims));
+        check("dweights", dweights.len(), ids.len());
+        let (coefficients, tokens_per_group) = balance.map_or((0, 1), |balance| {
+            let tokens_per_group = balance.tokens_per_group.clamp(1, spec.dims.tokens.max(1));
+            let groups = spec.dims.tokens.div_ceil(tokens_per_group);
+            let given = balance.coefficients.len();
+            assert!(given >= groups * spec.dims.experts, "{given} coefficients for {groups} groups of {:?}", spec.dims);
+            (pointer(balance.coefficients), tokens_per_group)
+        });
+        let (tokens, experts, top_k) = sizes(spec.dims);
+        launch!(
+            self, sized!("gate_grad", spec.dims.experts), warp_a_token(spec.dims);
+            tokens, experts, top_k, is_sigmoid(spec), i32::from(spec.renormalize), spec.scale, z_scale,
+            tokens_per_group as i32, pointer(logits), pointer(scores), pointer(ids), pointer(dweights), coefficients,
+            pointer_mut(dlogits)
+        );
+    }
+
+    fn gate_statistics(
+        &self,
+        spec: GateSpec,
+        tokens_per_group: usize,
+        logits: View<'_, Self, f32>,
+        scores: View<'_, Self, f32>,
+        ids: View<'_, Self, i32>,
+        counts: ViewMut<'_, Self, f32>,
+        prob_sums: ViewMut<'_, Self, f32>,
+        z_sum: ViewMut<'_, Self, f32>,
+    ) {
+        let GateDims { tokens, experts, .. } = spec.dims;
+        check("logits", logits.len(), logits_len(spec.dims));
+        check("scores", scores.len(), logits.len());
+        check("ids", ids.len(), choices_len(spec.dims));
+        check("prob_sums", prob_sums.len(), counts.len());
+        check("z_sum", z_sum.len(), 1);
+        let length = tokens_per_group.clamp(1, tokens.max(1));
+        let groups = counts.len() / experts;
+        assert!(
+            counts.len().is_multiple_of(experts) && groups >= tokens.div_ceil(length),
+            "{} counts for {tokens} tokens in groups of {length} and {experts} experts",
+            counts.len()
+        );
+        let stretches = length.div_ceil(STRETCH);
+        let blocks = groups * stretches;
+        let table = blocks * experts * size_of::<f64>();
+        let Some(scratch) = self.scratch(2 * table + blocks * size_of::<f64>()) else { return };
+        let [count_sums, sums, z_sums] = [0, table, 2 * table].map(|offset| scratch.at(offset));
+        let (tokens, width, top_k) = sizes(spec.dims);
+        launch!(
+            self, sized!("gate_statistics", experts), Grid::new(blocks, THREADS);
+            tokens, width, top_k, is_sigmoid(spec), length as i32, stretches as i32,
+            pointer(logits), pointer(scores), pointer(ids), count_sums, sums, z_sums
+        );
+        self.sum_stretches([groups, stretches, experts], count_sums, pointer_mut(counts));
+        self.sum_stretches([groups, stretches, experts], sums, pointer_mut(prob_sums));
+        self.sum_stretches([1, blocks, 1], z_sums, pointer_mut(z_sum));
+    }
+
+    fn balance_loss(
+        &self,
+        spec: BalanceSpec,
+        counts: View<'_, Self, f32>,
+        prob_sums: View<'_, Self, f32>,
+        loss: ViewMut<'_, Self, f64>,
+        coefficients: ViewMut<'_, Self, f32>,
+    ) {
+        check("counts", counts.len(), spec.layers * spec.groups * spec.experts);
+        check("prob_sums", prob_sums.len(), counts.len());
+        check("coefficients", coefficients.len(), counts.len());
+        launch!(
+            self, "balance_loss", Grid::new(1, WIDE);
+            spec.layers as i32, spec.groups as i32, spec.experts as i32, i32::from(spec.pooled),
+            spec.f_scale, spec.p_scale, spec.coefficient,
+            pointer(counts), pointer(prob_sums), pointer_mut(loss), pointer_mut(coefficients)
+        );
+    }
+
+    fn apply_capacity(
+        &self,
+        dims: GateDims,
+        capacity: Capacity,
+        ids: View<'_, Self, i32>,
+        weights: View<'_, Self, f32>,
+        kept: ViewMut<'_, Self, i32>,
+        mut dropped: ViewMut<'_, Self, i32>,
+    ) {
+        check("ids", ids.len(), choices_len(dims));
+        check("weights", weights.len(), ids.len());
+        check("kept", kept.len(), ids.len());
+        self.fill(dropped.reborrow().slice(0..1), 0);
+        let per_expert = capacity.per_expert.min(i32::MAX as usize) as i32;
+        launch!(
+            self, "apply_capacity", Grid::new(dims.experts, WIDE);
+            ids.len() as i32, per_expert, i32::from(capacity.policy == CapacityPolicy::Probability),
+            pointer(ids), pointer(weights), pointer_mut(kept), pointer_mut(dropped)
+        );
+    }
+
+    fn drop_second(
+        &self,
+        dims: GateDims,
+        uniform: View<'_, Self, f32>,
+        weights: View<'_, Self, f32>,
+        ids: ViewMut<'_, Self, i32>,
+    ) {
+        check("uniform", uniform.len(), dims.tokens);
+        check("ids", ids.len(), choices_len(dims));
+        check("weights", weights.len(), ids.len());
+        assert!(dims.top_k >= 2, "a random second expert needs two choices a token, not {}", dims.top_k);
+        launch!(
+            self, "drop_second", Grid::cover(dims.tokens, THREADS, self.facts());
+            dims.tokens as i32, dims.top_k as i32, pointer(uniform), pointer(weights), pointer_mut(ids)
+        );
+    }
+
+    fn noisy_logits(
+        &self,
+        dims: GateDims,
+        clean: View<'_, Self, f32>,
+        raw: View<'_, Self, f32>,
+        noise: View<'_, Self, f32>,
+        noisy: ViewMut<'_, Self, f32>,
+        load: ViewMut<'_, Self, f32>,
+    ) {
+        check("clean", clean.len(), logits_len(dims));
+        check("raw", raw.len(), clean.len());
+        check("noise", noise.len(), clean.len());
+        check("noisy", noisy.len(), clean.len());
+        check("load", load.len(), dims.experts);
+        let blocks = dims.tokens.div_ceil(STRETCH);
+        let Some(scratch) = self.scratch(blocks * dims.experts * size_of::<f64>()) else { return };
+        let (tokens, experts, top_k) = sizes(dims);
+        launch!(
+            self, "noisy_logits", Grid::new(blocks, THREADS);
+            tokens, experts, top_k, pointer(clean), pointer(raw), pointer(noise), pointer_mut(noisy), scratch.at(0)
+        );
+        self.sum_stretches([1, blocks, dims.experts], scratch.at(0), pointer_mut(load));
+    }
+
+    fn noisy_logits_grad(
+        &self,
+        dims: GateDims,
+        clean: View<'_, Self, f32>,
+        raw: View<'_, Self, f32>,
+        noise: View<'_, Self, f32>,
+        noisy: View<'_, Self, f32>,
+        dnoisy: View<'_, Self, f32>,
+        dload: View<'_, Self, f32>,
+        dclean: ViewMut<'_, Self, f32>,
+        draw: ViewMut<'_, Self, f32>,
+    ) {
+        check("clean", clean.len(), logits_len(dims));
+        check("raw", raw.len(), clean.len());
+        check("noise", noise.len(), clean.len());
+        check("noisy", noisy.len(), clean.len());
+        check("dnoisy", dnoisy.len(), clean.len());
+        check("dload", dload.len(), dims.experts);
+        check("dclean", dclean.len(), clean.len());
+        check("draw", draw.len(), clean.len());
+        let (tokens, experts, top_k) = sizes(dims);
+        launch!(
+            self, "noisy_logits_grad", warp_a_token(dims);
+            tokens, experts, top_k, pointer(clean), pointer(raw), pointer(noise), pointer(noisy), pointer(dnoisy),
+            pointer(dload), pointer_mut(dclean), pointer_mut(draw)
+        );
+    }
+
+    fn importance(
+        &self,
+        dims: GateDims,
+        ids: View<'_, Self, i32>,
+        weights: View<'_, Self, f32>,
+        importance: ViewMut<'_, Self, f32>,
+    ) {
+        logits_len(dims);
+        check("ids", ids.len(), choices_len(dims));
+        check("weights", weights.len(), ids.len());
+        check("importance", importance.len(), dims.experts);
+        let blocks = dims.tokens.div_ceil(STRETCH);
+        let Some(scratch) = self.scratch(blocks * dims.experts * size_of::<f64>()) else { return };
+        let (tokens, experts, top_k) = sizes(dims);
+        launch!(
+            self, "importance", Grid::new(blocks, THREADS);
+            tokens, experts, top_k, pointer(ids), pointer(weights), scratch.at(0)
+        );
+        self.sum_stretches([1, blocks, dims.experts], scratch.at(0), pointer_mut(importance));
+    }
+
+    fn importance_grad(
+        &self,
+        dims: GateDims,
+        ids: View<'_, Self, i32>,
+        dimportance: View<'_, Self, f32>,
+        dweights: ViewMut<'_, Self, f32>,
+    ) {
+        check("ids", ids.len(), choices_len(dims));
+        check("dweights", dweights.len(), ids.len());
+        check("dimportance", dimportance.len(), dims.experts);
+        launch!(
+            self, "importance_grad", Grid::cover(ids.len(), THREADS, self.facts());
+            ids.len() as i32, pointer(ids), pointer(dimportance), pointer_mut(dweights)
+        );
+    }
+
+    fn cv_squared(
+        &self,
+        coefficient: f32,
+        x: View<'_, Self, f32>,
+        loss: ViewMut<'_, Self, f64>,
+        dx: ViewMut<'_, Self, f32>,
+    ) {
+        check("dx", dx.len(), x.len());
+        launch!(
+            self, "cv_squared", Grid::new(1, THREADS);
+            x.len() as i32, coefficient, pointer(x), pointer_mut(loss), pointer_mut(dx)
+        );
+    }
+}
