@@ -30,9 +30,20 @@ fn sizes() -> Vec<AttentionDims> {
     sizes
 }
 
+/// Documents of 1, 2, … positions one after another, begun anew in each sequence.
+fn documents(dims: AttentionDims) -> Vec<i32> {
+    let one: Vec<i32> = (1..)
+        .scan(0, |start, len| Some(vec![std::mem::replace(start, *start + len); len as usize]))
+        .flatten()
+        .take(dims.seq)
+        .collect();
+    one.repeat(dims.batch)
+}
+
 /// Inputs of both passes and the CPU's results. The backward pass gets the CPU's `out`, rounded, and `lse`.
 struct Case {
     dims: AttentionDims,
+    starts: Option<Vec<i32>>,
     qkv: Vec<f32>,
     dout: Vec<f32>,
     out: Vec<f32>,
@@ -41,24 +52,27 @@ struct Case {
 }
 
 impl Case {
-    fn new<A: CudaAct>(dims: AttentionDims) -> Self {
+    fn new<A: CudaAct>(dims: AttentionDims, starts: Option<Vec<i32>>) -> Self {
         let (tokens, out_width) = (dims.tokens(), dims.heads * dims.head_dim);
         let qkv = rounded::<A>(&random(1, tokens * dims.qkv_width()));
         let dout = rounded::<A>(&random(2, tokens * out_width));
         let (mut out, mut lse) = (vec![0.0; tokens * out_width], vec![0.0; tokens * dims.heads]);
         let mut dqkv = vec![0.0; qkv.len()];
-        Cpu.attention(dims, View::of(&qkv), ViewMut::of(&mut out), ViewMut::of(&mut lse));
+        let seen = starts.as_ref().map(View::of);
+        Cpu.attention(dims, seen, View::of(&qkv), ViewMut::of(&mut out), ViewMut::of(&mut lse));
         let saved = rounded::<A>(&out);
         let (qkv_view, saved, dout_view) = (View::of(&qkv), View::of(&saved), View::of(&dout));
-        Cpu.attention_grad(dims, qkv_view, saved, View::of(&lse), dout_view, ViewMut::of(&mut dqkv));
-        Self { dims, qkv, dout, out, lse, dqkv }
+        Cpu.attention_grad(dims, seen, qkv_view, saved, View::of(&lse), dout_view, ViewMut::of(&mut dqkv));
+        Self { dims, starts, qkv, dout, out, lse, dqkv }
     }
 
     fn forward<A: CudaAct>(&self, gpu: &Cuda<A>) -> (Vec<f32>, Vec<f32>) {
         let qkv = upload_act(gpu, &self.qkv);
         let mut out = poisoned::<A, A>(gpu, self.out.len());
         let mut lse = poisoned::<A, f32>(gpu, self.lse.len());
-        gpu.attention(self.dims, View::of(&qkv), ViewMut::of(&mut out), ViewMut::of(&mut lse));
+        let starts = self.starts.as_ref().map(|starts| upload(gpu, starts));
+        let seen = starts.as_ref().map(View::of);
+        gpu.attention(self.dims, seen, View::of(&qkv), ViewMut::of(&mut out), ViewMut::of(&mut lse));
         (written(gpu, &out), written(gpu, &lse))
     }
 
@@ -67,7 +81,9 @@ impl Case {
         let lse = upload(gpu, &self.lse);
         let mut dqkv = poisoned::<A, A>(gpu, self.dqkv.len());
         let (qkv, out, lse, dout) = (View::of(&qkv), View::of(&out), View::of(&lse), View::of(&dout));
-        gpu.attention_grad(self.dims, qkv, out, lse, dout, ViewMut::of(&mut dqkv));
+        let starts = self.starts.as_ref().map(|starts| upload(gpu, starts));
+        let seen = starts.as_ref().map(View::of);
+        gpu.attention_grad(self.dims, seen, qkv, out, lse, dout, ViewMut::of(&mut dqkv));
         written(gpu, &dqkv)
     }
 
@@ -105,8 +121,8 @@ fn relative_error(got: &[f32], expected: &[f32]) -> f32 {
 
 fn attention_agrees<A: CudaAct>() {
     let Some(gpu) = gpu::<A>() else { return };
-    for dims in sizes() {
-        let case = Case::new::<A>(dims);
+    for (dims, starts) in sizes().into_iter().flat_map(|dims| [(dims, None), (dims, Some(documents(dims)))]) {
+        let case = Case::new::<A>(dims, starts);
         let (out, lse) = case.forward(&gpu);
         assert_close(&format!("{} out, {dims:?}", A::NAME), &out, &case.out, |i| case.out_error::<A>(case.out[i]));
         assert_close(&format!("{} lse, {dims:?}", A::NAME), &lse, &case.lse, |_| case.f32_error());
@@ -115,8 +131,8 @@ fn attention_agrees<A: CudaAct>() {
 
 fn gradients_agree<A: CudaAct>() {
     let Some(gpu) = gpu::<A>() else { return };
-    for dims in sizes() {
-        let case = Case::new::<A>(dims);
+    for (dims, starts) in sizes().into_iter().flat_map(|dims| [(dims, None), (dims, Some(documents(dims)))]) {
+        let case = Case::new::<A>(dims, starts);
         let dqkv = case.backward(&gpu);
         let what = format!("{} dqkv, {dims:?}", A::NAME);
         assert_close(&what, &dqkv, &case.dqkv, |i| case.grad_error::<A>(case.dqkv[i]));
@@ -181,20 +197,20 @@ fn rotary_agrees_with_the_cpu_bf16() {
 #[test]
 fn attention_takes_rows_off_16_bytes() {
     let Some(gpu) = gpu::<bf16>() else { return };
-    let case = Case::new::<bf16>(AttentionDims { batch: 1, seq: 40, heads: 2, kv_heads: 1, head_dim: 64 });
+    let case = Case::new::<bf16>(AttentionDims { batch: 1, seq: 40, heads: 2, kv_heads: 1, head_dim: 64 }, None);
     let shifted: Vec<f32> = [0.0].iter().chain(&case.qkv).copied().collect();
     let qkv = upload_act(&gpu, &shifted);
     let mut out = poisoned::<bf16, bf16>(&gpu, case.out.len());
     let mut lse = poisoned::<bf16, f32>(&gpu, case.lse.len());
     let view = View::range(&qkv, 1..shifted.len());
-    gpu.attention(case.dims, view, ViewMut::of(&mut out), ViewMut::of(&mut lse));
+    gpu.attention(case.dims, None, view, ViewMut::of(&mut out), ViewMut::of(&mut lse));
     assert_close("out", &written(&gpu, &out), &case.out, |i| case.out_error::<bf16>(case.out[i]));
 }
 
 #[test]
 fn attention_gives_the_same_bits_again() {
     let Some(gpu) = gpu::<bf16>() else { return };
-    let case = Case::new::<bf16>(AttentionDims { batch: 3, seq: 200, heads: 6, kv_heads: 2, head_dim: 128 });
+    let case = Case::new::<bf16>(AttentionDims { batch: 3, seq: 200, heads: 6, kv_heads: 2, head_dim: 128 }, None);
     assert!(case.forward(&gpu) == case.forward(&gpu), "forward");
     assert!(case.backward(&gpu) == case.backward(&gpu), "backward");
 }
@@ -219,11 +235,11 @@ fn rates() {
         let mut lse = poisoned::<bf16, f32>(&gpu, dims.tokens() * heads);
         let mut dqkv = poisoned::<bf16, bf16>(&gpu, dims.tokens() * dims.qkv_width());
         let forward = median_ms(&gpu, || {
-            gpu.attention(dims, View::of(&qkv), ViewMut::of(&mut out), ViewMut::of(&mut lse));
+            gpu.attention(dims, None, View::of(&qkv), ViewMut::of(&mut out), ViewMut::of(&mut lse));
         });
         let backward = median_ms(&gpu, || {
             let (qkv, out, lse, dout) = (View::of(&qkv), View::of(&out), View::of(&lse), View::of(&dout));
-            gpu.attention_grad(dims, qkv, out, lse, dout, ViewMut::of(&mut dqkv));
+            gpu.attention_grad(dims, None, qkv, out, lse, dout, ViewMut::of(&mut dqkv));
         });
         let flops = 2.0 * (dims.tokens() * dims.seq * heads * head_dim) as f32;
         println!("{dims:?}");

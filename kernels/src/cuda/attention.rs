@@ -6,15 +6,13 @@
 
 use super::gpu::Facts;
 use super::launch::{Grid, launch};
-use super::{Cuda, CudaAct, pointer, pointer_mut};
+use super::{Cuda, CudaAct, pointer, pointer_mut, pointer_or_null};
 use crate::{AttentionDims, AttentionOps, Element, RotaryDirection, View, ViewMut};
 
 /// Rows of a block of the plain kernels, one a warp.
 const PLAIN_ROWS: usize = 4;
 /// The widest head of the plain kernels: four warps' vectors in the shared memory that needs no asking.
 const PLAIN_DIM_MOST: usize = 736;
-/// In the place of each position's first visible one: every position sees its whole past.
-const NO_STARTS: u64 = 0;
 /// Threads of a rotary block.
 const ROTARY_THREADS: u32 = 256;
 
@@ -146,6 +144,13 @@ fn check(dims: AttentionDims, buffers: &[(&str, usize, usize)]) {
     }
 }
 
+/// The address of each position's first visible one; null where every position sees its whole past.
+fn starts_of<A: CudaAct>(dims: AttentionDims, starts: Option<View<'_, Cuda<A>, i32>>) -> u64 {
+    let len = starts.map_or(dims.tokens(), |starts| starts.len());
+    assert!(len >= dims.tokens(), "starts of {len} elements for {dims:?}");
+    pointer_or_null(starts)
+}
+
 impl<A: CudaAct> AttentionOps for Cuda<A> {
     fn rotary(
         &self,
@@ -184,6 +189,7 @@ impl<A: CudaAct> AttentionOps for Cuda<A> {
     fn attention(
         &self,
         dims: AttentionDims,
+        starts: Option<View<'_, Self, i32>>,
         qkv: View<'_, Self, A>,
         out: ViewMut<'_, Self, A>,
         lse: ViewMut<'_, Self, f32>,
@@ -193,7 +199,8 @@ impl<A: CudaAct> AttentionOps for Cuda<A> {
             dims,
             &[("qkv", qkv.len(), dims.qkv_width()), ("out", out.len(), out_width), ("lse", lse.len(), dims.heads)],
         );
-        let (qkv, out, lse, starts) = (pointer(qkv), pointer_mut(out), pointer_mut(lse), NO_STARTS);
+        let starts = starts_of(dims, starts);
+        let (qkv, out, lse) = (pointer(qkv), pointer_mut(out), pointer_mut(lse));
         let (name, grid) = match Tiled::pick::<A>(dims, &[qkv, out], &self.gpu.facts) {
             Some(tiled) => (tiled.forward, tiled.forward_grid(dims)),
             None => (A::pick("attention_plain_f32", "attention_plain_bf16"), plain_grid(dims, dims.heads, 2)),
@@ -204,6 +211,7 @@ impl<A: CudaAct> AttentionOps for Cuda<A> {
     fn attention_grad(
         &self,
         dims: AttentionDims,
+        starts: Option<View<'_, Self, i32>>,
         qkv: View<'_, Self, A>,
         out: View<'_, Self, A>,
         lse: View<'_, Self, f32>,
@@ -225,7 +233,7 @@ impl<A: CudaAct> AttentionOps for Cuda<A> {
         let Some(scratch) = self.scratch(rows * f32::BYTES) else { return };
         let (delta, shape) = (scratch.at(0), Shape::of(dims));
         let (qkv, out, lse, dout, dqkv) = (pointer(qkv), pointer(out), pointer(lse), pointer(dout), pointer_mut(dqkv));
-        let starts = NO_STARTS;
+        let starts = starts_of(dims, starts);
         let Some(tiled) = Tiled::pick::<A>(dims, &[qkv, out, dout, dqkv], &self.gpu.facts) else {
             let (queries, keys) = (plain_grid(dims, dims.heads, 3), plain_grid(dims, dims.kv_heads, 4));
             let name = A::pick("attention_grad_queries_plain_f32", "attention_grad_queries_plain_bf16");
