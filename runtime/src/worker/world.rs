@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use moe_kernels::Cpu;
 
+use super::cores::{Spot, threads};
 use crate::collectives::{
     Communicator, Context, HostCommunicator, LaunchError, LauncherFacts, RankFlags, local, rank_facts,
 };
@@ -17,7 +18,10 @@ pub struct World {
     pub communicator: HostCommunicator,
     /// What the launcher says, where there is one.
     pub facts: Option<LauncherFacts>,
-    ranks_here: usize,
+    /// Where this rank computes.
+    spot: Spot,
+    /// Where each rank computes.
+    spots: Vec<Spot>,
     #[cfg(feature = "mpi")]
     mpi: Option<crate::collectives::mpi::MpiWorld>,
 }
@@ -41,7 +45,8 @@ impl World {
             facts => Ok(Self {
                 communicator: local::solo(context),
                 facts,
-                ranks_here: 1,
+                spot: Spot::here(),
+                spots: vec![Spot::here()],
                 #[cfg(feature = "mpi")]
                 mpi: None,
             }),
@@ -51,11 +56,11 @@ impl World {
     #[cfg(feature = "mpi")]
     fn launched(facts: LauncherFacts, context: Context) -> Result<Self, Failure> {
         let (mpi, communicator) = crate::collectives::mpi::MpiWorld::init(&facts, context, Default::default())?;
-        // Launchers do not always say how many ranks share a machine; its name does.
-        let host = host_name();
-        let hosts = Communicator::<Cpu>::all_gather_bytes(&communicator, host.as_bytes())?;
-        let ranks_here = hosts.iter().filter(|other| **other == host.as_bytes()).count().max(1);
-        Ok(Self { communicator, facts: Some(facts), ranks_here, mpi: Some(mpi) })
+        // Launchers do not always say how many ranks share a machine, nor whether they are bound: the ranks themselves do.
+        let spot = Spot::here();
+        let spots = Communicator::<Cpu>::all_gather_bytes(&communicator, &spot.to_bytes())?;
+        let spots = spots.iter().map(|bytes| Spot::from_bytes(bytes)).collect();
+        Ok(Self { communicator, facts: Some(facts), spot, spots, mpi: Some(mpi) })
     }
 
     #[cfg(not(feature = "mpi"))]
@@ -73,14 +78,15 @@ impl World {
         (Communicator::<Cpu>::rank(world), Communicator::<Cpu>::size(world))
     }
 
-    /// Ranks that share this machine.
-    pub fn ranks_here(&self) -> usize {
-        self.ranks_here
+    /// Threads for this rank to compute with, so that all ranks together use each of their CPUs once.
+    pub fn threads(&self) -> usize {
+        let available = std::thread::available_parallelism().map_or(1, usize::from);
+        threads(available, &self.spot, &self.spots)
     }
 
     /// Whether all ranks are on this machine.
     pub fn is_one_machine(&self) -> bool {
-        self.ranks_here() == self.place().1
+        self.spots.iter().all(|spot| spot.host == self.spot.host)
     }
 
     /// Ends the process where all ranks have agreed to leave. MPI is ended in order: mpirun ends the other ranks as soon as one
