@@ -23,11 +23,13 @@ impl Spot {
     }
 
     /// For other ranks.
+    #[cfg(feature = "mpi")]
     pub(super) fn to_bytes(&self) -> Vec<u8> {
         format!("{}\n{}", self.host, self.cpus).into_bytes()
     }
 
     /// As another rank has sent it.
+    #[cfg(feature = "mpi")]
     pub(super) fn from_bytes(bytes: &[u8]) -> Self {
         let text = String::from_utf8_lossy(bytes);
         let (host, cpus) = text.split_once('\n').unwrap_or((&text, ""));
@@ -46,11 +48,13 @@ pub(super) fn threads(available: usize, mine: &Spot, all: &[Spot]) -> usize {
 mod tests {
     use super::*;
 
+    /// What is tried, host and CPUs of each rank, CPUs that the system grants each of them, threads of each of them.
+    type Case = (&'static str, &'static [(&'static str, &'static str)], usize, usize);
+
     #[test]
     fn ranks_divide_the_cpus_they_share_and_keep_those_they_were_bound_to() {
-        // Host and CPUs of each rank, CPUs that the system grants each of them, threads of each of them.
         #[rustfmt::skip]
-        let table: [(&str, &[(&str, &str)], usize, usize); 8] = [
+        let table: [Case; 8] = [
             ("alone", &[("a", "0-7")], 8, 8),
             ("two unbound", &[("a", "0-7"), ("a", "0-7")], 8, 4),
             ("two bound to a core each", &[("a", "0"), ("a", "1")], 1, 1),
@@ -69,6 +73,7 @@ mod tests {
         }
     }
 
+    #[cfg(feature = "mpi")]
     #[test]
     fn a_spot_survives_the_way_to_another_rank() {
         let here = Spot::here();
