@@ -72,14 +72,21 @@ pub(crate) fn run(args: &TokenizerArgs) -> Result<ExitCode, Failure> {
     };
     let started = Instant::now();
     let progress = TaskProgress::start("counting", spec.bytes()?);
+    // As a whole or not at all; made before the work, since a misspelt path should not cost an hour.
+    let partial = args.out.with_extension("json.partial");
+    let unwritable = |reason| DataError::Unwritable { path: args.out.clone(), reason };
+    fs::write(&partial, "").map_err(unwritable)?;
     let trained = train_bpe(&spec, &|bytes| progress.add(bytes));
     progress.finish();
-    let trained = trained?;
-    // As a whole or not at all.
-    let partial = args.out.with_extension("json.partial");
-    fs::write(&partial, &trained.json)
-        .and_then(|()| fs::rename(&partial, &args.out))
-        .map_err(|reason| DataError::Unwritable { path: args.out.clone(), reason })?;
+    let written = trained.map_err(Failure::from).and_then(|trained| {
+        fs::write(&partial, &trained.json).and_then(|()| fs::rename(&partial, &args.out)).map_err(unwritable)?;
+        Ok(trained)
+    });
+    if written.is_err() {
+        // The first error is the one to report.
+        let _ = fs::remove_file(&partial);
+    }
+    let trained = written?;
     let short = match trained.vocab_size {
         size if size < args.vocab_size => format!(" (the text has no more pairs to merge than for {size})"),
         _ => String::new(),

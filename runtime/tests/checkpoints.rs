@@ -354,23 +354,62 @@ fn the_newest_are_kept_and_what_others_left_unfinished_goes() {
 }
 
 #[test]
-fn the_latest_is_the_newest_that_is_complete() {
+fn the_latest_is_the_newest_and_what_others_left_unfinished_is_none() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::new(dir.path().join("checkpoints"), 0);
     assert!(store.latest().unwrap().is_none(), "no directory yet");
+    assert!(store.last_good().unwrap().checkpoint.is_none());
     for step in [10, 20] {
         save(store.dir(), (1, 1), step, step);
     }
-    fs::create_dir(store.dir().join("step-00000030")).unwrap();
     fs::create_dir(store.dir().join("step-00000040.tmp-1")).unwrap();
-    fs::remove_file(store.step_dir(20).join("manifest.json")).unwrap();
     let latest = local::run(2, |world| {
         let latest = store.latest_of_world::<Cpu, _>(&world).unwrap();
         latest.unwrap().manifest().progress.step
     });
-    assert_eq!(latest, [10, 10]);
+    assert_eq!(latest, [20, 20]);
     fs::write(store.step_dir(20).join("manifest.json"), r#"{"format": 9}"#).unwrap();
     assert!(matches!(store.latest(), Err(CheckpointError::FutureFormat { .. })), "an older one would lose steps");
+    assert!(matches!(store.last_good(), Err(CheckpointError::FutureFormat { .. })), "it is not damaged");
+}
+
+#[test]
+fn a_damaged_newest_checkpoint_is_passed_over_only_when_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::new(dir.path().join("checkpoints"), 0);
+    for step in [10, 20, 30] {
+        save(store.dir(), (1, 1), step, step);
+    }
+    // One whose length and manifest are right, and one that is not there.
+    let changed = store.step_dir(20).join("model.safetensors");
+    let mut bytes = fs::read(&changed).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&changed, bytes).unwrap();
+    fs::remove_file(store.step_dir(30).join("manifest.json")).unwrap();
+    match store.latest() {
+        Err(error @ CheckpointError::NewestDamaged { .. }) => {
+            assert_eq!(error.exit_code().number(), 65);
+            let text = error.to_string();
+            assert!(text.contains("step-00000030") && text.contains("step-00000020: "), "{text}");
+        }
+        other => panic!("{other:?}"),
+    }
+    let found = store.last_good().unwrap();
+    assert_eq!(found.checkpoint.unwrap().dir(), store.step_dir(10));
+    assert_eq!(found.damaged, [store.step_dir(30), store.step_dir(20)]);
+    let before = files(&store.step_dir(20));
+    store.set_aside(&found.damaged).unwrap();
+    assert_eq!(store.latest().unwrap().unwrap().dir(), store.step_dir(10));
+    let names = names(store.dir());
+    assert!(
+        names[1].starts_with("step-00000020.damaged-") && names[2].starts_with("step-00000030.damaged-"),
+        "{names:?}"
+    );
+    assert_eq!(files(&store.dir().join(&names[1])), before, "nothing is removed");
+    fs::remove_file(store.step_dir(10).join("optimizer.safetensors")).unwrap();
+    let error = store.last_good().unwrap_err();
+    assert!(error.to_string().contains("none of its 1 checkpoints is whole; the newest: "), "{error}");
+    assert_eq!(error.exit_code().number(), 65);
 }
 
 #[test]

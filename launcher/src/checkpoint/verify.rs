@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use moe_runtime::checkpoint::{Checkpoint, HfFolder};
+use moe_runtime::checkpoint::{Checkpoint, CheckpointError, HfFolder};
 use moe_runtime::exit::{ExitCode, Failure};
 use moe_runtime::worker::RunDir;
 use serde_json::{Value, json};
@@ -35,7 +35,12 @@ pub(super) fn run(args: &VerifyArgs) -> Result<(), Failure> {
         let mut found = false;
         for dir in steps_in(&store)? {
             found = true;
-            verify_checkpoint(&Checkpoint::open(&dir)?, args.json)?;
+            let checkpoint = Checkpoint::open(&dir).map_err(|fault| match fault {
+                // In a run a directory of such a name was whole once.
+                CheckpointError::NoCheckpoint { .. } => Failure::new(ExitCode::BadData, fault),
+                fault => fault.into(),
+            })?;
+            verify_checkpoint(&checkpoint, args.json)?;
         }
         let none = || Failure::new(ExitCode::Usage, format!("{}: has no checkpoint yet", args.model.display()));
         return if found { Ok(()) } else { Err(none()) };

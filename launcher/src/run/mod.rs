@@ -77,6 +77,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
         starter: Starter::choose(&places, args.local, |name| std::env::var(name).ok()),
         places,
         hosted: worker.coordinator.is_none(),
+        start_timeout: worker.start_timeout(),
         args,
     };
     job.see_through()
@@ -91,6 +92,8 @@ struct Job<'a> {
     places: Places,
     /// Whether the coordinator is hosted here.
     hosted: bool,
+    /// What it waits for all ranks to join.
+    start_timeout: Duration,
 }
 
 impl Job<'_> {
@@ -140,6 +143,7 @@ impl Job<'_> {
             epoch,
             world_size: self.grid.world() as u32,
             ep_size: self.grid.ep() as u32,
+            forming_deadline: self.start_timeout,
             ..JobSpec::default()
         };
         let handle = CoordinatorHandle::serve(listener, spec, JoinToken::generate())?;

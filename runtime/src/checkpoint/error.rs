@@ -14,6 +14,10 @@ use crate::exit::{Classified, ExitCode};
 use crate::invalid::InvalidValue;
 use crate::topology::Rank;
 
+/// How a run goes on without its newest checkpoint.
+pub const GO_BACK: &str =
+    "bring the file back, or start moe-worker with --resume last-good to go on from the newest that is whole";
+
 /// Why a model could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
@@ -127,6 +131,24 @@ pub enum CheckpointError {
         /// The hash of what is there.
         found: String,
     },
+    /// The newest checkpoint of a run is damaged.
+    #[error("{fault}; {}", older_one(older.as_deref()))]
+    NewestDamaged {
+        /// What is wrong with it.
+        fault: Box<CheckpointError>,
+        /// The directory of the one before it.
+        older: Option<PathBuf>,
+    },
+    /// No checkpoint of a run is whole.
+    #[error("{}: none of its {count} checkpoints is whole; the newest: {newest}", dir.display())]
+    NoneGood {
+        /// The directory of the checkpoints.
+        dir: PathBuf,
+        /// Checkpoints there are.
+        count: usize,
+        /// What is wrong with the newest.
+        newest: Box<CheckpointError>,
+    },
     /// A checkpoint is of another model than the run.
     #[error("{} is of another model: {}", dir.display(), listed(differences, "differences"))]
     OtherModel {
@@ -224,6 +246,8 @@ impl Classified for CheckpointError {
             | Self::FileName { .. }
             | Self::Tensors { .. }
             | Self::Config { .. }
+            | Self::NewestDamaged { .. }
+            | Self::NoneGood { .. }
             | Self::ConfigSizes { .. } => ExitCode::BadData,
             Self::Io { .. } | Self::NotAsRead { .. } => ExitCode::Io,
         }
@@ -231,6 +255,20 @@ impl Classified for CheckpointError {
 }
 
 impl CheckpointError {
+    /// Whether it says that a checkpoint is not as it was written: a file that is missing, cut off or changed.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::NoCheckpoint { .. }
+            | Self::Hash { .. }
+            | Self::Json { .. }
+            | Self::Length { .. }
+            | Self::FileName { .. }
+            | Self::NewestDamaged { .. } => true,
+            Self::Peer { exit_code, .. } => *exit_code == ExitCode::BadData.number(),
+            _ => false,
+        }
+    }
+
     /// For `map_err`: the system's refusal to `action` on `path`.
     pub(super) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { action, path: path.to_owned(), source }
@@ -300,6 +338,14 @@ pub enum TensorFault {
         /// The first two files that have it.
         files: [String; 2],
     },
+}
+
+/// What to do where the newest checkpoint is damaged.
+fn older_one(older: Option<&Path>) -> String {
+    match older {
+        Some(older) => format!("the one before it is {}: {GO_BACK}", older.display()),
+        None => "there is no older one: bring the file back, or begin a new run".to_owned(),
+    }
 }
 
 /// All tensors that are wrong. Its text lists the first ones and counts the rest.

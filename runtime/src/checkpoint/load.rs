@@ -14,10 +14,11 @@ use sha2::{Digest, Sha256};
 use super::CheckpointError;
 use super::agree::{SlowPhase, agree};
 use super::error::{TensorFault, TensorFaults};
-use super::manifest::{FileEntry, MANIFEST, Manifest, Progress, hex};
+use super::manifest::{FileEntry, MANIFEST, Manifest, Progress};
 use super::names::{self, FIRST_MOMENT, SECOND_MOMENT};
 use super::tensor_file::{TensorFile, plain_file};
 use crate::collectives::Communicator;
+use crate::data::hexadecimal;
 use crate::model::layout::{Part, PartKind};
 use crate::model::{ModelConfig, Parameters};
 use crate::routing::RouterConfig;
@@ -68,12 +69,14 @@ impl Checkpoint {
     /// There is no manifest, it is damaged or of a later version, or a file is missing or of another length.
     pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
         let path = dir.join(MANIFEST);
-        let text = match std::fs::read_to_string(&path) {
+        let bytes = match std::fs::read(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(CheckpointError::NoCheckpoint { dir: dir.to_owned() });
             }
-            text => text.map_err(CheckpointError::io("read", &path))?,
+            bytes => bytes.map_err(CheckpointError::io("read", &path))?,
         };
+        // A byte that is no character was changed like any other: its seal tells.
+        let text = String::from_utf8_lossy(&bytes);
         let manifest = Manifest::parse(&path, &text)?;
         for FileEntry { name, bytes, .. } in &manifest.files {
             let file = plain_file(&path, name)?;
@@ -232,7 +235,7 @@ fn hash_file(path: &Path) -> io::Result<String> {
     let mut chunk = vec![0; CHUNK_BYTES];
     loop {
         match file.read(&mut chunk)? {
-            0 => return Ok(hex(&hash.finalize())),
+            0 => return Ok(hexadecimal(&hash.finalize())),
             read => hash.update(&chunk[..read]),
         }
     }

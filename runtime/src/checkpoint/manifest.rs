@@ -9,6 +9,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::CheckpointError;
+use crate::data::hexadecimal;
 use crate::model::ModelConfig;
 use crate::routing::RouterConfig;
 
@@ -154,13 +155,8 @@ fn compare<T: Serialize>(
     differences
 }
 
-/// Bytes as hexadecimal digits.
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 fn hex_sha256(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes))
+    hexadecimal(&Sha256::digest(bytes))
 }
 
 #[cfg(test)]

@@ -18,11 +18,11 @@ mod store;
 mod tensor_file;
 mod tensor_writer;
 
-pub use error::{CheckpointError, TensorFault, TensorFaults};
+pub use error::{CheckpointError, GO_BACK, TensorFault, TensorFaults};
 pub use hf_config::HfConfig;
 pub use import::HfFolder;
 pub use load::{Checkpoint, MomentsMut, Restored, Target};
 pub use manifest::{Manifest, Progress};
 pub use save::{Moments, TrainingState};
 pub use selection::Selection;
-pub use store::{Store, probe_shared};
+pub use store::{LastGood, Store, probe_shared};

@@ -19,11 +19,23 @@ use crate::collectives::Communicator;
 /// Between a step directory's name and what makes a temporary one unique.
 const TEMPORARY: &str = ".tmp-";
 
+/// Between a damaged step directory's name and what makes the name unique under which it is set aside.
+const ASIDE: &str = ".damaged-";
+
 /// The directory of a run's checkpoints.
 #[derive(Clone, Debug)]
 pub struct Store {
     dir: PathBuf,
     keep: usize,
+}
+
+/// What [`Store::last_good`] found.
+#[derive(Clone, Debug, Default)]
+pub struct LastGood {
+    /// The newest checkpoint that is whole; None: there is none at all.
+    pub checkpoint: Option<Checkpoint>,
+    /// The directories of newer ones, which are damaged, newest first.
+    pub damaged: Vec<PathBuf>,
 }
 
 impl Store {
@@ -42,13 +54,51 @@ impl Store {
         self.dir.join(step_name(step))
     }
 
-    /// The newest checkpoint, as this process sees it. Directories that are none are passed over, with a warning that says why.
+    /// The newest checkpoint, as this process sees it; its files are not hashed.
     ///
     /// # Errors
-    /// A directory or manifest cannot be read, or the newest checkpoint is of a later version than this program reads: going back
-    /// to an older one would lose what came since.
+    /// A directory or manifest cannot be read, the newest checkpoint is of a later version than this program reads, or it is damaged:
+    /// going back to an older one would lose what came since, which only [`Store::last_good`] does.
     pub fn latest(&self) -> Result<Option<Checkpoint>, CheckpointError> {
         Ok(self.newest()?.map(|(_, checkpoint)| checkpoint))
+    }
+
+    /// The newest checkpoint whose every byte is what was written, and what is newer and damaged. Files are hashed.
+    ///
+    /// # Errors
+    /// A directory or manifest cannot be read, a checkpoint is of a later version than this program reads, or all are damaged.
+    pub fn last_good(&self) -> Result<LastGood, CheckpointError> {
+        let mut damaged = Vec::new();
+        let mut first_fault = None;
+        for step in self.steps()?.into_iter().rev() {
+            let dir = self.step_dir(step);
+            match Checkpoint::open(&dir).and_then(|checkpoint| checkpoint.verify().map(|()| checkpoint)) {
+                Ok(checkpoint) => return Ok(LastGood { checkpoint: Some(checkpoint), damaged }),
+                Err(error) if !error.is_damage() => return Err(error),
+                Err(error) => {
+                    first_fault.get_or_insert(error);
+                    damaged.push(dir);
+                }
+            }
+        }
+        match first_fault {
+            None => Ok(LastGood { checkpoint: None, damaged }),
+            Some(fault) => {
+                Err(CheckpointError::NoneGood { dir: self.dir.clone(), count: damaged.len(), newest: Box::new(fault) })
+            }
+        }
+    }
+
+    /// Gives damaged directories names under which they are no checkpoints any more. Nothing is removed. Only one rank calls this.
+    pub fn set_aside(&self, damaged: &[PathBuf]) -> Result<(), CheckpointError> {
+        for dir in damaged {
+            let mut name = dir.file_name().unwrap_or_default().to_owned();
+            name.push(format!("{ASIDE}{:08x}", rand::random::<u32>()));
+            let aside = self.dir.join(name);
+            fs::rename(dir, &aside).map_err(CheckpointError::io("rename", dir))?;
+            tracing::warn!("{} is damaged and was set aside as {}", dir.display(), aside.display());
+        }
+        if damaged.is_empty() { Ok(()) } else { sync_dir(&self.dir) }
     }
 
     /// [`Store::latest`] as rank 0 sees it, opened by all ranks. All ranks of the world call this.
@@ -72,15 +122,16 @@ impl Store {
     }
 
     fn newest(&self) -> Result<Option<(u64, Checkpoint)>, CheckpointError> {
-        for step in self.steps()?.into_iter().rev() {
-            match Checkpoint::open(&self.step_dir(step)) {
-                Ok(checkpoint) => return Ok(Some((step, checkpoint))),
-                // Neither says that the checkpoint is bad.
-                Err(error @ (CheckpointError::FutureFormat { .. } | CheckpointError::Io { .. })) => return Err(error),
-                Err(error) => tracing::warn!(step, "not a checkpoint, looking for an older one: {error}"),
+        let steps = self.steps()?;
+        let Some((&step, older)) = steps.split_last() else { return Ok(None) };
+        match Checkpoint::open(&self.step_dir(step)) {
+            Ok(checkpoint) => Ok(Some((step, checkpoint))),
+            Err(fault) if fault.is_damage() => {
+                let older = older.last().map(|&step| self.step_dir(step));
+                Err(CheckpointError::NewestDamaged { fault: Box::new(fault), older })
             }
+            Err(error) => Err(error),
         }
-        Ok(None)
     }
 
     /// The steps that have a directory, complete or not, ascending.
@@ -249,6 +300,7 @@ mod tests {
             ("step-40", None),
             ("step-+0000040", None),
             ("step-00000040.tmp-0f", None),
+            ("step-00000040.damaged-0f", None),
             ("step-", None),
             ("best", None),
         ] {
@@ -256,5 +308,6 @@ mod tests {
         }
         assert!(is_temporary(&temporary(40)) && is_temporary("step-00000040.tmp-"));
         assert!(!is_temporary("step-00000040") && !is_temporary("notes.tmp-1"));
+        assert!(!is_temporary("step-00000040.damaged-0f"), "what is set aside is never removed");
     }
 }

@@ -10,8 +10,9 @@ use safetensors::Dtype;
 use sha2::{Digest, Sha256};
 
 use super::CheckpointError;
-use super::manifest::{FileEntry, TensorEntry, hex};
+use super::manifest::{FileEntry, TensorEntry};
 use super::tensor_file::header_of;
+use crate::data::hexadecimal;
 
 /// Writes a new file `name` in `dir` with these tensors, flushed to the disk. `bytes_of` gives the values of the tensor of an
 /// index, in its type: one tensor at a time is in host memory, never the model.
@@ -59,6 +60,6 @@ impl Hashing {
     fn finish(self) -> io::Result<(u64, String)> {
         let file = self.file.into_inner().map_err(|error| error.into_error())?;
         file.sync_all()?;
-        Ok((self.bytes, hex(&self.hash.finalize())))
+        Ok((self.bytes, hexadecimal(&self.hash.finalize())))
     }
 }

@@ -64,6 +64,7 @@ pub struct ConfigBuilder {
     preset: Option<String>,
     run: Option<(Config, PathBuf)>,
     model: Option<(ModelConfig, RouterConfig, PathBuf)>,
+    tokenizer: Option<PathBuf>,
     file: Option<PathBuf>,
     sets: Vec<String>,
     flags: Vec<(&'static str, &'static str, FlagValue)>,
@@ -91,6 +92,12 @@ impl ConfigBuilder {
     /// Replaces the `model` and `router` sections of what it starts from by those of a model folder (`--model`).
     pub fn model(mut self, model: ModelConfig, router: RouterConfig, folder: impl Into<PathBuf>) -> Self {
         self.model = Some((model, router, folder.into()));
+        self
+    }
+
+    /// The model's own tokenizer, where there is such a file: for a fresh run that names none.
+    pub fn tokenizer_of_model(mut self, file: PathBuf) -> Self {
+        self.tokenizer = Some(file).filter(|file| file.is_file());
         self
     }
 
@@ -128,6 +135,10 @@ impl ConfigBuilder {
             }
         }
         let schema = Schema::new();
+        if let (Some(file), None) = (&self.tokenizer, &self.run) {
+            let layer = nested("data.tokenizer", Value::String(file.display().to_string()));
+            merged.lay(&schema, &Origin::Model(file.clone()), layer)?;
+        }
         for (origin, table) in layers {
             merged.lay(&schema, &origin, table)?;
         }

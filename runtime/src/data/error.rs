@@ -275,6 +275,7 @@ impl Classified for DataError {
             | Self::BadPattern { .. }
             | Self::NoEndToken { .. }
             | Self::Occupied { .. }
+            | Self::Training { .. }
             | Self::Unsuitable { .. } => ExitCode::Usage,
             Self::Damaged { .. } => ExitCode::Internal,
             _ => ExitCode::BadData,

@@ -14,6 +14,7 @@ use super::mixture::Mixture;
 use super::order::{self, Permutation};
 use super::stream::{NO_TARGET, Stream};
 use super::{Corpus, DataError};
+use crate::topology::share;
 
 /// What a loader is made for.
 #[derive(Clone, Debug, PartialEq)]
@@ -246,7 +247,7 @@ impl Loader {
 
     /// Which of `sequences` this rank has in `pass`; empty where it has none left.
     fn pass_share(&self, sequences: usize, pass: usize) -> Range<usize> {
-        let share = share(sequences, self.spec.rank, self.spec.world);
+        let share = share(sequences, self.spec.world, self.spec.rank);
         let start = share.start.saturating_add(pass.saturating_mul(self.spec.micro_batch)).min(share.end);
         start..start.saturating_add(self.spec.micro_batch).min(share.end)
     }
@@ -300,13 +301,6 @@ fn train_tokens(stream: &Stream, validation_fraction: f64) -> usize {
     }
     let start = stream.document_start(position);
     if start >= position.div_ceil(2) { start } else { position }
-}
-
-/// The contiguous part of `0..count` that is `rank`'s: parts differ by at most one, the longer ones come first.
-fn share(count: usize, rank: usize, world: usize) -> Range<usize> {
-    let (each, longer) = (count / world, count % world);
-    let start = rank * each + rank.min(longer);
-    start..start + each + usize::from(rank < longer)
 }
 
 #[cfg(test)]

@@ -68,7 +68,7 @@ fn every_layout_sees_the_same_samples_in_the_same_order() {
 #[test]
 fn shares_differ_by_at_most_one_and_a_rank_may_have_nothing() {
     for (count, world) in [(10, 4), (3, 16), (16, 16), (0, 3), (7, 1)] {
-        let shares: Vec<_> = (0..world).map(|rank| share(count, rank, world)).collect();
+        let shares: Vec<_> = (0..world).map(|rank| share(count, world, rank)).collect();
         assert_eq!(shares.iter().flat_map(Clone::clone).collect::<Vec<_>>(), (0..count).collect::<Vec<_>>());
         let sizes = shares.iter().map(ExactSizeIterator::len);
         assert!(sizes.clone().max().unwrap() - sizes.min().unwrap() <= 1, "{shares:?}");

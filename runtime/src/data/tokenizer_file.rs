@@ -10,8 +10,6 @@ use tokenizers::Tokenizer as Inner;
 
 use super::{DataError, Tokenizer};
 
-/// The file in a model folder.
-const FILE: &str = "tokenizer.json";
 /// The file beside it that names the special tokens.
 const CONFIG: &str = "tokenizer_config.json";
 
@@ -29,9 +27,12 @@ pub struct FileTokenizer {
 }
 
 impl FileTokenizer {
+    /// The file in a model folder.
+    pub const FILE: &'static str = "tokenizer.json";
+
     /// Reads the `tokenizer.json` at `path`, or in the folder at `path`.
     pub fn open(path: &Path) -> Result<Self, DataError> {
-        let file: PathBuf = if path.is_dir() { path.join(FILE) } else { path.into() };
+        let file: PathBuf = if path.is_dir() { path.join(Self::FILE) } else { path.into() };
         let bytes = std::fs::read(&file).map_err(DataError::unreadable(&file))?;
         if bytes.is_empty() {
             return Err(DataError::Empty { path: file });

@@ -1,6 +1,7 @@
 //! What `moe-worker` is told on its command line.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 
@@ -15,6 +16,7 @@ Examples:
   mpirun -n 16 --oversubscribe moe-worker                 sixteen ranks; EP is chosen from ranks and experts
   mpirun -n 4 moe-worker --preset shakespeare --data input.txt --run-dir runs/a --steps 2000 --ep 4
   mpirun -n 4 moe-worker --run-dir runs/a                 resumes where it stopped
+  mpirun -n 4 moe-worker --run-dir runs/a --resume last-good    where the newest checkpoint is damaged
   moe-worker --model HF_DIR --data texts/                 starts from a Hugging Face folder
   moe-worker --steps 5 --trace trace.json                 where the time goes, for ui.perfetto.dev
   moe-worker --set model.experts=16 --set optimizer.lr=1e-3
@@ -74,6 +76,9 @@ pub struct WorkerArgs {
     /// Number of ranks, where no launcher says it.
     #[arg(long, value_name = "N")]
     pub world_size: Option<usize>,
+    /// Seconds that ranks wait for one another before the first step: for all to start, and for rank 0 to have read the text.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u32).range(1..))]
+    pub start_timeout: u32,
     /// Coordinator that is hosted elsewhere, as by moe-launch run; otherwise rank 0 hosts it.
     #[arg(long, value_name = "HOST:PORT", requires = "join_token")]
     pub coordinator: Option<String>,
@@ -110,6 +115,8 @@ pub enum Resume {
     Auto,
     /// Never: a run directory that holds a run already is refused.
     Never,
+    /// From the newest checkpoint that is whole; newer ones that are damaged are set aside, not removed.
+    LastGood,
 }
 
 impl WorkerArgs {
@@ -130,6 +137,11 @@ impl WorkerArgs {
                 Err(Failure::new(ExitCode::Usage, message))
             }
         }
+    }
+
+    /// What ranks wait for one another before the first step.
+    pub fn start_timeout(&self) -> Duration {
+        Duration::from_secs(self.start_timeout.into())
     }
 
     /// Lays what was said over `builder`.

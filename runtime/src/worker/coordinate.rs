@@ -57,6 +57,8 @@ pub(super) struct Coordinated<'a> {
     pub run_dir: &'a Path,
     /// Who hosts the coordinator.
     pub seat: Seat,
+    /// What it waits for all ranks to join.
+    pub start_timeout: Duration,
 }
 
 /// This process's part in the coordination of its job.
@@ -83,19 +85,27 @@ struct Contact {
 impl Coordination {
     /// Hosts on rank 0, unless somebody else does, and joins on every rank.
     pub(super) fn start(world: &World, job: Coordinated<'_>, abort: AbortHandle) -> Result<Self, Failure> {
-        let Coordinated { grid, fingerprint, run_dir, seat } = job;
+        let spec = job.spec();
+        let Coordinated { fingerprint, run_dir, seat, .. } = job;
         let (rank, size) = world.place();
         let mut host = None;
         let contact = from_rank_0(&world.communicator, || {
             let (handle, addr, token) = match seat {
                 Seat::Elsewhere { addr, token } => (None, addr, token),
                 Seat::Rank0At { addr, port, token } => {
-                    let listener = listen(Ipv4Addr::UNSPECIFIED, port)?;
-                    (Some(serve(listener, grid, fingerprint, token.clone())?), addr, token)
+                    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).map_err(|error| {
+                        let mend = "end what listens there, or give another port";
+                        Failure::new(
+                            ExitCode::Io,
+                            format!("--coordinator {addr}: cannot listen on port {port}: {error}; {mend}"),
+                        )
+                    })?;
+                    (Some(CoordinatorHandle::serve(listener, spec, token.clone())?), addr, token)
                 }
                 Seat::Rank0 => {
                     let one_machine = world.is_one_machine();
-                    let handle = serve(coordinator_listener(one_machine)?, grid, fingerprint, JoinToken::generate())?;
+                    let listener = coordinator_listener(one_machine)?;
+                    let handle = CoordinatorHandle::serve(listener, spec, JoinToken::generate())?;
                     let (addr, token) = (reachable_addr(one_machine, handle.addr().port()), handle.token().clone());
                     (Some(handle), addr, token)
                 }
@@ -180,31 +190,23 @@ impl Coordination {
     }
 }
 
-fn serve(
-    listener: TcpListener,
-    grid: &Grid,
-    fingerprint: &str,
-    token: JoinToken,
-) -> Result<CoordinatorHandle, Failure> {
-    let spec = JobSpec {
-        world_size: grid.world() as u32,
-        ep_size: grid.ep() as u32,
-        config_fingerprint: Some(fingerprint.to_owned()),
-        ..JobSpec::default()
-    };
-    Ok(CoordinatorHandle::serve(listener, spec, token)?)
+impl Coordinated<'_> {
+    fn spec(&self) -> JobSpec {
+        JobSpec {
+            world_size: self.grid.world() as u32,
+            ep_size: self.grid.ep() as u32,
+            config_fingerprint: Some(self.fingerprint.to_owned()),
+            forming_deadline: self.start_timeout,
+            ..JobSpec::default()
+        }
+    }
 }
 
 /// A free port for a coordinator: of the loopback where all ranks are on this machine.
 pub fn coordinator_listener(one_machine: bool) -> Result<TcpListener, Failure> {
     let ip = if one_machine { Ipv4Addr::LOCALHOST } else { Ipv4Addr::UNSPECIFIED };
-    listen(ip, 0)
-}
-
-fn listen(ip: Ipv4Addr, port: u16) -> Result<TcpListener, Failure> {
-    TcpListener::bind((ip, port)).map_err(|error| {
-        Failure::new(ExitCode::Io, format!("cannot listen on {ip}:{port} for the coordinator: {error}"))
-    })
+    TcpListener::bind((ip, 0))
+        .map_err(|error| Failure::new(ExitCode::Io, format!("cannot listen on {ip} for the coordinator: {error}")))
 }
 
 /// How ranks reach a port of this machine: by loopback where they are all here, else by its name.

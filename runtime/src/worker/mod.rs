@@ -13,7 +13,6 @@ mod signals;
 mod world;
 
 use std::io::IsTerminal;
-use std::time::Duration;
 
 use clap::Parser;
 use moe_kernels::{Cpu, Device};
@@ -24,25 +23,22 @@ pub use run_dir::{RunDir, RunDirError};
 pub use settle::{configured_corpus, read_corpus, resolved_config};
 pub use world::World;
 
-use crate::checkpoint::{Checkpoint, HfFolder, Store, probe_shared};
+use crate::checkpoint::{Checkpoint, GO_BACK, HfFolder, Store, probe_shared};
 use crate::collectives::{Communicator, Groups, HostCommunicator, RankFlags};
 use crate::config::Config;
 use crate::data::{Corpus, Loader};
-use crate::exit::{ExitCode, Failure, caught};
+use crate::exit::{Classified, ExitCode, Failure, caught};
 use crate::model::layout::parameter_counts;
 use crate::model::{ModelSetup, Transformer};
 use crate::plan::memory_now;
 use crate::telemetry::{Console, Progress, ProgressMode, ProgressSpec, TraceFile, init_logs, log_filter};
 use crate::topology::{Grid, Rank};
-use crate::training::Trainer;
+use crate::training::{PersistError, Trainer};
 use coordinate::{Coordinated, Coordination};
 use meter::Meter;
 use run_loop::{DataState, Ending, Records, RunLoop, Surroundings};
 use settle::{Kept, Plan, decide, from_rank_0, share_corpus};
 use signals::StopRequest;
-
-/// Waiting for peers until the text is shared: rank 0 may have much to read before it speaks.
-const START_DEADLINE: Duration = Duration::from_secs(600);
 
 /// Runs the worker of this process and ends the process.
 pub fn main() -> ! {
@@ -56,7 +52,7 @@ pub fn main() -> ! {
         }
     };
     let flags = RankFlags { rank: args.rank, world_size: args.world_size };
-    let world = match World::join_as(flags, START_DEADLINE) {
+    let world = match World::join_as(flags, args.start_timeout()) {
         Ok(world) => world,
         Err(failure) => {
             eprintln!("error: {failure}");
@@ -98,47 +94,73 @@ fn train(args: &WorkerArgs, world: &World) -> Result<Ending, Failure> {
     probe_shared::<Cpu, _>(&world.communicator, run_dir.path())?;
     log_file.write_to(&run_dir.logs().join(format!("rank-{rank:05}.log")))?;
     let fingerprint = config.fingerprint()?;
-    let job = Coordinated { grid: &grid, fingerprint: &fingerprint, run_dir: run_dir.path(), seat: args.seat()? };
-    let coordination = Coordination::start(world, job, context.abort_handle())?;
-    let corpus = share_corpus(&world.communicator, &mut kept)?;
-    context.set_deadline(config.run.collective_timeout());
-    let loader = Loader::new(&corpus, config.loader_spec(rank, size))?;
-    let groups = Groups::of_grid::<Cpu>(duplicate(&world.communicator)?, &grid)?;
-    let start_bytes = memory_now().map_or(0, |(now, _)| now);
-    let mut trainer = build(config, &grid, Rank(rank), groups, loader)?;
-    let done = start_values(&mut trainer, &plan, &corpus)?;
-    let mode =
-        ProgressMode::choose(rank, args.json, std::io::stdout().is_terminal() && std::io::stderr().is_terminal());
-    let spec = ProgressSpec { mode, done, steps: config.train.steps, log_every: config.train.log_every };
-    let mut progress = Progress::new(spec, Box::new(std::io::stdout()), &console);
-    for line in introduction(&plan, &grid, &corpus, done) {
-        // A reader that went away does not end a run.
-        let _ = progress.message(&line);
-    }
-    let store = Store::new(run_dir.checkpoints(), config.train.keep_checkpoints);
-    let trace = args.trace.as_deref().map(|path| TraceFile::create(path, rank)).transpose()?;
-    let surroundings = Surroundings {
-        config,
-        run_dir: &run_dir,
-        store,
-        text_sha256: &corpus.sha256,
-        coordination: &coordination,
-        stop: &stop,
+    let job = Coordinated {
+        grid: &grid,
+        fingerprint: &fingerprint,
+        run_dir: run_dir.path(),
+        seat: args.seat()?,
+        start_timeout: args.start_timeout(),
     };
-    let records = Records { trace, meter: Meter::new(start_bytes), ..Records::default() };
-    let mut run = RunLoop::new(&mut trainer, surroundings, &mut progress, records);
-    let ending = run.run(done).and_then(|ending| run.close(args.trace.as_deref()).map(|()| ending));
-    progress.finish();
+    let coordination = Coordination::start(world, job, context.abort_handle())?;
+    let part =
+        Part { args, world, console: &console, plan: &plan, grid: &grid, coordination: &coordination, stop: &stop };
+    let ending = part.take(&mut kept);
     match &ending {
         Ok(ending) => tracing::debug!(?ending, "the run ends"),
         Err(failure) => tracing::debug!(%failure, "the run ends"),
     }
+    // However it ends: the others are told, and no file says that a coordinator still answers.
     coordination.leave(match &ending {
         Ok(Ending::Done) => ExitCode::Done,
         Ok(Ending::Stopped) => ExitCode::Temporary,
         Err(failure) => failure.exit_code(),
     });
     ending
+}
+
+/// One rank's part in a job that is coordinated.
+struct Part<'a> {
+    args: &'a WorkerArgs,
+    world: &'a World,
+    console: &'a Console,
+    plan: &'a Plan,
+    grid: &'a Grid,
+    coordination: &'a Coordination,
+    stop: &'a StopRequest,
+}
+
+impl Part<'_> {
+    /// From the text to the last step.
+    fn take(&self, kept: &mut Kept) -> Result<Ending, Failure> {
+        let &Self { args, world, console, plan, grid, coordination, stop } = self;
+        let (config, (rank, size)) = (&plan.config, world.place());
+        let run_dir = RunDir::at(&plan.run_dir);
+        let context = Communicator::<Cpu>::context(&world.communicator);
+        let corpus = share_corpus(&world.communicator, kept)?;
+        context.set_deadline(config.run.collective_timeout());
+        let loader = Loader::new(&corpus, config.loader_spec(rank, size))?;
+        let groups = Groups::of_grid::<Cpu>(duplicate(&world.communicator)?, grid)?;
+        let start_bytes = memory_now().map_or(0, |(now, _)| now);
+        let mut trainer = build(config, grid, Rank(rank), groups, loader)?;
+        let done = start_values(&mut trainer, plan, &corpus)?;
+        let mode =
+            ProgressMode::choose(rank, args.json, std::io::stdout().is_terminal() && std::io::stderr().is_terminal());
+        let spec = ProgressSpec { mode, done, steps: config.train.steps, log_every: config.train.log_every };
+        let mut progress = Progress::new(spec, Box::new(std::io::stdout()), console);
+        for line in introduction(plan, grid, &corpus, done) {
+            // A reader that went away does not end a run.
+            let _ = progress.message(&line);
+        }
+        let store = Store::new(run_dir.checkpoints(), config.train.keep_checkpoints);
+        let trace = args.trace.as_deref().map(|path| TraceFile::create(path, rank)).transpose()?;
+        let surroundings =
+            Surroundings { config, run_dir: &run_dir, store, text_sha256: &corpus.sha256, coordination, stop };
+        let records = Records { trace, meter: Meter::new(start_bytes), ..Records::default() };
+        let mut run = RunLoop::new(&mut trainer, surroundings, &mut progress, records);
+        let ending = run.run(done).and_then(|ending| run.close(args.trace.as_deref()).map(|()| ending));
+        progress.finish();
+        ending
+    }
 }
 
 /// A group of the same ranks, so that the world stays this process's own.
@@ -202,7 +224,12 @@ fn start_values<D: crate::training::TrainingData>(
     }
     let Some(checkpoint) = &plan.resume else { return Ok(0) };
     let checkpoint = Checkpoint::open(checkpoint)?;
-    let progress = trainer.restore(&checkpoint)?;
+    let progress = trainer.restore(&checkpoint).map_err(|error| match &error {
+        PersistError::Checkpoint(fault) if fault.is_damage() => {
+            Failure::new(error.exit_code(), format!("{error}; {GO_BACK}"))
+        }
+        _ => error.into(),
+    })?;
     if progress.step == 0 {
         // A model that was brought in: it has no place in any text yet.
         return Ok(0);

@@ -140,11 +140,12 @@ impl RunDir {
     pub fn save_config(&self, config: &Config) -> Result<(), SaveError> {
         let text = config.to_toml()?;
         let (path, temporary) = (self.config(), self.path.join(".config.toml.new"));
-        fs::write(&temporary, text).and_then(|()| fs::rename(&temporary, &path)).map_err(|reason| RunDirError::Io {
-            path,
-            action: "written",
-            reason,
-        })?;
+        let written = fs::write(&temporary, text).and_then(|()| fs::rename(&temporary, &path));
+        if let Err(reason) = written {
+            // What cannot be removed is hidden, and replaced by the next start.
+            let _ = fs::remove_file(&temporary);
+            return Err(RunDirError::Io { path, action: "written", reason }.into());
+        }
         Ok(())
     }
 }

@@ -11,10 +11,12 @@ use serde::{Deserialize, Serialize};
 
 use super::args::{Resume, WorkerArgs};
 use super::run_dir::{RunDir, RunDirError};
-use crate::checkpoint::{HfFolder, Store};
+use crate::checkpoint::{HfFolder, LastGood, Store};
 use crate::collectives::{Communicator, HostCommunicator};
 use crate::config::{Config, ConfigBuilder};
-use crate::data::{Corpus, Loader, Tokenizer, cargo_registry, check_vocabulary, default_corpus, is_path, tokenizer};
+use crate::data::{
+    Corpus, FileTokenizer, Loader, Tokenizer, cargo_registry, check_vocabulary, default_corpus, is_path, tokenizer,
+};
 use crate::exit::{ExitCode, Failure};
 
 /// What rank 0 decided.
@@ -79,6 +81,8 @@ struct Resolution {
     tokenizer: Box<dyn Tokenizer>,
     given: Option<RunDir>,
     newest: Option<PathBuf>,
+    /// Directories that are newer and damaged.
+    damaged: Vec<PathBuf>,
 }
 
 /// Resolves and checks the configuration of `args` for `world` ranks, and finds what would be resumed. Reads only.
@@ -87,9 +91,10 @@ fn resolve(args: &WorkerArgs, world: usize) -> Result<Resolution, Failure> {
     args.seat()?;
     let given = args.run_dir.as_ref().map(RunDir::at);
     let saved = given.as_ref().map(RunDir::saved_config).transpose()?.flatten();
-    let newest = match &given {
-        Some(dir) => Store::new(dir.checkpoints(), 0).latest()?,
-        None => None,
+    let LastGood { checkpoint: newest, damaged } = match given.as_ref().map(checkpoints) {
+        Some(store) if args.resume == Resume::LastGood => store.last_good()?,
+        Some(store) => LastGood { checkpoint: store.latest()?, damaged: Vec::new() },
+        None => LastGood::default(),
     };
     // A model that was brought in and not trained yet: nothing has been computed with the other settings.
     let untrained = newest.as_ref().is_some_and(|checkpoint| checkpoint.manifest().progress.step == 0);
@@ -110,6 +115,7 @@ fn resolve(args: &WorkerArgs, world: usize) -> Result<Resolution, Failure> {
     if let Some(folder) = &args.model {
         let folder_read = HfFolder::open(folder)?;
         builder = builder.model(folder_read.model_config().clone(), folder_read.router_config().clone(), folder);
+        builder = builder.tokenizer_of_model(folder.join(FileTokenizer::FILE));
     }
     let mut resolved = builder.build()?;
     absolute_paths(&mut resolved.config)?;
@@ -122,7 +128,12 @@ fn resolve(args: &WorkerArgs, world: usize) -> Result<Resolution, Failure> {
     }
     let tokenizer = from_file.map_or_else(|| tokenizer(name), Ok)?;
     check_vocabulary(tokenizer.as_ref(), resolved.config.model.vocab_size)?;
-    Ok(Resolution { config: resolved.config, tokenizer, given, newest })
+    Ok(Resolution { config: resolved.config, tokenizer, given, newest, damaged })
+}
+
+/// The checkpoints of a run, all of which stay.
+fn checkpoints(dir: &RunDir) -> Store {
+    Store::new(dir.checkpoints(), 0)
 }
 
 /// The configuration that `args` come to on `world` ranks, as a launcher needs it before it starts them. Changes nothing.
@@ -133,12 +144,13 @@ pub fn resolved_config(args: &WorkerArgs, world: usize) -> Result<Config, Failur
 /// Decides on rank 0: resolves and checks the configuration, reads the text, finds what to resume and, once nothing is left to
 /// refuse, claims the run directory.
 pub(super) fn decide(args: &WorkerArgs, world: usize, kept: &mut Kept) -> Result<Plan, Failure> {
-    let Resolution { config, tokenizer, given, newest } = resolve(args, world)?;
+    let Resolution { config, tokenizer, given, newest, damaged } = resolve(args, world)?;
     let corpus = configured_corpus(&config, tokenizer.as_ref())?;
     Loader::new(&corpus, config.loader_spec(0, world))?;
     kept.corpus = Some(corpus);
     let run_dir = given.map_or_else(RunDir::fresh, Ok)?;
     kept.lock = Some(run_dir.claim()?);
+    checkpoints(&run_dir).set_aside(&damaged)?;
     run_dir.save_config(&config)?;
     Ok(Plan {
         config,

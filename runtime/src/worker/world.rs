@@ -2,6 +2,8 @@
 //!
 //! Owns the start and the end of MPI. It knows nothing of training.
 
+#[cfg(feature = "mpi")]
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::time::Duration;
 
 use moe_kernels::Cpu;
@@ -55,7 +57,9 @@ impl World {
 
     #[cfg(feature = "mpi")]
     fn launched(facts: LauncherFacts, context: Context) -> Result<Self, Failure> {
+        let arrival = Arrival::within(context.deadline(), &facts)?;
         let (mpi, communicator) = crate::collectives::mpi::MpiWorld::init(&facts, context, Default::default())?;
+        drop(arrival);
         // Launchers do not always say how many ranks share a machine, nor whether they are bound: the ranks themselves do.
         let spot = Spot::here();
         let spots = Communicator::<Cpu>::all_gather_bytes(&communicator, &spot.to_bytes())?;
@@ -107,6 +111,35 @@ impl World {
             mpi.abandon(i32::from(code.number()));
         }
         std::process::exit(i32::from(code.number()))
+    }
+}
+
+/// A limit to the start of MPI, which waits for every rank without one of its own: dropped in time, nothing happens; otherwise
+/// the process ends.
+#[cfg(feature = "mpi")]
+struct Arrival {
+    _in_time: Sender<()>,
+}
+
+#[cfg(feature = "mpi")]
+impl Arrival {
+    fn within(limit: Duration, facts: &LauncherFacts) -> Result<Self, Failure> {
+        let (in_time, started) = mpsc::channel::<()>();
+        let LauncherFacts { rank, size, .. } = *facts;
+        let watch = move || {
+            if started.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+                let mend = "see whether moe-worker runs on each machine, or give more time with --start-timeout";
+                eprintln!(
+                    "error: rank {rank}: not all {size} ranks have started within {} s: one never arrived; {mend}",
+                    limit.as_secs_f64()
+                );
+                std::process::exit(i32::from(ExitCode::Temporary.number()));
+            }
+        };
+        match std::thread::Builder::new().name("arrival".into()).spawn(watch) {
+            Ok(_) => Ok(Self { _in_time: in_time }),
+            Err(error) => Err(Failure::new(ExitCode::Internal, format!("cannot start a thread: {error}"))),
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use safetensors::Dtype;
 use sha2::{Digest, Sha256};
 
 use crate::checkpoint::CheckpointError;
-use crate::checkpoint::manifest::hex;
+use crate::data::hexadecimal;
 
 /// What a conversion moved: the same on both sides.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,7 +38,7 @@ struct Entry {
 impl Account {
     /// Enters a tensor with its bytes.
     pub(super) fn enter(&mut self, name: &str, dtype: Dtype, shape: &[usize], bytes: &[u8]) {
-        let entry = Entry { dtype, shape: shape.to_vec(), sha256: hex(&Sha256::digest(bytes)) };
+        let entry = Entry { dtype, shape: shape.to_vec(), sha256: hexadecimal(&Sha256::digest(bytes)) };
         self.0.insert(name.to_owned(), entry);
     }
 
@@ -75,7 +75,7 @@ impl Account {
             parameters += elements;
             bytes += elements * dtype.bitsize() as u64 / 8;
         }
-        Transfer { tensors: self.0.len(), parameters, bytes, sha256: hex(&hash.finalize()) }
+        Transfer { tensors: self.0.len(), parameters, bytes, sha256: hexadecimal(&hash.finalize()) }
     }
 }
 
