@@ -8,9 +8,9 @@ use std::process::ExitCode;
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use moe_runtime::data::{Corpus, Tokenizer};
+use moe_runtime::data::{Corpus, Stream, Tokenizer};
 use moe_runtime::exit::{ExitCode as Code, Failure};
-use moe_runtime::training::{TextLoss, text_loss};
+use moe_runtime::training::{EvalText, TextLoss, text_loss};
 use serde_json::json;
 
 use crate::place::{Loaded, Place};
@@ -21,7 +21,8 @@ Examples:
   moe-launch eval --checkpoint exported/ --data prose=texts/prose --data code=src/ --tokenizer bytes --json
 
 The loss is the mean cross-entropy in nats per token, over every token but the first of each text, each seen with what stands
-before it in its window; perplexity is e to the loss.";
+before it in its window; perplexity is e to the loss. Prompts of JSONL records are given and not predicted. Texts are read as the
+run's training read its own: data.text_field, data.end_of_document, train.document_mask.";
 
 /// Sequences of a pass.
 const SEQUENCES: usize = 8;
@@ -64,12 +65,18 @@ pub(crate) fn run(args: &EvalArgs) -> Result<ExitCode, Failure> {
     let mut texts = Vec::new();
     for given in &args.data {
         let (name, path) = named(given);
-        texts.push((name, tokens_of(path, tokenizer.as_ref(), limit)?));
+        let text = text_of(&place, path, tokenizer.as_ref())?;
+        texts.push((name, path, EvalText { tokens: limit.min(text.tokens), ..text }));
     }
     let mut loaded = place.load(window, SEQUENCES)?;
     let mut measured = Vec::new();
-    for (name, tokens) in texts {
-        measured.push((name, measure(&mut loaded, name, &tokens)?));
+    for (name, path, text) in texts {
+        let loss = measure(&mut loaded, name, &text)?;
+        if loss.tokens == 0 {
+            let message = format!("{}: {} tokens, none of them to predict", path.display(), text.tokens);
+            return Err(Failure::new(Code::BadData, message));
+        }
+        measured.push((name, loss));
     }
     let mut out = String::new();
     if args.json {
@@ -93,35 +100,31 @@ pub(crate) fn run(args: &EvalArgs) -> Result<ExitCode, Failure> {
 
 /// The loss of the model at `place` on a file or directory, in windows as in its training.
 pub(crate) fn loss_on_file(place: &Place, tokenizer: &dyn Tokenizer, path: &Path) -> Result<TextLoss, Failure> {
-    let tokens = tokens_of(path, tokenizer, usize::MAX)?;
-    measure(&mut place.load(place.window(), SEQUENCES)?, &place.dir().to_string_lossy(), &tokens)
+    let text = text_of(place, path, tokenizer)?;
+    measure(&mut place.load(place.window(), SEQUENCES)?, &place.dir().to_string_lossy(), &text)
 }
 
-fn measure(loaded: &mut Loaded, name: &str, tokens: &[i32]) -> Result<TextLoss, Failure> {
+fn measure(loaded: &mut Loaded, name: &str, text: &EvalText) -> Result<TextLoss, Failure> {
     let style = ProgressStyle::with_template("{prefix} [{wide_bar}] {pos}/{len} tokens, {eta} left");
-    let bar = ProgressBar::new(tokens.len() as u64).with_prefix(name.to_owned());
+    let bar = ProgressBar::new(text.tokens as u64).with_prefix(name.to_owned());
     let bar = match style {
         Ok(style) => bar.with_style(style),
         Err(_) => bar,
     };
-    let loss = text_loss(&mut loaded.model, &loaded.groups, tokens, |done| bar.set_position(done));
+    let loss = text_loss(&mut loaded.model, &loaded.groups, text, |done| bar.set_position(done));
     bar.finish_and_clear();
     loss.map_err(|error| Failure::new(Code::Internal, error))
 }
 
-fn tokens_of(path: &Path, tokenizer: &dyn Tokenizer, limit: usize) -> Result<Vec<i32>, Failure> {
-    let corpus = Corpus::from_paths(&[path.to_owned()], tokenizer)?;
-    let mut tokens = Vec::new();
-    for source in &corpus.sources {
-        let (start, more) = (tokens.len(), source.stream.len().min(limit - tokens.len()));
-        tokens.resize(start + more, 0);
-        source.stream.copy_to(0, &mut tokens[start..]);
-    }
-    if tokens.len() < 2 {
-        let message = format!("{}: {} tokens; a loss needs 2 or more", path.display(), tokens.len());
+fn text_of(place: &Place, path: &Path, tokenizer: &dyn Tokenizer) -> Result<EvalText, Failure> {
+    let corpus = Corpus::read(&place.reading(&[path.to_owned()], tokenizer.vocab_size()), tokenizer)?;
+    let stream = Stream::new(corpus.sources.iter().flat_map(|source| source.stream.segments().iter().cloned()));
+    let tokens = stream.len();
+    if tokens < 2 {
+        let message = format!("{}: {tokens} tokens; a loss needs 2 or more", path.display());
         return Err(Failure::new(Code::BadData, message));
     }
-    Ok(tokens)
+    Ok(EvalText { stream, tokens, document_mask: place.document_mask() })
 }
 
 /// Name and path of `NAME=PATH`, or the path as its own name. A path that exists as it stands is one.

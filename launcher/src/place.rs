@@ -8,8 +8,8 @@ use moe_kernels::Cpu;
 use moe_runtime::checkpoint::convert::{CheckpointModel, Companions, ModelTensors};
 use moe_runtime::checkpoint::{Checkpoint, CheckpointError, HfFolder, Store};
 use moe_runtime::collectives::{Context, Groups, HostCommunicator, local};
-use moe_runtime::config::Config;
-use moe_runtime::data::{ByteTokenizer, Tokenizer, tokenizer};
+use moe_runtime::config::{Config, DataConfig};
+use moe_runtime::data::{ByteTokenizer, CorpusSpec, Tokenizer, tokenizer};
 use moe_runtime::exit::{ExitCode, Failure};
 use moe_runtime::model::{ModelConfig, ModelSetup, Transformer};
 use moe_runtime::routing::RouterConfig;
@@ -143,6 +143,20 @@ impl Place {
             Self::Run { run: Some((_, config)), .. } => config.train.sequence_length,
             _ => WINDOW.min(self.configs().0.max_positions),
         }
+    }
+
+    /// How texts are read for it: as in its training, where that is known.
+    pub(crate) fn reading(&self, paths: &[PathBuf], vocab_size: usize) -> CorpusSpec {
+        let plain = CorpusSpec::of_paths(paths, vocab_size);
+        let Self::Run { run: Some((_, config)), .. } = self else { return plain };
+        let own = DataConfig { paths: paths.to_vec(), sources: Default::default(), ..config.data.clone() };
+        let spec = own.corpus(vocab_size).unwrap_or(plain);
+        CorpusSpec { validation: Vec::new(), ..spec }
+    }
+
+    /// Whether it was trained with documents kept apart.
+    pub(crate) fn document_mask(&self) -> bool {
+        matches!(self, Self::Run { run: Some((_, config)), .. } if config.train.document_mask)
     }
 
     /// Loads it for passes of up to `sequences` sequences of `sequence_length` tokens.

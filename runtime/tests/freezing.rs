@@ -92,7 +92,7 @@ fn gradients(config: &Config) -> BTreeMap<String, Vec<f32>> {
 fn gradients_of(model: &mut moe_runtime::model::Transformer<Cpu>, config: &Config) -> BTreeMap<String, Vec<f32>> {
     let mut batch = Batch::default();
     alone(config).data().train_pass(0, 0, &mut batch);
-    let tokens = PassTokens { inputs: &batch.inputs, targets: &batch.targets, sequence_length: LENGTH, first_token: 0 };
+    let tokens = PassTokens { targets: &batch.targets, ..PassTokens::of_inputs(&batch.inputs, LENGTH) };
     let all = SEQUENCES * LENGTH;
     let share = BatchShare { global_tokens: all, tokens_so_far: all, pass_tokens: all };
     let groups = Groups::of_grid::<Cpu>(local::solo(Context::default()), &model.setup().grid.clone()).unwrap();

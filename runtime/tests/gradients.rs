@@ -46,6 +46,8 @@ struct Probe {
     groups: Groups<HostCommunicator>,
     inputs: Vec<i32>,
     targets: Vec<i32>,
+    /// Where the documents of its tokens start; None: they are one.
+    starts: Option<Vec<i32>>,
 }
 
 /// The objective, and what shows that a choice has changed.
@@ -114,7 +116,8 @@ impl Probe {
         let mut ids = || (0..tokens).map(|_| (rng.next_u32() % VOCAB as u32) as i32).collect::<Vec<_>>();
         let (inputs, mut targets) = (ids(), ids());
         targets[LENGTH - 1] = -1;
-        Self { config, model, groups, inputs, targets }
+        let starts = config.train.document_mask.then(|| [0, 0, 2, 2, 2, 5].repeat(tokens / LENGTH));
+        Self { config, model, groups, inputs, targets, starts }
     }
 
     /// Forward and backward over both passes: the objective, with its gradient left in the model.
@@ -130,6 +133,7 @@ impl Probe {
             let tokens = PassTokens {
                 inputs: &self.inputs[start..end],
                 targets: &self.targets[start..end],
+                starts: self.starts.as_ref().map(|starts| &starts[start..end]),
                 sequence_length: LENGTH,
                 first_token: (600 + start) as u64,
             };
@@ -254,4 +258,6 @@ fn gradients_are_those_of_the_objective_with_shared_experts_dense_blocks_norms_a
     config.model.qkv_bias = true;
     config.model.qk_norm = moe_runtime::model::QkNorm::PerHead;
     check("everything", &config);
+    config.train.document_mask = true;
+    check("everything, documents kept apart", &config);
 }

@@ -174,7 +174,7 @@ fn logits_are_the_peers() {
                 let (mut model, groups, data) = fixture.model(comm, ep);
                 let mut batch = Batch::default();
                 data.train_pass(0, 0, &mut batch);
-                model.read_logits(&groups, &batch.inputs, data.length, LogitsOf::All).unwrap()
+                model.read_logits(&groups, PassTokens::of_inputs(&batch.inputs, data.length), LogitsOf::All).unwrap()
             })
             .concat();
             assert_eq!(found.len(), expected.len());
@@ -210,6 +210,7 @@ fn gradients_are_the_peers() {
                 let tokens = PassTokens {
                     inputs: &batch.inputs,
                     targets: &batch.targets,
+                    starts: None,
                     sequence_length: data.length,
                     first_token: 0,
                 };

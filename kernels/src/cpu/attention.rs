@@ -1,16 +1,16 @@
-//! Rotary embedding and causal attention, forward; the backward pass is in `attention_grad`.
+//! Causal attention, forward; the backward pass is in `attention_grad`, the rotary embedding in `rotary`.
 //!
 //! Owns the layout of the fused rows and of the packed operands. One task is one sequence and one key/value head: it packs the
 //! keys and values once and uses them for all query heads of the group, so that the backward pass can add their gradients up
 //! without atomics. Queries go in strips of eight, whose scores stay in the nearest cache, and a strip computes only the keys
-//! that causality lets it see. It never allocates once a thread has its scratch.
+//! that causality and the documents' starts let it see, from a whole tile on. It never allocates once a thread has its scratch.
 
-use multiversion::multiversion;
+use std::ops::Range;
 
 use super::panel::{Left, Right, Sink, TILE_COLUMNS, TILE_ROWS, multiply_strip};
-use super::parallel::{SharedRows, for_parts, parts, rows_mut, with_scratch};
+use super::parallel::{SharedRows, for_parts, parts, with_scratch};
 use super::vector::{LANES, Task, Vector, dispatch, prefetch};
-use super::{attention_grad, slice, slice_mut};
+use super::{attention_grad, rotary, slice, slice_mut};
 use crate::{AttentionDims, AttentionOps, Cpu, RotaryDirection, View, ViewMut};
 
 impl AttentionOps for Cpu {
@@ -22,58 +22,33 @@ impl AttentionOps for Cpu {
         sin: View<'_, Self, f32>,
         qkv: ViewMut<'_, Self, f32>,
     ) {
-        rotary(dims, direction, slice(cos), slice(sin), slice_mut(qkv));
+        rotary::rotary(dims, direction, slice(cos), slice(sin), slice_mut(qkv));
     }
 
     fn attention(
         &self,
         dims: AttentionDims,
+        starts: Option<View<'_, Self, i32>>,
         qkv: View<'_, Self, f32>,
         out: ViewMut<'_, Self, f32>,
         lse: ViewMut<'_, Self, f32>,
     ) {
-        attention(dims, slice(qkv), slice_mut(out), slice_mut(lse));
+        attention(dims, starts.map(slice), slice(qkv), slice_mut(out), slice_mut(lse));
     }
 
     fn attention_grad(
         &self,
         dims: AttentionDims,
+        starts: Option<View<'_, Self, i32>>,
         qkv: View<'_, Self, f32>,
         out: View<'_, Self, f32>,
         lse: View<'_, Self, f32>,
         dout: View<'_, Self, f32>,
         dqkv: ViewMut<'_, Self, f32>,
     ) {
-        let saved = attention_grad::Saved { qkv: slice(qkv), out: slice(out), lse: slice(lse) };
+        let saved =
+            attention_grad::Saved { starts: starts.map(slice), qkv: slice(qkv), out: slice(out), lse: slice(lse) };
         attention_grad::attention_grad(dims, saved, slice(dout), slice_mut(dqkv));
-    }
-}
-
-fn rotary(dims: AttentionDims, direction: RotaryDirection, cos: &[f32], sin: &[f32], qkv: &mut [f32]) {
-    let (tokens, width, half) = (dims.tokens(), dims.qkv_width(), dims.head_dim / 2);
-    assert_eq!(dims.head_dim, 2 * half, "rotary embedding pairs the halves of a head");
-    assert!(cos.len() >= dims.seq * half && sin.len() >= dims.seq * half, "angles of {} positions x {half}", dims.seq);
-    assert!(qkv.len() >= tokens * width, "qkv of {} elements for {tokens} tokens x {width}", qkv.len());
-    let sign = if direction == RotaryDirection::Forward { 1.0 } else { -1.0 };
-    let rotated = (dims.heads + dims.kv_heads) * dims.head_dim;
-    for_parts(tokens, parts(tokens * rotated), rows_mut(&mut qkv[..tokens * width], width), |range, part| {
-        for (token, row) in range.zip(part.data.chunks_exact_mut(width)) {
-            let angles = (token % dims.seq) * half..(token % dims.seq + 1) * half;
-            rotate_row(&mut row[..rotated], &cos[angles.clone()], &sin[angles], sign);
-        }
-    });
-}
-
-/// Rotates every head of a row; heads are twice as wide as the angles are many.
-#[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma"))]
-fn rotate_row(row: &mut [f32], cos: &[f32], sin: &[f32], sign: f32) {
-    let half = cos.len();
-    for head in row.chunks_exact_mut(2 * half) {
-        let (first, second) = head.split_at_mut(half);
-        for (((a, b), c), s) in first.iter_mut().zip(second).zip(cos).zip(sin) {
-            let s = sign * s;
-            (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
-        }
     }
 }
 
@@ -142,11 +117,32 @@ impl Layout {
         (b < batch).then(|| [head(heads + kv), head(heads + kv_heads + kv)])
     }
 
-    /// `out = strip[8, D] · panelsᵀ` for all vectors that hold any of the first `keys` keys.
+    /// What the eight queries from `first` on of sequence `b` see.
+    #[inline(always)]
+    pub(super) fn sight(&self, starts: Option<&[i32]>, b: usize, first: usize) -> Sight {
+        let seq = self.dims.seq;
+        let rows = match starts {
+            None => [0; TILE_ROWS],
+            Some(starts) => std::array::from_fn(|r| {
+                // Rows past the end see what the last one does.
+                let position = (first + r).min(seq - 1);
+                let start = starts[b * seq + position];
+                assert!(
+                    usize::try_from(start).is_ok_and(|s| s <= position),
+                    "position {position} sees from {start} on"
+                );
+                start as usize
+            }),
+        };
+        assert!(rows.is_sorted(), "documents start in order, not at {rows:?}");
+        Sight { rows, keys: rows[0] / TILE_COLUMNS * TILE_COLUMNS..first + TILE_ROWS }
+    }
+
+    /// `out = strip[8, D] · panelsᵀ` for all vectors that hold any of `keys`, which begin at a panel.
     #[inline(always)]
     pub(super) fn strip_times_panels<V: Vector>(
         &self,
-        keys: usize,
+        keys: Range<usize>,
         strip: &[f32],
         panels: &[f32],
         out: &mut impl Sink<V>,
@@ -154,7 +150,7 @@ impl Layout {
         let left = Left { data: strip, row_stride: self.padded_dim, depth_stride: 1 };
         let right = Right { data: panels, stride: TILE_COLUMNS };
         let (depth, panel) = (self.dims.head_dim, self.dims.head_dim * TILE_COLUMNS);
-        multiply_strip::<V>(keys.next_multiple_of(LANES), depth, left, right, panel, out);
+        multiply_strip::<V>(keys.start..keys.end.next_multiple_of(LANES), depth, left, right, panel, out);
     }
 
     /// `out = Σ_k left[8, k] · rows[k, D]` for `k < depth`.
@@ -167,7 +163,28 @@ impl Layout {
         out: &mut impl Sink<V>,
     ) {
         let right = Right { data: rows, stride: self.padded_dim };
-        multiply_strip::<V>(self.padded_dim, depth, left, right, TILE_COLUMNS, out);
+        multiply_strip::<V>(0..self.padded_dim, depth, left, right, TILE_COLUMNS, out);
+    }
+}
+
+/// What eight queries see.
+#[derive(Clone)]
+pub(super) struct Sight {
+    /// The first key of each.
+    rows: [usize; TILE_ROWS],
+    /// All keys that any of them sees, from the tile on that holds the first.
+    pub(super) keys: Range<usize>,
+}
+
+impl Sight {
+    /// Overwrites with `hidden` what lies before each query's first key, of the keys that are computed, in rows of `stride`
+    /// vectors. What causality hides is left as it is.
+    #[inline(always)]
+    pub(super) fn hide(&self, scores: &mut [[f32; LANES]], stride: usize, hidden: f32) {
+        let (scores, stride) = (scores.as_flattened_mut(), stride * LANES);
+        for (row, &start) in self.rows.iter().enumerate() {
+            scores[row * stride..][self.keys.start..start].fill(hidden);
+        }
     }
 }
 
@@ -188,7 +205,7 @@ impl<'a> Head<'a> {
 
     /// Asks for rows ahead of their use. They lie far apart, where no processor looks ahead by itself.
     #[inline(always)]
-    pub(super) fn prefetch(&self, rows: std::ops::Range<usize>) {
+    pub(super) fn prefetch(&self, rows: Range<usize>) {
         for row in rows.start..rows.end.min(self.rows) {
             prefetch(self.row(row));
         }
@@ -282,8 +299,13 @@ impl<V: Vector> Sink<V> for HeadRows<'_> {
     }
 }
 
-fn attention(dims: AttentionDims, qkv: &[f32], out: &mut [f32], lse: &mut [f32]) {
+fn attention(dims: AttentionDims, starts: Option<&[i32]>, qkv: &[f32], out: &mut [f32], lse: &mut [f32]) {
     let (tokens, out_width) = (dims.tokens(), dims.heads * dims.head_dim);
+    assert!(
+        starts.is_none_or(|starts| starts.len() >= tokens),
+        "starts of {:?} tokens for {dims:?}",
+        starts.map(<[_]>::len)
+    );
     assert!(qkv.len() >= tokens * dims.qkv_width(), "qkv of {} elements for {dims:?}", qkv.len());
     assert!(out.len() >= tokens * out_width, "out of {} elements for {dims:?}", out.len());
     assert!(lse.len() >= tokens * dims.heads, "lse of {} elements for {dims:?}", lse.len());
@@ -298,7 +320,7 @@ fn attention(dims: AttentionDims, qkv: &[f32], out: &mut [f32], lse: &mut [f32])
             let (values, scratch) = scratch.split_at_mut(rows);
             let (queries, scores) = scratch.split_at_mut(strip);
             let work = Workspace { keys, values, queries, scores: scores.as_chunks_mut().0 };
-            dispatch(Forward { layout, qkv, out: &out, lse: &lse, b, kv, work });
+            dispatch(Forward { layout, starts, qkv, out: &out, lse: &lse, b, kv, work });
         });
     });
 }
@@ -314,6 +336,7 @@ struct Workspace<'a> {
 /// The query heads of one sequence that share a key/value head.
 struct Forward<'a> {
     layout: Layout,
+    starts: Option<&'a [i32]>,
     qkv: &'a [f32],
     out: &'a SharedRows<'a>,
     lse: &'a SharedRows<'a>,
@@ -325,7 +348,7 @@ struct Forward<'a> {
 impl Task for Forward<'_> {
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let Self { layout, qkv, out, lse, b, kv, work } = self;
+        let Self { layout, starts, qkv, out, lse, b, kv, work } = self;
         let (dims, stride) = (layout.dims, layout.score_stride / LANES);
         let head = |head| layout.head(qkv, dims.qkv_width(), b, head);
         head(dims.heads + kv).pack_transposed::<V>(layout.scale, work.keys);
@@ -339,10 +362,11 @@ impl Task for Forward<'_> {
                     head.prefetch(first..first + TILE_ROWS);
                 }
                 queries.pack::<V>(first, layout.padded_dim, work.queries);
-                let visible = first + TILE_ROWS;
+                let sight = layout.sight(starts, b, first);
                 let mut scores = Scores { to: work.scores, stride };
-                layout.strip_times_panels::<V>(visible, work.queries, work.keys, &mut scores);
-                let (totals, logs) = softmax_strip::<V>(work.scores, stride, first);
+                layout.strip_times_panels::<V>(sight.keys.clone(), work.queries, work.keys, &mut scores);
+                sight.hide(work.scores, stride, f32::NEG_INFINITY);
+                let (totals, logs) = softmax_strip::<V>(work.scores, stride, sight.keys.start..first);
                 let rows = TILE_ROWS.min(dims.seq - first);
                 let mut sums = HeadRows {
                     to: out,
@@ -352,8 +376,10 @@ impl Task for Forward<'_> {
                     width: dims.head_dim,
                     factors: totals.map(|total| 1.0 / total),
                 };
-                let left = Left { data: work.scores.as_flattened(), row_stride: layout.score_stride, depth_stride: 1 };
-                layout.strip_times_rows::<V>(visible, left, work.values, &mut sums);
+                let data = &work.scores.as_flattened()[sight.keys.start..];
+                let left = Left { data, row_stride: layout.score_stride, depth_stride: 1 };
+                let values = &work.values[sight.keys.start * layout.padded_dim..];
+                layout.strip_times_rows::<V>(sight.keys.len(), left, values, &mut sums);
                 for (r, log) in logs.into_iter().enumerate().take(rows) {
                     // SAFETY: a task alone writes the columns of its heads in the rows of its sequence, one at a time.
                     let lse = unsafe { lse.segment(b * dims.seq + first + r, query_head..query_head + 1) };
@@ -364,19 +390,20 @@ impl Task for Forward<'_> {
     }
 }
 
-/// Exponentials of eight rows of scores in place, each less its row's largest; row r sees the first `first + r + 1` keys, and
-/// zeros follow up to where the strip ends. Returns the rows' sums and the logs of their sums of exponentials.
+/// Exponentials of eight rows of scores in place, each less its row's largest, of the keys from `whole.start` on; row r sees
+/// them up to key `whole.end + r`, and zeros follow up to where the strip ends. Returns the rows' sums and the logs of their
+/// sums of exponentials.
 #[inline(always)]
 fn softmax_strip<V: Vector>(
     scores: &mut [[f32; LANES]],
     stride: usize,
-    first: usize,
+    whole: Range<usize>,
 ) -> ([f32; TILE_ROWS], [f32; TILE_ROWS]) {
-    // All rows at once, because a row's steps wait for one another and rows do not. `first` is a multiple of eight, so the causal
-    // edges of all rows lie in one vector.
-    let edge = first / LANES;
+    // All rows at once, because a row's steps wait for one another and rows do not. The strip's first query is a multiple of
+    // eight, so the causal edges of all rows lie in one vector.
+    let (start, edge) = (whole.start / LANES, whole.end / LANES);
     let mut largest = [V::splat(f32::NEG_INFINITY); TILE_ROWS];
-    for at in 0..edge {
+    for at in start..edge {
         for (r, largest) in largest.iter_mut().enumerate() {
             *largest = V::load(&scores[r * stride + at]).larger(*largest);
         }
@@ -385,13 +412,13 @@ fn softmax_strip<V: Vector>(
     for (r, largest) in largest.iter_mut().enumerate() {
         // e^−∞ is the zero that the product with the values needs.
         let scores = &mut scores[r * stride + edge];
-        let masked = V::load(scores).keep_first(first % LANES + r + 1, f32::NEG_INFINITY);
+        let masked = V::load(scores).keep_first(whole.end % LANES + r + 1, f32::NEG_INFINITY);
         masked.store(scores);
         maxima[r] = masked.larger(*largest).largest();
         *largest = V::splat(maxima[r]);
     }
     let mut sums = [V::splat(0.0); TILE_ROWS];
-    for at in 0..=edge {
+    for at in start..=edge {
         for r in 0..TILE_ROWS {
             let scores = &mut scores[r * stride + at];
             let power = V::load(scores).sub(largest[r]).exp();

@@ -17,6 +17,8 @@ const BLOCK: usize = 32;
 /// What the forward pass left: its input and its results.
 #[derive(Clone, Copy)]
 pub(super) struct Saved<'a> {
+    /// `[B·S]`: the first position that each token sees; None: the sequence's.
+    pub(super) starts: Option<&'a [i32]>,
     /// `[B·S, (heads + 2·kv_heads)·D]`.
     pub(super) qkv: &'a [f32],
     /// `[B·S, heads·D]`.
@@ -75,6 +77,8 @@ pub(super) fn attention_grad(dims: AttentionDims, saved: Saved<'_>, dout: &[f32]
     ] {
         assert!(len >= tokens * width, "{name} of {len} elements for {dims:?}");
     }
+    let starts = saved.starts.map_or(tokens, <[_]>::len);
+    assert!(starts >= tokens, "starts of {starts} tokens for {dims:?}");
     let layout = Layout::new(dims);
     let dqkv = SharedRows::new(dqkv, qkv_width);
     layout.for_tasks(|b, kv| {
@@ -151,6 +155,8 @@ impl<'a> Backward<'a> {
         queries.pack::<V>(first, padded_dim, self.work.queries);
         dout.pack::<V>(first, padded_dim, self.work.dout);
         let rows = BLOCK.min((dims.seq - first).next_multiple_of(TILE_ROWS));
+        // The first key that each strip computes; no strip begins to see keys that an earlier one has stopped to see.
+        let mut first_keys = [usize::MAX; BLOCK / TILE_ROWS];
         for strip in (0..rows).step_by(TILE_ROWS) {
             let first_row = first + strip;
             // What the same strip of the next block needs.
@@ -166,30 +172,35 @@ impl<'a> Backward<'a> {
                 lse[r] = self.saved.lse[(self.b * dims.seq + first_row + r) * dims.heads + head];
                 deltas[r] = dot::<V>(dout, out, first_row + r);
             }
-            let visible = first_row + TILE_ROWS;
+            let sight = layout.sight(self.saved.starts, self.b, first_row);
+            first_keys[strip / TILE_ROWS] = sight.keys.start;
             let mut dqueries = self.rows(head, first_row, layout.scale);
             let at = strip * stride..(strip + TILE_ROWS) * stride;
-            let scores = self.work.scores[at.clone()].as_chunks_mut().0;
+            let scores: &mut [[f32; LANES]] = self.work.scores[at.clone()].as_chunks_mut().0;
             let dscores = self.work.dscores[at].as_chunks_mut().0;
             let strip = strip * padded_dim..(strip + TILE_ROWS) * padded_dim;
             let mut probabilities = Probabilities { to: scores, stride: stride / LANES, lse, first: first_row };
             layout.strip_times_panels::<V>(
-                visible,
+                sight.keys.clone(),
                 &self.work.queries[strip.clone()],
                 self.work.keys_t,
                 &mut probabilities,
             );
+            sight.hide(scores, stride / LANES, 0.0);
             let mut gradients = ScoreGrads { probabilities: scores, to: dscores, stride: stride / LANES, deltas };
-            layout.strip_times_panels::<V>(visible, &self.work.dout[strip], self.work.values_t, &mut gradients);
-            let left = Left { data: dscores.as_flattened(), row_stride: stride, depth_stride: 1 };
-            layout.strip_times_rows::<V>(visible, left, self.work.keys, &mut dqueries);
+            let keys = sight.keys;
+            layout.strip_times_panels::<V>(keys.clone(), &self.work.dout[strip], self.work.values_t, &mut gradients);
+            let left = Left { data: &dscores.as_flattened()[keys.start..], row_stride: stride, depth_stride: 1 };
+            let rows = &self.work.keys[keys.start * padded_dim..];
+            layout.strip_times_rows::<V>(keys.len(), left, rows, &mut dqueries);
         }
-        for key in (0..first + rows).step_by(TILE_ROWS) {
-            // Earlier strips do not see these keys.
+        for key in (first_keys[0]..first + rows).step_by(TILE_ROWS) {
+            // Earlier strips do not see these keys, and neither do later ones whose documents start behind them.
             let skipped = key.saturating_sub(first);
+            let end = first_keys.iter().take_while(|&&start| start <= key).count() * TILE_ROWS;
             let at = skipped * stride + key;
             let left = |data| Left { data, row_stride: 1, depth_stride: stride };
-            let (depth, from) = (rows - skipped, skipped * padded_dim);
+            let (depth, from) = (end.saturating_sub(skipped), skipped * padded_dim);
             let to = key * padded_dim..(key + TILE_ROWS) * padded_dim;
             let mut sums = Sums { to: self.work.dvalues[to.clone()].as_chunks_mut().0, stride: padded_dim / LANES };
             layout.strip_times_rows::<V>(depth, left(&self.work.scores[at..]), &self.work.dout[from..], &mut sums);

@@ -15,6 +15,7 @@ mod norm;
 mod optimizer;
 mod panel;
 mod parallel;
+mod rotary;
 mod routing;
 mod rows;
 mod shuffle;

@@ -5,6 +5,8 @@
 //! as the product; here the caller packs once and multiplies many times. It never packs, never splits work, and always computes
 //! whole tiles: callers pad.
 
+use std::ops::Range;
+
 use super::vector::{LANES, Vector};
 
 /// Rows of a tile.
@@ -38,24 +40,24 @@ pub(super) trait Sink<V: Vector> {
     fn take(&mut self, row: usize, column: usize, sums: V);
 }
 
-/// `sums[r, c] = Σ_k left[r, k] · right[k, c]` for eight rows, `columns` of a multiple of sixteen and `k < depth`. Of columns
-/// `panel` apart the right operand is found `panel_stride` further on; sums go to `sink`.
+/// `sums[r, c] = Σ_k left[r, k] · right[k, c]` for eight rows, `columns` from a multiple of a tile's to one of sixteen, and
+/// `k < depth`. Of columns `panel` apart the right operand is found `panel_stride` further on; sums go to `sink`.
 #[inline(always)]
 pub(super) fn multiply_strip<V: Vector>(
-    columns: usize,
+    columns: Range<usize>,
     depth: usize,
     left: Left<'_>,
     right: Right<'_>,
     panel_stride: usize,
     sink: &mut impl Sink<V>,
 ) {
-    let mut column = 0;
-    while column + TILE_COLUMNS <= columns {
+    let mut column = columns.start;
+    while column + TILE_COLUMNS <= columns.end {
         let right = Right { data: &right.data[column / TILE_COLUMNS * panel_stride..], stride: right.stride };
         multiply_tile::<V, 2>(depth, left, right, column, sink);
         column += TILE_COLUMNS;
     }
-    if column < columns {
+    if column < columns.end {
         let right = Right { data: &right.data[column / TILE_COLUMNS * panel_stride..], stride: right.stride };
         multiply_tile::<V, 1>(depth, left, right, column, sink);
     }
@@ -147,6 +149,7 @@ mod tests {
 
     #[derive(Clone, Copy)]
     struct Product<'a> {
+        skipped: usize,
         columns: usize,
         depth: usize,
         left: Left<'a>,
@@ -156,12 +159,13 @@ mod tests {
     impl Task for Product<'_> {
         #[inline(always)]
         fn run<V: Vector>(self) {
-            let Self { columns, depth, left, right } = self;
+            let Self { skipped, columns, depth, left, right } = self;
             let mut out = vec![0.5; TILE_ROWS * 50];
-            multiply_strip::<V>(columns, depth, left, right, TILE_COLUMNS, &mut Rows(&mut out));
+            multiply_strip::<V>(skipped..columns, depth, left, right, TILE_COLUMNS, &mut Rows(&mut out));
             for (r, row) in out.chunks_exact(50).enumerate() {
-                assert!(row[columns..].iter().all(|x| *x == 0.5), "wrote beyond {columns} columns");
-                for (c, got) in row[..columns].iter().enumerate() {
+                let untouched = row[..skipped].iter().chain(&row[columns..]);
+                assert!(untouched.copied().all(|x| x == 0.5), "wrote outside of {skipped}..{columns}");
+                for (c, got) in (skipped..).zip(&row[skipped..columns]) {
                     let product = |k| {
                         let left = left.data[r * left.row_stride + k * left.depth_stride];
                         f64::from(left) * f64::from(right.data[k * right.stride + c])
@@ -181,9 +185,10 @@ mod tests {
         // Left rows contiguous, left columns contiguous; strips of a narrow tile, a whole one and both; depths around nothing,
         // one and many.
         for (row_stride, depth_stride) in [(100, 1), (1, 9)] {
-            for (columns, depth) in [16, 32, 48].into_iter().flat_map(|c| [0, 1, 7, 32, 96].map(|d| (c, d))) {
+            let columns = [(0, 16), (0, 32), (0, 48), (32, 48), (32, 32)];
+            for ((skipped, columns), depth) in columns.into_iter().flat_map(|c| [0, 1, 7, 32, 96].map(|d| (c, d))) {
                 let (left, right) = (Left { data: &a, row_stride, depth_stride }, Right { data: &b, stride: 56 });
-                dispatch_to_each(Product { columns, depth, left, right });
+                dispatch_to_each(Product { skipped, columns, depth, left, right });
             }
         }
     }

@@ -52,17 +52,24 @@ pub trait AttentionOps: Device {
     );
     /// Causal softmax attention with scale 1/√D: `out[B·S, heads·D]`, and `lse[B·S, heads]`, the log of each row's sum of
     /// exponentials, kept for the backward pass (FlashAttention-2, Dao 2023).
+    ///
+    /// `starts[B·S]`, where given, keeps documents of a packed sequence apart: token `b·S + s` sees the positions
+    /// `starts[b·S + s]..=s` of its sequence and no others. Along a sequence they never fall, and none is above its position.
+    /// Without them it sees `0..=s`.
     fn attention(
         &self,
         dims: AttentionDims,
+        starts: Option<View<'_, Self, i32>>,
         qkv: View<'_, Self, Self::Act>,
         out: ViewMut<'_, Self, Self::Act>,
         lse: ViewMut<'_, Self, f32>,
     );
-    /// Backward of [`AttentionOps::attention`]: `dqkv` has the shape of `qkv` and is overwritten.
+    /// Backward of [`AttentionOps::attention`] with the same `starts`: `dqkv` has the shape of `qkv` and is overwritten.
+    #[allow(clippy::too_many_arguments)] // three saved tensors and the mask, one gradient in, one out
     fn attention_grad(
         &self,
         dims: AttentionDims,
+        starts: Option<View<'_, Self, i32>>,
         qkv: View<'_, Self, Self::Act>,
         out: View<'_, Self, Self::Act>,
         lse: View<'_, Self, f32>,

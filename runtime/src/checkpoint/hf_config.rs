@@ -159,15 +159,16 @@ fn model_config(keys: &Keys<'_>, traits: &FamilyTraits) -> Result<ModelConfig, C
         None => keys.size("num_key_value_heads")?,
         Some(kv_heads) => kv_heads,
     };
+    let hidden_size = keys.size("hidden_size")?;
     let (rope_theta, rope_scaling) = hf_rope::read(keys, traits.rope_theta)?;
     let base = ModelConfig {
         family: traits.family,
         vocab_size: keys.size("vocab_size")?,
-        hidden_size: keys.size("hidden_size")?,
+        hidden_size,
         layers: keys.size("num_hidden_layers")?,
         heads,
         kv_heads,
-        head_dim: keys.optional_size("head_dim")?.unwrap_or(0),
+        head_dim: keys.optional_size("head_dim")?.filter(|dim| dim * heads != hidden_size).unwrap_or(0),
         experts: 0,
         top_k: 0,
         expert_ffn_size: 0,

@@ -84,6 +84,7 @@ impl Config {
             sequence_length: self.train.sequence_length,
             validation_fraction: self.data.validation_fraction,
             eval_batches: self.train.eval_batches,
+            document_mask: self.train.document_mask,
         }
     }
 }

@@ -126,6 +126,9 @@ pub struct TrainConfig {
     pub micro_batch: Option<usize>,
     /// S: tokens of a sequence.
     pub sequence_length: usize,
+    /// Whether documents that share a sequence are kept apart: attention stays inside each, and the first token of one is not
+    /// predicted from the one before.
+    pub document_mask: bool,
     /// Patterns of names, as tensors have them on disk, of what is not trained: no gradient norm, no update, no decay.
     pub freeze: Vec<String>,
     /// Patterns of names of what alone is trained; none: everything that is not frozen.
@@ -161,6 +164,7 @@ impl Default for TrainConfig {
             global_batch: 16,
             micro_batch: None,
             sequence_length: 128,
+            document_mask: false,
             freeze: Vec::new(),
             trainable: Vec::new(),
             eval_every: 0,

@@ -10,9 +10,10 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
+use super::batch::{Batch, Window};
 use super::mixture::Mixture;
 use super::order::{self, Permutation};
-use super::stream::{NO_TARGET, Stream};
+use super::stream::Stream;
 use super::{Corpus, DataError};
 use crate::topology::share;
 
@@ -35,36 +36,8 @@ pub struct LoaderSpec {
     pub validation_fraction: f64,
     /// Global batches of an evaluation; 0: the whole held-out text.
     pub eval_batches: usize,
-}
-
-/// The sequences of one pass. Filled again and again without allocating.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Batch {
-    /// n; 0 where a rank has nothing left in a pass that others need.
-    pub sequences: usize,
-    /// S.
-    pub sequence_length: usize,
-    /// `[n, S]`: token ids.
-    pub inputs: Vec<i32>,
-    /// `[n, S]`: the token after each input; −1: none, or one that is given and not learned.
-    pub targets: Vec<i32>,
-    /// Number of the first sequence: in training since the start of the run, in evaluation of the held-out windows. The others
-    /// follow it.
-    pub first_sample: u64,
-    /// The same, from the start of the step or of the evaluation: its token `t` is token `first_in_step · S + t` of the step.
-    pub first_in_step: u64,
-}
-
-impl Batch {
-    /// Tokens of the pass: n · S.
-    pub fn tokens(&self) -> usize {
-        self.inputs.len()
-    }
-
-    /// Positions that have a target.
-    pub fn valid_targets(&self) -> usize {
-        self.targets.iter().filter(|&&target| target != NO_TARGET).count()
-    }
+    /// Whether documents that share a sequence are kept apart: no token sees another document's, none is predicted from one.
+    pub document_mask: bool,
 }
 
 /// How far the data has been read; it follows from the step alone and is saved for people and for checks.
@@ -186,7 +159,7 @@ impl Loader {
     pub fn train_pass(&self, steps_done: u64, pass: usize, batch: &mut Batch) {
         let share = self.pass_share(self.spec.global_batch, pass);
         let first = steps_done * self.spec.global_batch as u64 + share.start as u64;
-        self.fill(batch, share, first, |number, inputs, targets| self.sample(number, inputs, targets));
+        self.fill(batch, share, first, |number| self.sample(number));
     }
 
     /// Fills `batch` with pass `pass`, from 0, of an evaluation: the held-out text from its start, in windows whose targets do not
@@ -194,11 +167,11 @@ impl Loader {
     pub fn eval_pass(&self, pass: usize, batch: &mut Batch) {
         let share = self.pass_share(self.eval_windows(), pass);
         let first = share.start as u64;
-        self.fill(batch, share, first, |number, inputs, targets| self.eval_window(number, inputs, targets));
+        self.fill(batch, share, first, |number| self.eval_window(number));
     }
 
-    /// Training sample `number`, counted from the start of the run: S inputs and S targets.
-    pub fn sample(&self, number: u64, inputs: &mut [i32], targets: &mut [i32]) {
+    /// Training sample `number`, counted from the start of the run.
+    fn sample(&self, number: u64) -> Window<'_> {
         let (source, number) = self.mixture.at(number);
         let part = &self.parts[source];
         let (epoch, index) = (number / part.windows, number % part.windows);
@@ -206,39 +179,25 @@ impl Loader {
         let key = |purpose: u64| order::key([self.spec.seed, epoch, 2 * source as u64 + purpose]);
         let window = Permutation::new(part.windows, key(1)).at(index);
         let start = (key(0) % part.offsets) as usize + window as usize * self.spec.sequence_length;
-        part.stream.copy_to(start, inputs);
-        part.stream.copy_targets_to(start + 1, targets);
+        Window { stream: &part.stream, start, inputs: self.spec.sequence_length }
     }
 
-    fn eval_window(&self, number: u64, inputs: &mut [i32], targets: &mut [i32]) {
-        let mut number = number as usize;
+    fn eval_window(&self, number: u64) -> Window<'_> {
+        let (mut number, s) = (number as usize, self.spec.sequence_length);
         for part in &self.held_out {
-            if number >= part.windows {
-                number -= part.windows;
-                continue;
+            if number < part.windows {
+                let start = part.tokens.start + number * s;
+                return Window { stream: &part.stream, start, inputs: s.min(part.tokens.end - 1 - start) };
             }
-            let start = part.tokens.start + number * self.spec.sequence_length;
-            let valid = inputs.len().min(part.tokens.end - 1 - start);
-            let (known, rest) = inputs.split_at_mut(valid);
-            part.stream.copy_to(start, known);
-            rest.fill(0);
-            let (known, rest) = targets.split_at_mut(valid);
-            part.stream.copy_targets_to(start + 1, known);
-            rest.fill(NO_TARGET);
-            return;
+            number -= part.windows;
         }
+        unreachable!("an evaluation has as many windows as its parts")
     }
 
-    fn fill(&self, batch: &mut Batch, share: Range<usize>, first: u64, read: impl Fn(u64, &mut [i32], &mut [i32])) {
-        let s = self.spec.sequence_length;
-        (batch.sequences, batch.sequence_length) = (share.len(), s);
+    fn fill<'a>(&self, batch: &mut Batch, share: Range<usize>, first: u64, window: impl Fn(u64) -> Window<'a>) {
         (batch.first_sample, batch.first_in_step) = (first, share.start as u64);
-        batch.inputs.resize(share.len() * s, 0);
-        batch.targets.resize(share.len() * s, 0);
-        let rows = batch.inputs.chunks_exact_mut(s).zip(batch.targets.chunks_exact_mut(s));
-        for (number, (inputs, targets)) in (first..).zip(rows) {
-            read(number, inputs, targets);
-        }
+        let windows = (0..share.len()).map(|row| window(first + row as u64));
+        batch.fill(self.spec.sequence_length, self.spec.document_mask, windows);
     }
 
     fn passes_of(&self, sequences: usize) -> usize {

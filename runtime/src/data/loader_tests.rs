@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::data::stream::{DocumentList, Segment};
+use crate::data::stream::{DocumentList, NO_TARGET, Segment};
 use crate::data::{Source, Tokens};
 use crate::exit::{Classified, ExitCode};
 
@@ -22,6 +22,7 @@ fn spec(sequence_length: usize, global_batch: usize) -> LoaderSpec {
         sequence_length,
         validation_fraction: 0.1,
         eval_batches: 0,
+        document_mask: false,
     }
 }
 
@@ -131,6 +132,38 @@ fn the_cut_falls_between_documents_and_prompts_are_never_targets() {
 }
 
 #[test]
+fn documents_that_are_kept_apart_know_their_start_and_are_not_predicted_from_each_other() {
+    let corpus = Corpus { sources: vec![source("", None, 0, 1000, 3)], ..counting(1) };
+    let settings = LoaderSpec { document_mask: true, micro_batch: 4, ..spec(16, 4) };
+    let loader = Loader::new(&corpus, settings.clone()).unwrap();
+    let check = |batch: &Batch| {
+        let starts = batch.starts.as_ref().unwrap();
+        assert_eq!(starts.len(), batch.inputs.len());
+        for (at, (&start, &target)) in starts.iter().zip(&batch.targets).enumerate() {
+            let (sequence, input) = (at / 16 * 16, batch.inputs[at]);
+            // Tokens are their own positions, in documents of ten; padding has no target.
+            let padding = at > sequence && input == 0;
+            let expected = (input / 10 * 10 - batch.inputs[sequence]).max(0);
+            assert!(padding || start == expected, "token {input} of {:?}", &batch.inputs[sequence..sequence + 16]);
+            let learned = !padding && (input + 1) % 10 >= 3;
+            assert_eq!(target, if learned { input + 1 } else { NO_TARGET });
+        }
+    };
+    let mut batch = Batch::default();
+    for step in 0..13 {
+        loader.train_pass(step, 0, &mut batch);
+        check(&batch);
+    }
+    for pass in 0..loader.eval_passes() {
+        loader.eval_pass(pass, &mut batch);
+        check(&batch);
+    }
+    let together = Loader::new(&corpus, LoaderSpec { document_mask: false, ..settings }).unwrap();
+    together.train_pass(0, 0, &mut batch);
+    assert_eq!(batch.starts, None);
+}
+
+#[test]
 fn a_mixture_keeps_its_weights_under_every_layout_and_holds_out_of_each_source() {
     let sources = vec![source("a", Some(3.0), 0, 400, 0), source("b", Some(1.0), 10_000, 4000, 0)];
     let corpus = Corpus { sources, ..counting(1) };
@@ -176,7 +209,7 @@ fn seeds_and_epochs_order_the_samples_differently_and_the_same_seed_the_same() {
         let (mut inputs, mut targets) = ([0; 16], [0; 16]);
         let mut starts = Vec::new();
         for number in first..first + loader.windows_per_epoch() {
-            loader.sample(number, &mut inputs, &mut targets);
+            loader.sample(number).copy_to(&mut inputs, &mut targets);
             starts.push(inputs[0]);
         }
         starts
@@ -222,7 +255,7 @@ proptest! {
         let (mut inputs, mut targets) = (vec![0; sequence_length], vec![0; sequence_length]);
         let mut seen: Vec<i32> = Vec::new();
         for number in 0..loader.windows_per_epoch() {
-            loader.sample(epoch * loader.windows_per_epoch() + number, &mut inputs, &mut targets);
+            loader.sample(epoch * loader.windows_per_epoch() + number).copy_to(&mut inputs, &mut targets);
             prop_assert!(inputs.iter().zip(&targets).all(|(i, t)| i + 1 == *t));
             seen.extend(&targets);
         }

@@ -4,6 +4,7 @@
 //! shards are mapped by every rank. From then on a batch is arithmetic on tokens: a pure function of the seed and the sample's
 //! number. It knows no device, no transport and no model. docs/data.md describes the formats for users.
 
+mod batch;
 mod bpe;
 mod corpus;
 mod default_corpus;
@@ -27,13 +28,14 @@ mod wire;
 
 use std::fmt::Write;
 
+pub use batch::Batch;
 pub use bpe::{BpeSpec, Trained, train_bpe};
 pub use corpus::{Corpus, CorpusSpec, Source, SourceSpec};
 pub use default_corpus::{DEFAULT_CORPUS_LIMIT_BYTES, cargo_registry, default_corpus};
 pub use error::DataError;
 pub use generated::generated_corpus;
 pub use inputs::{COMPRESSED_EXTENSIONS, RECORD_EXTENSIONS, SHARD_EXTENSION, TEXT_EXTENSIONS};
-pub use loader::{Batch, Cursor, Loader, LoaderSpec};
+pub use loader::{Cursor, Loader, LoaderSpec};
 pub use megatron::{Megatron, MegatronFault};
 pub use prepare::{Prepare, PrepareSpec, Prepared};
 pub use shard::{SHARD_VERSION, Shard, ShardFault, ShardHeader};
@@ -42,6 +44,7 @@ pub use stream::{Documents, MappedTokens, Segment, Stream, Tokens};
 pub use tokenizer::{ByteTokenizer, EndOfDocument, TOKENIZERS, Tokenizer, check_vocabulary, is_path, tokenizer};
 pub use tokenizer_file::FileTokenizer;
 
+pub(crate) use batch::Window;
 use reader::Piece;
 
 /// Bytes in hexadecimal, as hashes are printed.

@@ -334,12 +334,45 @@ impl Stream {
         });
     }
 
-    /// Where the document that holds token `position` begins; the segment, where nothing is known of its documents.
-    pub(super) fn document_start(&self, position: usize) -> usize {
-        let Some(index) = self.segment_of(position) else { return position };
+    /// For each of the tokens from `start` on how far behind `start` its document begins, 0 where it does before; a segment of
+    /// which no documents are known is one.
+    pub fn copy_starts_to(&self, start: usize, into: &mut [i32]) {
+        let mut done = 0;
+        while done < into.len() {
+            let document = self.document_at(start + done);
+            let count = (into.len() - done).min(document.end - (start + done));
+            into[done..done + count].fill(document.start.saturating_sub(start) as i32);
+            done += count;
+        }
+    }
+
+    /// Sets to −1 each of the targets from `start` on that begins a document: what stands before it is another one's.
+    pub fn mask_first_tokens(&self, start: usize, targets: &mut [i32]) {
+        let mut position = start;
+        while position < start + targets.len() {
+            let document = self.document_at(position);
+            if document.start == position {
+                targets[position - start] = NO_TARGET;
+            }
+            position = document.end;
+        }
+    }
+
+    /// The tokens of the document that holds token `position`; of the segment, where nothing is known of its documents.
+    fn document_at(&self, position: usize) -> Range<usize> {
+        let Some(index) = self.segment_of(position) else { return position..usize::MAX };
         let (segment, first) = (&self.segments[index], self.start_of(index));
         let documents = &segment.documents;
-        first + if documents.is_empty() { 0 } else { documents.start(documents.holding(position - first)) }
+        if documents.is_empty() {
+            return first..self.ends[index];
+        }
+        let document = documents.holding(position - first);
+        first + documents.start(document)..first + documents.ends.at(document) as usize
+    }
+
+    /// Where the document that holds token `position` begins; the segment, where nothing is known of its documents.
+    pub(super) fn document_start(&self, position: usize) -> usize {
+        self.document_at(position).start
     }
 
     fn segment_of(&self, position: usize) -> Option<usize> {
@@ -404,59 +437,5 @@ pub(super) fn mapped_path(segment: &Segment) -> Option<PathBuf> {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn segment(ids: Range<u8>, documents: &[(u64, u64)]) -> Segment {
-        let mut list = DocumentList::default();
-        documents.iter().for_each(|&(end, prompt)| list.push(end, prompt));
-        Segment { tokens: Tokens::U8(ids.collect()), documents: list.finish() }
-    }
-
-    #[test]
-    fn prompts_are_no_targets_and_documents_know_their_start() {
-        let stream = Stream::new([
-            segment(0..10, &[(4, 0), (9, 3), (10, 1)]),
-            segment(0..0, &[]),
-            segment(10..20, &[]),
-            segment(20..26, &[(6, 2)]),
-        ]);
-        let mut targets = [0; 26];
-        stream.copy_targets_to(0, &mut targets);
-        let learned: Vec<i32> = targets.into_iter().filter(|&id| id != NO_TARGET).collect();
-        assert_eq!(learned, [0, 1, 2, 3, 7, 8].into_iter().chain(10..20).chain(22..26).collect::<Vec<_>>());
-        let starts = [0, 3, 4, 8, 9, 15, 25].map(|position| stream.document_start(position));
-        assert_eq!(starts, [0, 0, 4, 4, 9, 10, 20]);
-        assert_eq!((stream.len(), stream.documents()), (26, 4));
-    }
-
-    proptest! {
-        #[test]
-        fn a_part_is_the_same_part_of_the_whole(
-            lengths in proptest::collection::vec((1u64..6, 0u64..7), 1..12),
-            cut in 1usize..12,
-            from in any::<usize>(),
-            to in any::<usize>(),
-        ) {
-            let mut segments = Vec::new();
-            for documents in lengths.chunks(cut) {
-                let mut end = 0;
-                let documents: Vec<_> = documents.iter().map(|&(length, prompt)| {
-                    end += length;
-                    (end, prompt.min(length))
-                }).collect();
-                segments.push(segment(0..end as u8, &documents));
-            }
-            let stream = Stream::new(segments);
-            let mut whole = vec![0; stream.len()];
-            stream.copy_targets_to(0, &mut whole);
-            let (from, to) = (from % (stream.len() + 1), to % (stream.len() + 1));
-            let range = from.min(to)..from.max(to);
-            let mut part = vec![0; range.len()];
-            stream.copy_targets_to(range.start, &mut part);
-            prop_assert_eq!(&part, &whole[range]);
-        }
-    }
-}
+#[path = "stream_tests.rs"]
+mod tests;

@@ -152,7 +152,7 @@ impl<B: Backend> Attention<B> {
         x_TH: View<'_, B, B::Act>,
         y_TH: ViewMut<'_, B, B::Act>,
     ) -> Result<(), DeviceError> {
-        let AttentionPass { batch, seq, weights, tensors, rotary } = pass;
+        let AttentionPass { batch, seq, starts, weights, tensors, rotary } = pass;
         let (dims, t) = (self.dims(batch, seq), batch * seq);
         let (width, out_width) = (t * self.config.qkv_width(), t * self.config.attention_width());
         self.qkv.reserve(device, width)?;
@@ -178,7 +178,7 @@ impl<B: Backend> Attention<B> {
         let (cos, sin) = rotary.views(seq);
         device.rotary(dims, RotaryDirection::Forward, cos, sin, self.qkv.view_mut(width));
         let lse = self.lse.view_mut(t * self.config.heads);
-        device.attention(dims, self.qkv.view(width), self.out.view_mut(out_width), lse);
+        device.attention(dims, starts, self.qkv.view(width), self.out.view_mut(out_width), lse);
         device.linear(output, self.out.view(out_width), weights.get(tensors.attention_output), None, y_TH);
         Ok(())
     }
@@ -192,7 +192,7 @@ impl<B: Backend> Attention<B> {
         scratch: &mut AttentionScratch<B>,
         tensors_TH: AttentionBackward<'_, B>,
     ) -> Result<(), DeviceError> {
-        let AttentionPass { batch, seq, weights, tensors, rotary } = pass;
+        let AttentionPass { batch, seq, starts, weights, tensors, rotary } = pass;
         let AttentionBackward { x_TH, dy_TH, dx_TH } = tensors_TH;
         let (dims, t) = (self.dims(batch, seq), batch * seq);
         let (width, out_width) = (t * self.config.qkv_width(), t * self.config.attention_width());
@@ -204,7 +204,7 @@ impl<B: Backend> Attention<B> {
         device.linear_grad_input(output, dy_TH, w_out, dout, Accumulate::Overwrite);
         device.linear_grad_weight(output, dy_TH, out, gradients.get(tensors.attention_output));
         let (dout, lse) = (scratch.dout.view(out_width), self.lse.view(t * self.config.heads));
-        device.attention_grad(dims, self.qkv.view(width), out, lse, dout, scratch.dqkv.view_mut(width));
+        device.attention_grad(dims, starts, self.qkv.view(width), out, lse, dout, scratch.dqkv.view_mut(width));
         let (cos, sin) = rotary.views(seq);
         device.rotary(dims, RotaryDirection::Inverse, cos, sin, scratch.dqkv.view_mut(width));
         let draw = if let Some(norms) = self.head_norms(t, tensors) {
@@ -243,6 +243,8 @@ pub(super) struct AttentionPass<'a, B: Backend> {
     pub batch: usize,
     /// Tokens of each.
     pub seq: usize,
+    /// `[B, S]`: the first position that each token sees; None: the sequence's.
+    pub starts: Option<View<'a, B, i32>>,
     /// Weights of the model.
     pub weights: Weights<'a, B>,
     /// Which of them are this block's.

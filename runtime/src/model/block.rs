@@ -66,12 +66,21 @@ pub(super) struct BlockContext<'a, B: Backend, C> {
     pub group: &'a C,
     /// The pass.
     pub route: RoutePass,
+    /// `[B, S]`: the first position that each of its tokens sees; None: the sequence's.
+    pub starts: Option<View<'a, B, i32>>,
 }
 
 impl<'a, B: Backend, C> BlockContext<'a, B, C> {
     fn attention(&self, tensors: &'a BlockTensors) -> AttentionPass<'a, B> {
-        let seq = self.route.sequence_length;
-        AttentionPass { batch: self.route.tokens / seq, seq, weights: self.weights, tensors, rotary: self.rotary }
+        let (seq, starts) = (self.route.sequence_length, self.starts);
+        AttentionPass {
+            batch: self.route.tokens / seq,
+            seq,
+            starts,
+            weights: self.weights,
+            tensors,
+            rotary: self.rotary,
+        }
     }
 
     fn moe(&self, tensors: MoeTensors) -> MoePass<'_, B, C> {

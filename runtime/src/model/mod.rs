@@ -11,14 +11,16 @@ mod head;
 pub mod layout;
 mod moe;
 pub mod parameters;
+mod pass;
 pub mod rotary;
 mod transformer;
 
 pub use config::{Family, ModelConfig, QkNorm};
 pub use head::logits_rows;
 pub use parameters::Parameters;
+pub use pass::PassTokens;
 pub use rotary::RopeScaling;
-pub use transformer::{LogitsOf, ModelSetup, PassTokens, StepSums, Transformer};
+pub use transformer::{LogitsOf, ModelSetup, StepSums, Transformer};
 
 use crate::collectives::CollectiveError;
 use crate::dispatch::ShuffleError;

@@ -14,6 +14,7 @@ use super::head::Head;
 use super::layout::{BlockTensors, FeedForward, Layout};
 use super::moe::{MoeLayer, MoeScratch, MoeShape};
 use super::parameters::Parameters;
+use super::pass::PassTokens;
 use crate::collectives::{Communicator, Groups};
 use crate::dispatch::ShuffledRows;
 use crate::memory::{Kind, Slot, Tally};
@@ -42,30 +43,6 @@ pub struct ModelSetup {
     pub sequence_length: usize,
 }
 
-/// The tokens of one pass of one rank.
-#[derive(Clone, Copy, Debug)]
-pub struct PassTokens<'a> {
-    /// `[B, S]`.
-    pub inputs: &'a [i32],
-    /// `[B, S]`: the token to predict at each place; −1: none.
-    pub targets: &'a [i32],
-    /// S.
-    pub sequence_length: usize,
-    /// Place of the first token in the data: sample number · S.
-    pub first_token: u64,
-}
-
-impl PassTokens<'_> {
-    fn route(&self, training: bool) -> RoutePass {
-        RoutePass {
-            tokens: self.inputs.len(),
-            sequence_length: self.sequence_length,
-            first_token: self.first_token,
-            training,
-        }
-    }
-}
-
 /// Sums over the passes of a step on this rank.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepSums {
@@ -84,6 +61,8 @@ pub struct Transformer<B: Backend> {
     parameters: Parameters<B>,
     rotary: RotaryTables<B>,
     ids: Slot<B, i32>,
+    /// `[T]`: the first position that each token sees; unused where documents are not kept apart.
+    starts: Slot<B, i32>,
     /// The residual stream before each block, and after the last.
     stream: Vec<Slot<B, B::Act>>,
     blocks: Vec<Block<B>>,
@@ -113,6 +92,7 @@ impl<B: Backend> Transformer<B> {
         let mut model = Self {
             rotary: RotaryTables::new(&device, c, setup.sequence_length)?,
             ids: Slot::new(&device, "token ids")?,
+            starts: Slot::new(&device, "starts of documents")?,
             stream: (0..=c.layers).map(slot).collect::<Result<_, _>>()?,
             blocks,
             final_norm: Norm::new(&device, layout.final_norm)?,
@@ -158,7 +138,8 @@ impl<B: Backend> Transformer<B> {
     pub fn tally(&self, tally: &mut Tally) {
         self.parameters.tally(tally);
         self.rotary.tally(tally);
-        tally.add(Kind::Activations, [self.ids.bytes(), self.totals.bytes(), self.padding_grad.bytes()]);
+        let [ids, starts] = [&self.ids, &self.starts].map(Slot::bytes);
+        tally.add(Kind::Activations, [ids, starts, self.totals.bytes(), self.padding_grad.bytes()]);
         tally.add(Kind::Activations, self.stream.iter().map(Slot::bytes));
         for block in &self.blocks {
             block.tally(tally);
@@ -201,13 +182,13 @@ impl<B: Backend> Transformer<B> {
         scale: f32,
     ) -> Result<(), ModelError> {
         let route = tokens.route(true);
-        self.forward(groups, clock, tokens.inputs, route)?;
+        self.forward(groups, clock, tokens, route)?;
         self.form_losses(groups, route, batch)?;
         clock.lap(Stage::Route);
         self.head_backward(tokens.targets, scale)?;
         clock.lap(Stage::Head);
         for index in (0..self.blocks.len()).rev() {
-            self.block_backward(index, groups, clock, route, batch)?;
+            self.block_backward(index, groups, clock, (tokens, route), batch)?;
         }
         let (h, t) = (self.setup.model.hidden_size, route.tokens);
         let embedding = self.parameters.layout().embedding;
@@ -234,7 +215,7 @@ impl<B: Backend> Transformer<B> {
         groups: &Groups<C>,
         tokens: PassTokens<'_>,
     ) -> Result<f64, ModelError> {
-        self.forward(groups, &mut StageClock::default(), tokens.inputs, tokens.route(false))?;
+        self.forward(groups, &mut StageClock::default(), tokens, tokens.route(false))?;
         self.device.fill(self.totals.view_mut(2).slice(LOSS), 0.0);
         let x = self.final_norm.out.view(tokens.inputs.len() * self.setup.model.hidden_size);
         let total = self.totals.view_mut(2).slice(LOSS);
@@ -244,16 +225,16 @@ impl<B: Backend> Transformer<B> {
         Ok(loss[0])
     }
 
-    /// Logits `[rows, V]` of the tokens of one pass in evaluation mode: of all of them, or of the last of each sequence.
+    /// Logits `[rows, V]` of the tokens of one pass in evaluation mode: of all of them, or of the last of each sequence. Targets
+    /// are not looked at.
     pub fn read_logits<C: Communicator<B>>(
         &mut self,
         groups: &Groups<C>,
-        inputs: &[i32],
-        sequence_length: usize,
+        tokens: PassTokens<'_>,
         which: LogitsOf,
     ) -> Result<Vec<f32>, ModelError> {
-        let tokens = PassTokens { inputs, targets: &[], sequence_length, first_token: 0 };
-        self.forward(groups, &mut StageClock::default(), inputs, tokens.route(false))?;
+        let PassTokens { inputs, sequence_length, .. } = tokens;
+        self.forward(groups, &mut StageClock::default(), tokens, tokens.route(false))?;
         let h = self.setup.model.hidden_size;
         let x = self.final_norm.out.view(inputs.len() * h);
         let mut logits = Vec::new();
@@ -310,15 +291,21 @@ impl<B: Backend> Transformer<B> {
         &mut self,
         groups: &Groups<C>,
         clock: &mut StageClock,
-        inputs: &[i32],
+        tokens: PassTokens<'_>,
         route: RoutePass,
     ) -> Result<(), ModelError> {
         let Self { device, parameters, setup, .. } = self;
+        let PassTokens { inputs, starts, .. } = tokens;
         let (t, h) = (inputs.len(), setup.model.hidden_size);
         clock.start();
         self.balance.begin_pass(route);
         self.ids.reserve(device, t)?;
         device.upload(inputs, self.ids.view_mut(t));
+        if let Some(starts) = starts {
+            self.starts.reserve(device, t)?;
+            device.upload(starts, self.starts.view_mut(t));
+        }
+        let starts = starts.map(|_| self.starts.view(t));
         for slot in &mut self.stream {
             slot.reserve(device, t * h)?;
         }
@@ -336,6 +323,7 @@ impl<B: Backend> Transformer<B> {
                 rotary: &self.rotary,
                 group: &groups.expert,
                 route,
+                starts,
             };
             block.forward(&context, &mut self.balance, &mut self.scratch.moe, clock, (x, y))?;
             if let Second::Moe(moe) = &block.second {
@@ -389,13 +377,20 @@ impl<B: Backend> Transformer<B> {
         index: usize,
         groups: &Groups<C>,
         clock: &mut StageClock,
-        route: RoutePass,
+        (tokens, route): (PassTokens<'_>, RoutePass),
         batch: BatchShare,
     ) -> Result<(), ModelError> {
         let Self { device, parameters, setup, .. } = self;
         let (weights, mut gradients) = parameters.split();
-        let context =
-            BlockContext { device, config: &setup.model, weights, rotary: &self.rotary, group: &groups.expert, route };
+        let context = BlockContext {
+            device,
+            config: &setup.model,
+            weights,
+            rotary: &self.rotary,
+            group: &groups.expert,
+            route,
+            starts: tokens.starts.map(|starts| self.starts.view(starts.len())),
+        };
         let x = self.stream[index].view(route.tokens * setup.model.hidden_size);
         let moe_index = setup.model.moe_layers().take_while(|&layer| layer < index).count();
         let balance = setup.model.is_moe(index).then(|| self.balance.coefficients(moe_index)).flatten();

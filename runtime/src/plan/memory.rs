@@ -128,7 +128,7 @@ fn activations(job: &Job, tally: &mut Tally) {
         Kind::Activations,
         [
             2 * s * (c.head_width() as u64 / 2) * 4,
-            4 * t + 16,
+            4 * t * (1 + u64::from(job.config.train.document_mask)) + 16,
             (layers + 1) * th,
             layers * per_block,
             (layers - moe) * feed_forward(c.ffn_size),

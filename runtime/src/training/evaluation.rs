@@ -6,15 +6,24 @@
 use moe_kernels::Backend;
 
 use crate::collectives::{Communicator, Groups};
+use crate::data::{Batch, Stream, Window};
 use crate::model::{ModelError, PassTokens, Transformer};
 
-/// Marks a position without a target.
-const NO_TARGET: i32 = -1;
+/// A text to predict.
+#[derive(Clone, Debug)]
+pub struct EvalText {
+    /// Where it lies. Prompts of its documents are given and not predicted.
+    pub stream: Stream,
+    /// How many of its tokens count.
+    pub tokens: usize,
+    /// Whether its documents are kept apart, as `train.document_mask` does.
+    pub document_mask: bool,
+}
 
 /// How well a model predicts a text.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct TextLoss {
-    /// Predicted tokens: all but the first.
+    /// Predicted tokens.
     pub tokens: u64,
     /// Σ of their losses, in nats.
     pub sum: f64,
@@ -32,35 +41,38 @@ impl TextLoss {
     }
 }
 
-/// The loss on `tokens` in windows of the model's sequence length, as many at a time as the model was built for. `each` hears
-/// the tokens done. All ranks of an expert group call this together with the same tokens.
+/// The loss on `text` in windows of the model's sequence length, as many at a time as the model was built for. `each` hears
+/// the tokens done. All ranks of an expert group call this together with the same text.
 ///
 /// # Errors
 /// The device or another rank failed.
 pub fn text_loss<B: Backend, C: Communicator<B>>(
     model: &mut Transformer<B>,
     groups: &Groups<C>,
-    tokens: &[i32],
+    text: &EvalText,
     mut each: impl FnMut(u64),
 ) -> Result<TextLoss, ModelError> {
     let (length, at_once) = (model.setup().sequence_length, model.setup().max_sequences);
     let mut loss = TextLoss::default();
-    let (mut inputs, mut targets) = (Vec::new(), Vec::new());
+    let mut batch = Batch::default();
     // Of the last token only the target is needed.
-    for pass in tokens[..tokens.len().saturating_sub(1)].chunks(length * at_once) {
-        let start = loss.tokens as usize;
-        let padding = pass.len().div_ceil(length) * length - pass.len();
-        inputs.clear();
-        inputs.extend_from_slice(pass);
-        inputs.extend(std::iter::repeat_n(0, padding));
-        targets.clear();
-        targets.extend_from_slice(&tokens[start + 1..start + 1 + pass.len()]);
-        targets.extend(std::iter::repeat_n(NO_TARGET, padding));
-        let tokens =
-            PassTokens { inputs: &inputs, targets: &targets, sequence_length: length, first_token: start as u64 };
+    let inputs = text.tokens.min(text.stream.len()).saturating_sub(1);
+    for first in (0..inputs).step_by(length * at_once) {
+        let end = inputs.min(first + length * at_once);
+        let windows = (0..(end - first).div_ceil(length)).map(|window| {
+            let start = first + window * length;
+            Window { stream: &text.stream, start, inputs: length.min(end - start) }
+        });
+        batch.fill(length, text.document_mask, windows);
+        let tokens = PassTokens {
+            targets: &batch.targets,
+            starts: batch.starts.as_deref(),
+            first_token: first as u64,
+            ..PassTokens::of_inputs(&batch.inputs, length)
+        };
         loss.sum += model.evaluate_pass(groups, tokens)?;
-        loss.tokens += pass.len() as u64;
-        each(loss.tokens);
+        loss.tokens += batch.valid_targets() as u64;
+        each(end as u64);
     }
     Ok(loss)
 }

@@ -8,7 +8,7 @@ mod sampling;
 mod sharing;
 mod step;
 
-pub use evaluation::{TextLoss, text_loss};
+pub use evaluation::{EvalText, TextLoss, text_loss};
 pub use persist::{PersistError, load_model};
 pub use sampling::{Sampling, generate};
 pub use step::{Requests, StepError, Trainer, TrainingData};

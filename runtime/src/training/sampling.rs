@@ -8,7 +8,7 @@ use rand::rand_core::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use crate::collectives::{Communicator, Groups};
-use crate::model::{LogitsOf, ModelError, Transformer};
+use crate::model::{LogitsOf, ModelError, PassTokens, Transformer};
 
 /// How tokens are drawn.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -40,7 +40,7 @@ pub fn generate<B: Backend, C: Communicator<B>>(
     let window = model.setup().sequence_length;
     for _ in 0..sampling.tokens {
         let context = &tokens[tokens.len().saturating_sub(window)..];
-        let logits = model.read_logits(groups, context, context.len(), LogitsOf::Last)?;
+        let logits = model.read_logits(groups, PassTokens::of_inputs(context, context.len()), LogitsOf::Last)?;
         let uniform = f64::from(rng.next_u32()) / (f64::from(u32::MAX) + 1.0);
         let token = draw(&logits[..vocab.min(logits.len())], sampling, uniform);
         each(token);

@@ -184,6 +184,7 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
             let tokens = PassTokens {
                 inputs: &self.batch.inputs,
                 targets: &self.batch.targets,
+                starts: self.batch.starts.as_deref(),
                 sequence_length: self.batch.sequence_length,
                 first_token: self.batch.first_sample * self.batch.sequence_length as u64,
             };
@@ -231,6 +232,7 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
             let tokens = PassTokens {
                 inputs: &self.batch.inputs,
                 targets: &self.batch.targets,
+                starts: self.batch.starts.as_deref(),
                 sequence_length: self.batch.sequence_length,
                 first_token: 0,
             };

@@ -10,7 +10,7 @@ use moe_runtime::checkpoint::{Checkpoint, Store};
 use moe_runtime::collectives::{Communicator, Context, Groups, HostCommunicator, local};
 use moe_runtime::config::{Config, OptimizerConfig, ScheduleConfig, ScheduleKind, TrainConfig};
 use moe_runtime::data::Batch;
-use moe_runtime::model::{Family, LogitsOf, ModelConfig, ModelSetup, QkNorm, Transformer};
+use moe_runtime::model::{Family, LogitsOf, ModelConfig, ModelSetup, PassTokens, QkNorm, Transformer};
 use moe_runtime::routing::{RouterConfig, RouterKind};
 use moe_runtime::telemetry::StepMetrics;
 use moe_runtime::topology::{Grid, Rank, share};
@@ -176,7 +176,7 @@ pub(crate) fn inputs() -> Vec<i32> {
 /// The logits of the first batch.
 pub(crate) fn logits(trainer: &mut Trainer<Cpu, HostCommunicator, Counting>) -> Vec<f32> {
     let groups = Groups::of_grid::<Cpu>(local::solo(Context::default()), &trainer.model.setup().grid.clone()).unwrap();
-    trainer.model.read_logits(&groups, &inputs(), LENGTH, LogitsOf::All).unwrap()
+    trainer.model.read_logits(&groups, PassTokens::of_inputs(&inputs(), LENGTH), LogitsOf::All).unwrap()
 }
 
 /// The largest difference of two lists of numbers.

@@ -149,8 +149,9 @@ pub(super) fn config_json(
         "dtype": dtype,
         "torch_dtype": dtype,
     }));
-    if model.head_dim > 0 {
-        set(json!({"head_dim": model.head_dim}));
+    // Where it follows from the other sizes transformers needs no number, but its YaRN reads the key in every class.
+    if model.head_dim > 0 || model.rope_scaling.is_some() {
+        set(json!({"head_dim": model.head_width()}));
     }
     if family != Family::Llama {
         set(json!({
