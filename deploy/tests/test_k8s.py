@@ -6,12 +6,14 @@ import functools
 import pathlib
 import re
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import unittest
 
 import tools
-from tools import ROOT, TEXT, clean_environment, need, program, run
+from tools import ROOT, TEXT, clean_environment, need, program, run, wait_for
 
 try:
     import jsonschema
@@ -237,7 +239,7 @@ class Commands(unittest.TestCase):
         self.addCleanup(self.home.cleanup)
         self.path = pathlib.Path(self.home.name)
 
-    def command(self, folder, ranks):
+    def command(self, folder, ranks, steps=3):
         """The command of a folder's job as it is run here, and its environment."""
         resources = kustomize.build(ROOT / "deploy" / "k8s" / folder)
         job = next(r for r in resources if r["kind"] in ("MPIJob", "JobSet", "Job"))
@@ -250,7 +252,7 @@ class Commands(unittest.TestCase):
         for mount in ranked["containers"][0]["volumeMounts"]:
             (self.path / mount["mountPath"].lstrip("/")).mkdir(parents=True, exist_ok=True)
         for name, content in config["data"].items():
-            content += f'[train]\nsteps = 3\n[data]\npaths = "{text}"\n'
+            content += f'[train]\nsteps = {steps}\n[data]\npaths = "{text}"\n'
             (self.path / "etc" / "moe" / name).write_text(content)
         line = [self.local(word) for word in container["command"] + container["args"]]
         environment = {entry["name"]: entry["value"] for entry in container.get("env", []) if "value" in entry}
@@ -276,8 +278,7 @@ class Commands(unittest.TestCase):
             return free.getsockname()[1]
 
     def steps(self):
-        (metrics,) = (self.path / "runs").glob("*/metrics.jsonl")
-        return len(metrics.read_text().splitlines())
+        return sum(len(metrics.read_text().splitlines()) for metrics in (self.path / "runs").glob("*/metrics.jsonl"))
 
     def test_the_mpijob_trains(self):
         need(shutil.which("mpirun"), "mpirun cannot be run")
@@ -288,16 +289,31 @@ class Commands(unittest.TestCase):
         self.assertEqual(self.steps(), 3)
         self.assertRegex(result.stdout, r"ranks +4 = ")
 
-    def test_a_job_of_one_rank_trains_and_rank_0_hosts_the_coordinator_on_its_port(self):
+    def probe(self, folder):
+        """The readiness probe of a folder's ranks as it is run here."""
+        resources = kustomize.build(ROOT / "deploy" / "k8s" / folder)
+        container = next(pods(r)[0][0] for r in resources if r["kind"] in ("Job", "JobSet"))["containers"][0]
+        return [self.local(word) for word in container["readinessProbe"]["exec"]["command"]]
+
+    def test_a_job_of_one_rank_trains_is_found_by_its_probe_and_stopped_by_its_hook(self):
         for folder in ("job", "jobset"):
             with self.subTest(folder=folder):
-                line, environment = self.command(folder, 1)
-                result = run(line, env=environment | {"JOB_COMPLETION_INDEX": "0"})
-                self.assertEqual(result.returncode, 0, result.stdout)
-                self.assertEqual(self.steps(), 3)
-                addr = line[line.index("--coordinator") + 1]
-                (contact,) = (self.path / "runs").glob("*/coordinator.json")
-                self.assertIn(addr, contact.read_text())
+                line, environment = self.command(folder, 1, steps=1_000_000)
+                environment["JOB_COMPLETION_INDEX"] = "0"
+                with open(self.path / "out.txt", "w+") as out:
+                    worker = subprocess.Popen(line, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+                    self.addCleanup(worker.kill)
+                    wait_for("three steps", lambda: worker.poll() is not None or self.steps() >= 3, 60)
+                    (contact,) = (self.path / "runs").glob("*/coordinator.json")
+                    self.assertIn(line[line.index("--coordinator") + 1], contact.read_text())
+                    probed = run(self.probe(folder), env=environment)
+                    self.assertEqual(probed.returncode, 0, probed.stdout)
+                    # What the pre-stop hook sends.
+                    worker.send_signal(signal.SIGUSR1)
+                    code = worker.wait(60)
+                    out.seek(0)
+                    self.assertEqual(code, 75, out.read())
+                self.assertTrue(list((self.path / "runs").glob("*/checkpoints/step-*/manifest.json")))
                 shutil.rmtree(self.path / "runs")
 
     def test_several_cpu_ranks_of_a_job_are_refused_with_the_mend(self):
@@ -308,12 +324,9 @@ class Commands(unittest.TestCase):
             self.assertRegex(result.stdout, f"rank {index} of 4 by JOB_COMPLETION_INDEX: CPU ranks exchange .* over MPI.*mpirun -n 4")
         self.assertFalse(list((self.path / "runs").iterdir()), "nothing may be begun")
 
-    def test_the_probe_of_a_job_finds_the_coordinator_or_says_why_not(self):
+    def test_the_probe_of_a_job_says_why_it_finds_no_coordinator(self):
         _, environment = self.command("job", 1)
-        resources = kustomize.build(ROOT / "deploy" / "k8s" / "job")
-        container = next(pods(r)[0][0] for r in resources if r["kind"] == "Job")["containers"][0]
-        probe = [self.local(word) for word in container["readinessProbe"]["exec"]["command"]]
-        result = run(probe, env=environment)
+        result = run(self.probe("job"), env=environment)
         self.assertEqual(result.returncode, 74, result.stdout)
         self.assertIn("does not exist", result.stdout)
 

@@ -15,10 +15,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
 
-from tools import CI, ROOT, TEXT, clean_environment, program, run
+from tools import CI, ROOT, TEXT, clean_environment, program, run, wait_for
 
 SCRIPT = ROOT / "deploy" / "slurm" / "moe-worker.sbatch"
 DAEMONS = ["munged", "slurmctld", "slurmd"]
@@ -37,18 +36,6 @@ def free_ports(count):
     for each in sockets:
         each.close()
     return ports
-
-
-def wait_for(what, condition, limit_s, every_s=0.2):
-    """The first true value of `condition`; an error that says what was waited for where there is none in time."""
-    end = time.monotonic() + limit_s
-    while True:
-        value = condition()
-        if value:
-            return value
-        if time.monotonic() > end:
-            raise TimeoutError(f"waited {limit_s} s for {what}")
-        time.sleep(every_s)
 
 
 class Cluster:
@@ -286,6 +273,21 @@ class Slurm(unittest.TestCase):
         job = Job.of("plain", script=script)
         self.assertEqual(job.end(), ("FAILED", "64:0", 0), job.said())
         self.assertRegex(job.said(), r"rank [01] of 2 by srun .*: CPU ranks exchange their data over MPI.*srun --mpi=pmix")
+
+    def test_moe_launch_run_inside_an_allocation_starts_srun_and_passes_a_stop_on(self):
+        script = CLUSTER.home / "work" / "launch.sbatch"
+        script.write_text(
+            f"#!/bin/sh\nexec {program('moe-launch')} run -n 2 -- --config \"$MOE_CONFIG\" --run-dir \"$MOE_RUN_DIR\"\n"
+        )
+        job = Job.of("launch", script=script)
+        job.signal_after(10, "INT")
+        self.assertEqual(job.end(), ("FAILED", "75:0", 0), job.said())
+        done = len(job.lines())
+        self.assertEqual(job.checkpoints(), [f"step-{done:08}"])
+        again = Job.of("launch", script=script)
+        self.assertEqual(again.end(), ("COMPLETED", "0:0", 0), again.said())
+        self.assertRegex(again.said(), rf"ranks +2 = .* CPU, 1 thread\n(.*\n)*resuming +after step {done}")
+        self.assertEqual(len(again.lines()), STEPS)
 
     def test_a_rendered_script_runs(self):
         work = CLUSTER.home / "work"

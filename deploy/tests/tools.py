@@ -3,6 +3,7 @@
 import os
 import pathlib
 import subprocess
+import time
 import unittest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -34,6 +35,18 @@ def run(command, limit_s=120, **more):
     return subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True, timeout=limit_s, **more
     )
+
+
+def wait_for(what, condition, limit_s, every_s=0.2):
+    """The first true value of `condition`; an error that says what was waited for where there is none in time."""
+    end = time.monotonic() + limit_s
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited {limit_s} s for {what}")
+        time.sleep(every_s)
 
 
 def clean_environment(**more):

@@ -1,6 +1,7 @@
 // Rows between shuffle and experts: gather, weighted sum, the weighted SwiGLU's backward pass, the weights' gradients home.
 //
 // gather_rows: src [·, width], index [N] i32 → dst[i] = src[index[i]].                              Bytes: 2·N·width·size.
+// expand_rows: src [R, width], slots [R, k] i32 (−1: none) → dst[slots[r, j]] = src[r].            Bytes: (N + R)·width·size.
 // weighted_reduce: y [N, width], slots [R, k] i32 (−1: none), weights [R, k] f32 or none → out[r] (+)= Σ_j weights[r,j]·y[slots[r,j]],
 //   in f32, ascending j, k ≤ 32; the sum is finished before it meets the old content.               Bytes: (N + R)·width·size.
 // weighted_swiglu_grad: da [N, F], h [N, 2F], origin [N] i32, weights → dh [N, 2F], a [N, F], dweights[origin[i]] (ops/expert.rs); the
@@ -56,11 +57,35 @@ __device__ void gather_rows(int bound, const int* count, int width, const int* i
     for (; pack < packs; pack += WARP) store_once<N>(dst + pack * N, load<N>(src + pack * N));
 }
 
-// One block a row, one thread a pack of it, the packs of up to 8 slots in flight.
+// One warp a row: read once, written to each of its slots. (Gathering by destination reads a row once a slot, long after the caches have
+// dropped it: twice the bytes.)
+template <typename Act, int N>
+__device__ void expand_rows(int bound, const int* count, int slots_per_row, int width, const int* slots, const Act* src, Act* dst) {
+    constexpr int FLIGHT = 8;
+    const int row = row_of_warp(bound, count), lane = threadIdx.x % WARP, packs = width / N;
+    if (row < 0) return;
+    const int slot = lane < slots_per_row ? slots[long(row) * slots_per_row + lane] : -1;
+    src += long(row) * width;
+    for (int first = lane; first - lane < packs; first += FLIGHT * WARP) {
+        Pack<Act, N> held[FLIGHT];
+#pragma unroll
+        for (int i = 0; i < FLIGHT; i++)
+            if (first + i * WARP < packs) held[i] = load_once<N>(src + (first + i * WARP) * N);
+        for (int j = 0; j < slots_per_row; j++) {
+            const int to = __shfl_sync(ALL, slot, j);
+            if (to < 0) continue;
+#pragma unroll
+            for (int i = 0; i < FLIGHT; i++)
+                if (first + i * WARP < packs) store_once<N>(dst + long(to) * width + (first + i * WARP) * N, held[i]);
+        }
+    }
+}
+
+// One block a row, one thread a pack of it, the packs of 4 slots in flight: fewer registers, and so more blocks, serve it better than 8.
 template <typename Act, int N>
 __device__ void weighted_reduce(int bound, const int* count, int slots_per_row, int width, const int* slots,
                                 const float* weights, const Act* y, Act* out, int add) {
-    constexpr int FLIGHT = 8;
+    constexpr int FLIGHT = 4;
     const int row = blockIdx.x, lane = threadIdx.x % WARP;
     if (row >= live_rows(bound, count)) return;
     int slot = -1;
@@ -158,24 +183,27 @@ __device__ void weighted_swiglu_grad(int bound, const int* count, int f, const i
 }
 
 // NAME_wide_f32, NAME_wide_bf16 in packs of 16 bytes, NAME_f32, NAME_bf16 in single elements.
-#define EXPORT(NAME, PARAMS, ARGS)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_wide_f32(PARAMS(float)) { NAME<float, 4> ARGS; }           \
-    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_wide_bf16(PARAMS(bf16)) { NAME<bf16, 8> ARGS; }            \
-    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_f32(PARAMS(float)) { NAME<float, 1> ARGS; }                \
-    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_bf16(PARAMS(bf16)) { NAME<bf16, 1> ARGS; }
+#define EXPORT(NAME, BLOCKS, PARAMS, ARGS)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME##_wide_f32(PARAMS(float)) { NAME<float, 4> ARGS; }           \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME##_wide_bf16(PARAMS(bf16)) { NAME<bf16, 8> ARGS; }            \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME##_f32(PARAMS(float)) { NAME<float, 1> ARGS; }                \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME##_bf16(PARAMS(bf16)) { NAME<bf16, 1> ARGS; }
 
 #define GATHER_PARAMS(Act) int bound, const int *count, int width, const int *index, const Act *src, Act *dst
-EXPORT(gather_rows, GATHER_PARAMS, (bound, count, width, index, src, dst))
+EXPORT(gather_rows, 4, GATHER_PARAMS, (bound, count, width, index, src, dst))
+
+#define EXPAND_PARAMS(Act) int bound, const int *count, int slots_per_row, int width, const int *slots, const Act *src, Act *dst
+EXPORT(expand_rows, 4, EXPAND_PARAMS, (bound, count, slots_per_row, width, slots, src, dst))
 
 #define REDUCE_PARAMS(Act)                                                                                                 \
     int bound, const int *count, int slots_per_row, int width, const int *slots, const float *weights, const Act *y,       \
         Act *out, int add
-EXPORT(weighted_reduce, REDUCE_PARAMS, (bound, count, slots_per_row, width, slots, weights, y, out, add))
+EXPORT(weighted_reduce, 4, REDUCE_PARAMS, (bound, count, slots_per_row, width, slots, weights, y, out, add))
 
 #define SWIGLU_PARAMS(Act)                                                                                                 \
     int bound, const int *count, int f, const int *origin, const float *weights, const Act *da, const Act *h, Act *dh,     \
         Act *a, float *dweights
-EXPORT(weighted_swiglu_grad, SWIGLU_PARAMS, (bound, count, f, origin, weights, da, h, dh, a, dweights))
+EXPORT(weighted_swiglu_grad, 2, SWIGLU_PARAMS, (bound, count, f, origin, weights, da, h, dh, a, dweights))
 
 // Choices without a row keep the zero that a fill put there before.
 extern "C" __global__ void __launch_bounds__(THREADS)

@@ -60,6 +60,46 @@ fn gathers<A: CudaAct>() {
     }
 }
 
+/// Both forms of an expansion lead to the same rows; slots of −1 and rows beyond the live ones are left alone.
+fn expansions<A: CudaAct>() {
+    let Some(gpu) = gpu::<A>() else { return };
+    for (arrived, live, k, width) in
+        [(5, 5, 1, 8), (40, 33, 3, 64), (300, 299, 8, 100), (7, 0, 2, 16), (64, 64, 2, 2056)]
+    {
+        let src: Vec<A> = narrow(&random_within(1, arrived * width, 1.0));
+        let mut slots = vec![NOWHERE; arrived * k];
+        let mut source = Vec::new();
+        // Every third slot is none; the others count down, so that no order is that of the rows.
+        let taken: Vec<usize> = (0..live * k).filter(|slot| slot % 3 != 1).collect();
+        for (i, slot) in taken.iter().rev().enumerate() {
+            slots[*slot] = i as i32;
+            source.push((slot / k) as i32);
+        }
+        for slot in &mut slots[..live * k] {
+            *slot = if *slot == NOWHERE { -1 } else { *slot };
+        }
+        let mut want = vec![f32::NAN; (source.len() + 3) * width];
+        for (i, row) in source.iter().enumerate() {
+            let from = *row as usize * width;
+            want[i * width..(i + 1) * width].copy_from_slice(&widen(&src)[from..from + width]);
+        }
+        let n = source.len();
+        let (slots, source, src) = (upload(&gpu, &slots), upload(&gpu, &source), upload(&gpu, &src));
+        let count = upload(&gpu, &[live as i32]);
+        let mut dst = filled(&gpu, (n + 3) * width, A::from_f32(f32::NAN));
+        let (rows, dims) = (Rows { bound: arrived, count: Some(View::of(&count)) }, CombineDims { slots: k, width });
+        let (slots, source) = (View::of(&slots), View::of(&source));
+        gpu.expand_rows(rows, Rows::exactly(n), dims, slots, source, View::of(&src), ViewMut::of(&mut dst));
+        assert_matches(&format!("{live} of {arrived} x {width}"), &widen(&download(&gpu, &dst)), &want, 0.0);
+    }
+}
+
+#[test]
+fn expanded_rows_are_where_their_slots_say() {
+    expansions::<f32>();
+    expansions::<bf16>();
+}
+
 #[test]
 fn gathered_rows_are_the_rows_asked_for() {
     gathers::<f32>();

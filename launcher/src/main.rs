@@ -13,13 +13,14 @@ mod place;
 mod plan;
 mod render;
 mod run;
+mod save;
 mod status;
 mod tokenizer;
 
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
-use moe_runtime::exit::Failure;
+use moe_runtime::exit::{Failure, caught};
 use moe_runtime::telemetry::{Console, init_logs, log_filter};
 
 const EXAMPLES: &str = "\
@@ -28,6 +29,7 @@ Examples:
   moe-launch plan --preset shakespeare -n 4
   moe-launch run -n 4 -- --preset shakespeare --data input.txt --run-dir runs/a
   moe-launch status --run-dir runs/a
+  moe-launch save --run-dir runs/a
   moe-launch data prepare --data texts/ --out shards/
   moe-launch tokenizer train --data texts/ --vocab-size 8192 --out tokenizer.json
   moe-launch generate --checkpoint runs/a --prompt \"ROMEO:\"
@@ -57,6 +59,8 @@ enum Command {
     Run(run::RunArgs),
     /// Show the ranks, step and loss of a running job.
     Status(status::StatusArgs),
+    /// Have a running job write a checkpoint now and go on.
+    Save(save::SaveArgs),
     /// Prepare text for training, and look into token shards.
     Data(data::DataArgs),
     /// Make a tokenizer.
@@ -87,12 +91,15 @@ fn main() -> ExitCode {
         report(&error.into());
         return moe_runtime::exit::ExitCode::Usage.into();
     }
-    let result = match cli {
+    let result = caught(|| match cli {
         Cli { command: Command::Doctor(args) } => doctor::run(&args),
         Cli { command: Command::Plan(args) } => plan::run(&args, &mut std::io::stdout()),
         Cli { command: Command::Run(args) } => run::run(&args),
         Cli { command: Command::Status(args) } => {
             status::run(&args, &mut std::io::stdout()).map(|()| ExitCode::SUCCESS).map_err(Failure::from)
+        }
+        Cli { command: Command::Save(args) } => {
+            save::run(&args, &mut std::io::stdout()).map(|()| ExitCode::SUCCESS).map_err(Failure::from)
         }
         Cli { command: Command::Data(args) } => data::run(&args),
         Cli { command: Command::Tokenizer(args) } => tokenizer::run(&args),
@@ -105,7 +112,7 @@ fn main() -> ExitCode {
             pages::completions(&args, Cli::command(), &mut std::io::stdout())
         }
         Cli { command: Command::Man(args) } => pages::man(&args, Cli::command()),
-    };
+    });
     match result {
         Ok(code) => code,
         Err(failure) => {

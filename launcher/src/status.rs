@@ -12,9 +12,9 @@ use moe_runtime::coordination::{
 };
 use moe_runtime::exit::{Classified, ExitCode};
 
-/// Options of `moe-launch status`.
+/// Which running job is meant.
 #[derive(Debug, clap::Args)]
-pub(crate) struct StatusArgs {
+pub(crate) struct JobArgs {
     /// Directory of the run; its coordinator.json says where the coordinator is
     #[arg(long, value_name = "DIR", required_unless_present = "coordinator", conflicts_with = "coordinator")]
     run_dir: Option<PathBuf>,
@@ -24,15 +24,22 @@ pub(crate) struct StatusArgs {
     /// Join token of the job; better given by the variable, which other users of the machine do not see
     #[arg(long, value_name = "HEX", env = "MOE_JOIN_TOKEN", hide_env_values = true)]
     join_token: Option<String>,
-    /// Print one JSON object
-    #[arg(long)]
-    json: bool,
     /// Seconds to wait for an answer
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     timeout: u32,
 }
 
-/// Why no status could be shown.
+/// Options of `moe-launch status`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct StatusArgs {
+    #[command(flatten)]
+    job: JobArgs,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// Why a job could not be asked.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StatusError {
     /// The coordinator could not be found or did not answer.
@@ -42,7 +49,7 @@ pub(crate) enum StatusError {
     #[error("name the job: --run-dir DIR, or --coordinator HOST:PORT with MOE_JOIN_TOKEN")]
     NoJob,
     /// The output could not be written.
-    #[error("cannot write the status: {0}")]
+    #[error("cannot write the answer: {0}")]
     Output(#[from] io::Error),
 }
 
@@ -68,19 +75,26 @@ impl Classified for StatusError {
     }
 }
 
+impl JobArgs {
+    /// A client of the job's coordinator.
+    pub(crate) fn operator(&self) -> Result<Operator, StatusError> {
+        let (addr, token) = match self {
+            Self { run_dir: Some(dir), .. } => {
+                let contact = ContactFile::read(dir)?;
+                (contact.addr, contact.token)
+            }
+            Self { coordinator: Some(addr), join_token: Some(token), .. } => {
+                (addr.clone(), token.parse::<JoinToken>()?)
+            }
+            _ => return Err(StatusError::NoJob),
+        };
+        Ok(Operator::new(&addr, &token, Duration::from_secs(self.timeout.into()))?)
+    }
+}
+
 /// Asks the coordinator and writes its answer to `out`.
 pub(crate) fn run(args: &StatusArgs, out: &mut impl Write) -> Result<(), StatusError> {
-    let (addr, token) = match args {
-        StatusArgs { run_dir: Some(dir), .. } => {
-            let contact = ContactFile::read(dir)?;
-            (contact.addr, contact.token)
-        }
-        StatusArgs { coordinator: Some(addr), join_token: Some(token), .. } => {
-            (addr.clone(), token.parse::<JoinToken>()?)
-        }
-        _ => return Err(StatusError::NoJob),
-    };
-    let status = Operator::new(&addr, &token, Duration::from_secs(args.timeout.into()))?.status()?;
+    let status = args.job.operator()?.status()?;
     if args.json {
         serde_json::to_writer(&mut *out, &status).map_err(io::Error::from)?;
         writeln!(out)?;

@@ -6,6 +6,8 @@
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
+use serde_json::Value;
+
 fn launch(args: &[&str]) -> Output {
     let launch = PathBuf::from(env!("CARGO_BIN_EXE_moe-launch"));
     if !launch.with_file_name("moe-worker").exists() {
@@ -43,7 +45,7 @@ fn peak_memory_and_bytes_sent_are_those_of_the_plan() {
             let run = launch(&args);
             assert!(run.status.success(), "{preset}: {}", String::from_utf8_lossy(&run.stderr));
             let compared = launch(&["plan", "--compare", dir, "--json"]);
-            let lines: Vec<serde_json::Value> = serde_json::from_slice(&compared.stdout).unwrap();
+            let lines: Vec<Value> = serde_json::from_slice(&compared.stdout).unwrap();
             for line in &lines {
                 let what = line["what"].as_str().unwrap();
                 let (planned, counted) =
@@ -62,41 +64,57 @@ fn peak_memory_and_bytes_sent_are_those_of_the_plan() {
     }
 }
 
+/// A plan as JSON, with its exit code.
+fn plan(args: &[&str]) -> (Option<i32>, Value) {
+    let output = launch(&[&["plan", "--json"], args].concat());
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    (output.status.code(), serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {said}")))
+}
+
+/// `args` with what `change` says instead.
+fn changed<'a>(args: &[&'a str], change: &'a str) -> Vec<&'a str> {
+    let new: Vec<&str> = change.split(' ').collect();
+    let replaced = |flag: &str| flag != "--set" && new.contains(&flag);
+    let kept = args.chunks(2).filter(|pair| !replaced(pair[0])).flatten();
+    kept.copied().chain(new.iter().copied()).collect()
+}
+
+#[test]
+fn what_is_named_as_the_nearest_that_fits_fits() {
+    // Measured rates would be the same for each.
+    let rates = ["--gemm", "80", "--memory-rate", "10", "--exchange", "3"];
+    let jobs = [
+        "--preset moe-3b -n 4 --memory 80",
+        "--preset moe-3b -n 8 --nodes 2 --memory 70 --set parallel.ep=2",
+        "--preset moe-3b --nodes 1 --gpus 4 --gpu-memory 24",
+        "--preset moe-3b --nodes 2 --gpus 8 --gpu-memory 9 --set train.global_batch=128",
+        "--preset shakespeare -n 2 --memory 0.3 --set train.global_batch=64",
+    ];
+    for job in jobs {
+        let args: Vec<&str> = job.split(' ').chain(rates).collect();
+        let (code, refused) = plan(&args);
+        assert_eq!((code, &refused["fits"]), (Some(64), &false.into()), "{job}");
+        let alternatives = refused["alternatives"].as_array().unwrap();
+        assert!(!alternatives.is_empty(), "{job}");
+        for alternative in alternatives {
+            let change = alternative["change"].as_str().unwrap();
+            let (code, accepted) = plan(&changed(&args, change));
+            assert_eq!(code, Some(0), "{job}: {change}");
+            assert_eq!(accepted["memory"]["peak_bytes"], alternative["peak_bytes"], "{job}: {change}");
+        }
+    }
+}
+
 #[test]
 fn a_job_that_cannot_fit_is_refused_with_what_would() {
-    let args = [
-        "plan",
-        "--preset",
-        "moe-3b",
-        "-n",
-        "4",
-        "--memory",
-        "72",
-        "--gemm",
-        "80",
-        "--memory-rate",
-        "10",
-        "--exchange",
-        "3",
-    ];
-    let refused = launch(&args);
+    let job = "plan --preset moe-3b -n 4 --memory 72 --gemm 80 --memory-rate 10 --exchange 3";
+    let refused = launch(&job.split(' ').collect::<Vec<_>>());
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert_eq!(refused.status.code(), Some(64), "{said}");
-    assert!(said.contains("a rank needs") && said.contains("nearest that fit: -n 8"), "{said}");
-    let fits = launch(&[
-        "plan",
-        "--preset",
-        "moe-3b",
-        "--nodes",
-        "2",
-        "--gpus",
-        "8",
-        "--json",
-        "--set",
-        "train.global_batch=16",
-    ]);
-    assert!(fits.status.success(), "{}", String::from_utf8_lossy(&fits.stderr));
-    let plan: serde_json::Value = serde_json::from_slice(&fits.stdout).unwrap();
+    assert!(said.contains("a rank needs") && said.contains("nearest that fit: -n 8 --nodes 2"), "{said}");
+    let (code, plan) =
+        plan(&"--preset moe-3b --nodes 2 --gpus 8 --set train.global_batch=16".split(' ').collect::<Vec<_>>());
+    assert_eq!(code, Some(0));
     assert_eq!((&plan["groups"]["world"], &plan["groups"]["nodes"]), (&16.into(), &2.into()));
     assert!(plan["traffic"]["between_nodes_bytes"].as_f64().unwrap() > 0.0 && plan["time"].is_null());
 }

@@ -77,6 +77,24 @@ fn an_interrupt_becomes_a_checkpoint_and_no_restart() {
 }
 
 #[test]
+fn an_interrupt_before_the_ranks_have_begun_is_not_lost() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("run");
+    let mut args = vec!["run", "-n", "2", "--", "--run-dir", dir.to_str().unwrap(), "--steps", "1000000"];
+    args.extend(SMALL);
+    for wait_ms in [0, 150, 300] {
+        let mut child = launch(&args).spawn().unwrap();
+        // A process that listens has more threads than its first; before that a signal simply ends it.
+        let tasks = format!("/proc/{}/task", child.id());
+        wait_until(&mut child, "its threads", || std::fs::read_dir(&tasks).is_ok_and(|tasks| tasks.count() > 1));
+        std::thread::sleep(Duration::from_millis(wait_ms));
+        kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+        let ended = child.wait_with_output().unwrap();
+        assert_eq!(ended.status.code(), Some(75), "after {wait_ms} ms: {}", text(&ended.stderr));
+    }
+}
+
+#[test]
 fn a_killed_rank_is_answered_by_a_new_epoch_that_goes_on_from_the_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().to_str().unwrap();
@@ -96,6 +114,30 @@ fn a_killed_rank_is_answered_by_a_new_epoch_that_goes_on_from_the_checkpoint() {
     assert!(said.contains("starting it again, 1 of 1 restarts left"), "{said}");
     assert!(shown.contains("resuming       after step"), "{shown}");
     assert_eq!(steps_done(folder.path()), (1..=400).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_killed_rank_without_restarts_left_is_a_temporary_failure() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().to_str().unwrap();
+    let mut args = vec!["run", "-n", "2", "--", "--run-dir", dir, "--steps", "1000000"];
+    args.extend(SMALL);
+    let mut child = launch(&args).spawn().unwrap();
+    wait_until(&mut child, "three steps", || steps_done(folder.path()).len() > 3);
+    // A checkpoint that was ordered is written while the run goes on.
+    let saved = output(&["save", "--run-dir", dir]);
+    assert!(saved.status.success() && text(&saved.stdout).contains("ordered at step"), "{}", text(&saved.stderr));
+    let checkpoint = || {
+        std::fs::read_dir(folder.path().join("checkpoints"))
+            .is_ok_and(|mut all| all.any(|entry| entry.is_ok_and(|entry| entry.path().join("manifest.json").exists())))
+    };
+    wait_until(&mut child, "the checkpoint", checkpoint);
+    let status: serde_json::Value =
+        serde_json::from_slice(&output(&["status", "--run-dir", dir, "--json"]).stdout).unwrap();
+    let rank_1 = status["ranks"][1]["pid"].as_i64().unwrap();
+    kill_process(Pid::from_raw(i32::try_from(rank_1).unwrap()).unwrap(), Signal::KILL).unwrap();
+    let ended = child.wait_with_output().unwrap();
+    assert_eq!(ended.status.code(), Some(75), "{}", text(&ended.stderr));
 }
 
 #[test]

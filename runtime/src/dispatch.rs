@@ -322,8 +322,11 @@ impl<B: Backend> Shuffle<B> {
 
     /// Copies each row to the experts it goes to.
     fn spread(&self, device: &B, rows: View<'_, B, B::Act>, to_NH: ViewMut<'_, B, B::Act>) {
-        let grouped = self.grouped().rows;
-        device.gather_rows(grouped, self.hidden_size, self.source.view(grouped.bound), rows, to_NH);
+        let (grouped, received, k) = (self.grouped().rows, self.bounds.received, self.dims.top_k);
+        let arrived = Rows { bound: received, count: Some(self.received.view(1)) };
+        let dims = CombineDims { slots: k, width: self.hidden_size };
+        let (slots, source) = (self.slots.view(received * k), self.source.view(grouped.bound));
+        device.expand_rows(arrived, grouped, dims, slots, source, rows, to_NH);
     }
 
     /// Weights and sums the experts' outputs `y_NH` of each token, brings them home and sums them over ranks into `out_TH`

@@ -107,6 +107,14 @@ impl<E: Classified + Send + Sync + 'static> From<E> for Failure {
     }
 }
 
+/// Does `work`, and makes a panic in it, which has said its reason by then, an internal failure. Nothing that `work` has touched may
+/// be used after that: the caller ends the process.
+pub fn caught<T>(work: impl FnOnce() -> Result<T, Failure>) -> Result<T, Failure> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or_else(|_| {
+        Err(Failure::new(ExitCode::Internal, "a fault of this program, described above; please report it"))
+    })
+}
+
 /// The message with its causes, on one line: causes that a message already contains are not said twice.
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -162,6 +170,13 @@ mod tests {
         fn exit_code(&self) -> ExitCode {
             ExitCode::Io
         }
+    }
+
+    #[test]
+    fn a_panic_is_an_internal_error() {
+        assert_eq!(caught(|| Ok(3)).unwrap(), 3);
+        let failure = caught::<()>(|| panic!("on purpose")).unwrap_err();
+        assert_eq!(failure.exit_code(), ExitCode::Internal);
     }
 
     #[test]

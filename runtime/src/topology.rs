@@ -78,6 +78,19 @@ pub enum TopologyError {
     },
 }
 
+impl TopologyError {
+    /// The legal expert-parallel sizes next to the one that was asked for.
+    pub fn nearest(&self) -> &[usize] {
+        match self {
+            Self::NoRanks => &[],
+            Self::ZeroExpertParallel { nearest }
+            | Self::WorldNotDivisible { nearest, .. }
+            | Self::ExpertsNotDivisible { nearest, .. }
+            | Self::NoExperts { nearest, .. } => nearest,
+        }
+    }
+}
+
 /// Where a rank stands in the grid: `rank = dp * EP + ep`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Coordinate {

@@ -39,6 +39,19 @@ impl<A: CudaAct> ExpertOps for Cuda<A> {
         rows::gather(self, rows, width, index, src, dst);
     }
 
+    fn expand_rows(
+        &self,
+        arrived: Rows<'_, Self>,
+        _: Rows<'_, Self>,
+        dims: CombineDims,
+        slots: View<'_, Self, i32>,
+        _: View<'_, Self, i32>,
+        src: View<'_, Self, A>,
+        dst: ViewMut<'_, Self, A>,
+    ) {
+        rows::expand(self, arrived, dims, slots, src, dst);
+    }
+
     fn weighted_reduce(
         &self,
         rows: Rows<'_, Self>,

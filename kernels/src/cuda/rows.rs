@@ -54,6 +54,27 @@ pub(super) fn gather<A: CudaAct>(
     );
 }
 
+/// See [`crate::ExpertOps::expand_rows`]: by slots.
+pub(super) fn expand<A: CudaAct>(
+    queue: &Cuda<A>,
+    rows: Rows<'_, Cuda<A>>,
+    dims: CombineDims,
+    slots: View<'_, Cuda<A>, i32>,
+    src: View<'_, Cuda<A>, A>,
+    dst: ViewMut<'_, Cuda<A>, A>,
+) {
+    let CombineDims { slots: per_row, width } = dims;
+    assert!(per_row <= MOST_SLOTS, "{per_row} slots of a row, at most {MOST_SLOTS}");
+    holds("slots", slots.len(), rows.bound * per_row);
+    holds("src", src.len(), rows.bound * width);
+    let (src, dst) = (pointer(src), pointer_mut(dst));
+    let (_, name) = packs::<A>(names!("expand_rows"), width, &[src, dst]);
+    launch!(
+        queue, name, warp_a_row(rows.bound);
+        rows.bound as i32, pointer_or_null(rows.count), per_row as i32, width as i32, pointer(slots), src, dst
+    );
+}
+
 /// What [`reduce`] sums.
 pub(super) struct Reduction<'a, A: CudaAct> {
     /// Sizes.

@@ -110,6 +110,22 @@ pub trait ExpertOps: Device {
         src: View<'_, Self, Self::Act>,
         dst: ViewMut<'_, Self, Self::Act>,
     );
+    /// Expansion: `dst[slots[r, j]] = src[r]` for the slots of the `arrived` rows that are not −1, which is `dst[i] = src[source[i]]` for
+    /// the `expanded` ones. Both forms are given: reading each row once, or writing in order, is best for different memories.
+    #[allow(clippy::too_many_arguments)] // one copy in two forms
+    fn expand_rows(
+        &self,
+        arrived: Rows<'_, Self>,
+        expanded: Rows<'_, Self>,
+        dims: CombineDims,
+        slots: View<'_, Self, i32>,
+        source: View<'_, Self, i32>,
+        src: View<'_, Self, Self::Act>,
+        dst: ViewMut<'_, Self, Self::Act>,
+    ) {
+        assert!(slots.len() >= arrived.bound * dims.slots, "{} slots of {} rows", slots.len(), arrived.bound);
+        self.gather_rows(expanded, dims.width, source, src, dst);
+    }
     /// `out[r] (+)= Σ_j weights[r, j] · y[slots[r, j]]` over the slots that are not −1, ascending j, summed in f32; no weights: all
     /// 1. A row without slots is 0.
     #[allow(clippy::too_many_arguments)] // the operands of one weighted sum

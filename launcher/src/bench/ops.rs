@@ -121,11 +121,13 @@ impl<B: Backend> Bench<'_, B> {
         let mut weights = self.zeros::<f32>(n)?;
         self.device.fill(ViewMut::of(&mut weights), 1.0 / k as f32);
         let act = B::Act::BYTES;
+        let dims = CombineDims { slots: k, width: h };
         let permute = self.figure("permute", (t + n) * h * act + 4 * n, || {
             let to = ViewMut::of(&mut rows);
-            self.device.gather_rows(Rows::exactly(n), h, View::of(&source), View::of(&tokens), to);
+            let (slots, source) = (View::of(&slots), View::of(&source));
+            let (arrived, expanded) = (Rows::exactly(t), Rows::exactly(n));
+            self.device.expand_rows(arrived, expanded, dims, slots, source, View::of(&tokens), to);
         })?;
-        let dims = CombineDims { slots: k, width: h };
         let unpermute = self.figure("unpermute", (t + n) * h * act + 8 * n, || {
             let (slots, weights, to) = (View::of(&slots), Some(View::of(&weights)), ViewMut::of(&mut out));
             let rows = View::of(&rows);

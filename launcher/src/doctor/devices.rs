@@ -12,6 +12,7 @@ pub(super) fn findings() -> Vec<Finding> {
     let driver = std::fs::read_to_string("/proc/driver/nvidia/version").ok();
     let mut findings = vec![gpu(gpus.as_deref(), driver.as_deref())];
     if gpus.is_some() || driver.is_some() {
+        findings.push(driver_of(driver.as_deref()));
         findings.push(nccl(&said("ldconfig", &["-p"]).unwrap_or_default()));
         if let Some(matrix) = said("nvidia-smi", &["topo", "-m"]) {
             findings.push(gpu_links(&matrix));
@@ -28,19 +29,31 @@ fn said(program: &str, args: &[&str]) -> Option<String> {
 }
 
 fn gpu(gpus: Option<&str>, driver: Option<&str>) -> Finding {
-    let version = driver.and_then(|text| text.lines().next()).unwrap_or_default().trim();
     let names: Vec<&str> = gpus.unwrap_or_default().lines().filter(|line| line.starts_with("GPU ")).collect();
     match (names.first(), driver) {
         (Some(first), _) => {
             let name = first.split_once(": ").map_or(*first, |(_, name)| name.split(" (").next().unwrap_or(name));
-            Finding::ok("gpu", format!("{} x {name}", names.len()))
+            Finding::ok("gpu", format!("{} x {name}; this version computes on the CPU", names.len()))
         }
         (None, Some(_)) => {
-            let mend =
-                "the driver is loaded but shows no GPU: run nvidia-smi; in a container give it the GPUs (--gpus all)";
-            Finding::warning("gpu", version, mend)
+            let mend = "run nvidia-smi to see why; in a container give it the GPUs (--gpus all)";
+            Finding::warning("gpu", "none, though its driver is loaded", mend)
         }
         (None, None) => Finding::ok("gpu", "none; computes on the CPU"),
+    }
+}
+
+/// The version of the loaded kernel module, whose text begins `NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  …`.
+fn driver_of(module: Option<&str>) -> Finding {
+    let line = module.and_then(|text| text.lines().next()).unwrap_or_default();
+    let is_version = |word: &&str| word.contains('.') && word.chars().all(|c| c.is_ascii_digit() || c == '.');
+    match line.split_whitespace().find(is_version) {
+        Some(version) => Finding::ok("driver", version),
+        None => Finding::warning(
+            "driver",
+            "/proc/driver/nvidia/version does not say which",
+            "run nvidia-smi; in a container the host's driver must be visible",
+        ),
     }
 }
 
@@ -108,7 +121,9 @@ mod tests {
         let table = [
             (gpu(None, None), Level::Ok, "none"),
             (gpu(Some(listed), Some(driver)), Level::Ok, "2 x NVIDIA H100 80GB HBM3"),
-            (gpu(None, Some(driver)), Level::Warning, "580.1"),
+            (gpu(None, Some(driver)), Level::Warning, "none, though"),
+            (driver_of(Some(driver)), Level::Ok, "580.1"),
+            (driver_of(None), Level::Warning, "does not say"),
             (nccl("\tlibnccl.so.2 (libc6,x86-64) => /usr/lib/libnccl.so.2\n"), Level::Ok, "/usr/lib/libnccl.so.2"),
             (nccl(""), Level::Warning, "not in the linker's cache"),
             (gpu_links(all), Level::Ok, "NVLink"),

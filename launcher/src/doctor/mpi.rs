@@ -13,6 +13,7 @@ use moe_runtime::worker::World;
 use rustix::process::geteuid;
 
 use super::Finding;
+use crate::machine;
 
 /// What both ranks of a trial that worked have said.
 const HELLO: &str = "two ranks have met";
@@ -46,7 +47,7 @@ fn slots() -> Finding {
         let tasks = std::env::var("SLURM_NTASKS").unwrap_or_else(|_| "?".to_owned());
         return Finding::ok("slots", format!("{tasks} in Slurm job {job}"));
     }
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let cores = machine::cores().or_else(|| std::thread::available_parallelism().ok().map(usize::from)).unwrap_or(1);
     Finding::ok("slots", format!("{cores}; moe-launch run starts more ranks than that with --oversubscribe"))
 }
 

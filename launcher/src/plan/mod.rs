@@ -84,7 +84,7 @@ fn told(refusal: &DoesNotFit) -> String {
         .map(|alternative| format!("{} ({})", alternative.change, show::bytes(alternative.peak_bytes as f64)))
         .collect();
     let advice = match nearest.as_slice() {
-        [] => "nothing that is known makes it fit: choose a smaller model".to_owned(),
+        [] => "nothing that is known makes it fit: choose a smaller model or shorter sequences".to_owned(),
         nearest => format!("nearest that fit: {}", nearest.join(", ")),
     };
     format!("a rank needs {peak} and has {limit}; {advice}")

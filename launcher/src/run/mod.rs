@@ -12,13 +12,14 @@ use std::process::{ExitCode, ExitStatus};
 use std::time::Duration;
 
 use clap::{Args, Parser};
-use moe_runtime::coordination::{CoordinatorHandle, Epoch, JobSpec, JoinToken};
+use moe_runtime::coordination::{CoordinatorHandle, Epoch, JobSpec, JoinToken, Operator, Phase};
 use moe_runtime::exit::{ExitCode as Code, Failure};
 use moe_runtime::topology::Grid;
 use moe_runtime::worker::{WorkerArgs, coordinator_listener, grid_of, reachable_addr, resolved_config};
+use signal_hook::consts::{SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS, SIGTRAP};
 
 use starter::{Places, Starter};
-use stop::Stop;
+use stop::{Forming, Stop};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -29,7 +30,7 @@ Examples:
 
 Inside a Slurm allocation the ranks are started with srun, elsewhere with mpirun; one rank alone needs neither.
 Ctrl-C, SIGTERM and SIGUSR1 become a graceful stop: the step is finished, a checkpoint written, exit code 75. A second one gives
-up the step, a third kills the ranks. Otherwise the exit code is the workers' own.";
+up the step, a third kills the ranks. Otherwise the exit code is the workers' own; 75 also where a rank was killed.";
 
 /// Start moe-worker on several ranks, see them through, and restart them if asked.
 #[derive(Args)]
@@ -55,6 +56,8 @@ pub(crate) struct RunArgs {
 /// The wait before the first restart; it doubles from one to the next.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// How long the coordinator of this process may take to answer.
+const ANSWER: Duration = Duration::from_secs(2);
 
 pub(crate) fn run(args: &RunArgs) -> Result<ExitCode, Failure> {
     let worker = match WorkerArgs::try_parse_from(std::iter::once(&OsString::from("moe-worker")).chain(&args.worker)) {
@@ -101,8 +104,9 @@ impl Job<'_> {
         for epoch in 1.. {
             let status = self.attempt(Epoch(epoch), &stop)?;
             let left = u64::from(self.args.restarts) + 1 - epoch;
-            if left == 0 || stop.is_asked() || !worth_another(status) {
-                return Ok(code_of(status));
+            let code = number_of(status, stop.is_asked());
+            if left == 0 || stop.is_asked() || code != Code::Temporary.number() {
+                return Ok(code.into());
             }
             eprintln!(
                 "moe-launch: the job ended with {}; starting it again, {left} of {} restarts left",
@@ -110,7 +114,7 @@ impl Job<'_> {
                 self.args.restarts
             );
             if stop.sleep(pause) {
-                return Ok(code_of(status));
+                return Ok(code.into());
             }
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
@@ -125,7 +129,7 @@ impl Job<'_> {
             command.args(["--coordinator", addr]).env("MOE_JOIN_TOKEN", handle.token().expose());
         }
         let mut child = command.spawn().map_err(|error| self.starter.cannot_start(&error))?;
-        stop.watch(&child);
+        stop.watch(&child, host.as_ref().and_then(|(handle, _)| forming(handle)));
         let status = child.wait();
         stop.unwatch();
         status.map_err(|error| Failure::new(Code::Io, format!("cannot wait for {}: {error}", self.starter.program())))
@@ -133,7 +137,7 @@ impl Job<'_> {
 
     /// The coordinator of one attempt, and how ranks reach it.
     fn host(&self, epoch: Epoch) -> Result<(CoordinatorHandle, String), Failure> {
-        let one_machine = self.places.is_this_machine() && self.starter != Starter::Srun;
+        let one_machine = self.places.is_this_machine() && !matches!(self.starter, Starter::Srun { .. });
         let listener = coordinator_listener(one_machine)?;
         let spec = JobSpec {
             epoch,
@@ -148,21 +152,36 @@ impl Job<'_> {
     }
 }
 
-/// Whether a job that ended so may end better when it is started again: it said so, or a rank was killed.
-fn worth_another(status: ExitStatus) -> bool {
-    let retry = i32::from(Code::Temporary.number());
-    status.signal().is_some() || status.code().is_some_and(|code| code == retry || code > 128)
+/// Asks a coordinator of this process whether ranks are still awaited.
+fn forming(handle: &CoordinatorHandle) -> Option<Forming> {
+    let operator = Operator::new(&handle.addr().to_string(), handle.token(), ANSWER).ok()?;
+    Some(Box::new(move || operator.status().is_ok_and(|status| status.phase == Phase::Forming)))
 }
 
-fn code_of(status: ExitStatus) -> ExitCode {
-    let code = status.code().or_else(|| status.signal().map(|signal| 128 + signal));
-    ExitCode::from(code.and_then(|code| u8::try_from(code).ok()).unwrap_or(Code::Internal.number()))
+/// Signals that a process gets for a fault of its own.
+const FAULTS: [i32; 7] = [SIGILL, SIGTRAP, SIGABRT, SIGBUS, SIGFPE, SIGSEGV, SIGSYS];
+
+/// The signal that ended a rank, or the starter itself: of a rank mpirun and srun say 128 and its number.
+fn signal_of(status: ExitStatus) -> Option<i32> {
+    status.signal().or_else(|| status.code().filter(|code| (129..=192).contains(code)).map(|code| code - 128))
+}
+
+/// The exit code of a job: its workers' own. A rank that was killed is lost to its peers, which is temporary, unless it fell by a
+/// fault of the program; so are a machine that mpirun cannot reach (205, 255) and whatever becomes of ranks that were `asked` to stop.
+fn number_of(status: ExitStatus, asked: bool) -> u8 {
+    match (signal_of(status), status.code()) {
+        (None, Some(code @ (0 | 64..=78))) => code as u8,
+        _ if asked => Code::Temporary.number(),
+        (Some(signal), _) if FAULTS.contains(&signal) => Code::Internal.number(),
+        (None, Some(code @ 1..=128)) => code as u8,
+        _ => Code::Temporary.number(),
+    }
 }
 
 fn told(status: ExitStatus) -> String {
-    match (status.code(), status.signal()) {
-        (Some(code), _) if code > 128 => format!("exit code {code}: a rank was killed by signal {}", code - 128),
-        (Some(code), _) => format!("exit code {code}"),
+    match (status.code(), signal_of(status)) {
+        (Some(code), Some(signal)) => format!("exit code {code}: a rank was killed by signal {signal}"),
+        (Some(code), None) => format!("exit code {code}"),
         (None, signal) => format!("signal {}", signal.unwrap_or(0)),
     }
 }
@@ -172,11 +191,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_may_pass_is_tried_again() {
-        // The raw status: the exit code in the second byte, or the signal in the first.
-        let table = [(0 << 8, false), (64 << 8, false), (70 << 8, false), (75 << 8, true), (137 << 8, true), (9, true)];
-        for (raw, again) in table {
-            assert_eq!(worth_another(ExitStatus::from_raw(raw)), again, "{}", told(ExitStatus::from_raw(raw)));
+    fn a_job_has_the_code_of_its_workers_or_of_what_became_of_them() {
+        // The raw status (the exit code in the second byte, or the signal in the first), and the code it comes to where nobody asked
+        // the job to stop and where somebody did.
+        #[rustfmt::skip]
+        let table = [
+            (0 << 8, 0, 0), (64 << 8, 64, 64), (70 << 8, 70, 70), (75 << 8, 75, 75),
+            (1 << 8, 1, 75), // mpirun's own
+            (137 << 8, 75, 75), (143 << 8, 75, 75), (9, 75, 75), // KILL, TERM
+            (139 << 8, 70, 75), (134 << 8, 70, 75), (11, 70, 75), // SEGV, ABRT
+            (205 << 8, 75, 75), (255 << 8, 75, 75), // a machine that mpirun has lost, or never reached
+        ];
+        for (raw, code, when_asked) in table {
+            let status = ExitStatus::from_raw(raw);
+            assert_eq!((number_of(status, false), number_of(status, true)), (code, when_asked), "{}", told(status));
         }
+        assert_eq!(told(ExitStatus::from_raw(137 << 8)), "exit code 137: a rank was killed by signal 9");
+        assert_eq!(told(ExitStatus::from_raw(255 << 8)), "exit code 255");
     }
 }

@@ -10,6 +10,8 @@ use std::process::{Command, Stdio};
 use moe_runtime::exit::{ExitCode as Code, Failure};
 use rustix::process::geteuid;
 
+use crate::machine;
+
 /// Where ranks go.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Places {
@@ -52,7 +54,10 @@ pub(super) enum Starter {
     /// Open MPI's mpirun.
     Mpirun,
     /// Slurm's srun, inside an allocation.
-    Srun,
+    Srun {
+        /// CPUs of a rank, where the allocation says so: srun does not take that over by itself.
+        cpus_per_rank: Option<usize>,
+    },
     /// Nothing: a rank alone is an ordinary process.
     Alone,
 }
@@ -62,7 +67,9 @@ impl Starter {
     pub(super) fn choose(places: &Places, local: bool, lookup: impl Fn(&str) -> Option<String>) -> Self {
         let allocation = !local && places.hosts.is_empty() && lookup("SLURM_JOB_ID").is_some();
         match (allocation, places) {
-            (true, _) => Self::Srun,
+            (true, _) => {
+                Self::Srun { cpus_per_rank: lookup("SLURM_CPUS_PER_TASK").and_then(|cpus| cpus.trim().parse().ok()) }
+            }
             (false, Places { ranks: 1, hosts }) if hosts.is_empty() => Self::Alone,
             _ => Self::Mpirun,
         }
@@ -72,7 +79,7 @@ impl Starter {
     pub(super) fn program(self) -> &'static str {
         match self {
             Self::Mpirun => "mpirun",
-            Self::Srun => "srun",
+            Self::Srun { .. } => "srun",
             Self::Alone => "moe-worker",
         }
     }
@@ -81,7 +88,7 @@ impl Starter {
     pub(super) fn cannot_start(self, error: &std::io::Error) -> Failure {
         let mend = match self {
             Self::Mpirun => "install Open MPI (apt-get install openmpi-bin) or start one rank alone",
-            Self::Srun => "install Slurm's client, or give --local to use mpirun",
+            Self::Srun { .. } => "install Slurm's client, or give --local to use mpirun",
             Self::Alone => "build it with `cargo build --release`",
         };
         Failure::new(Code::Io, format!("cannot start {}: {error}; {mend}", self.program()))
@@ -89,18 +96,18 @@ impl Starter {
 
     /// The command that starts moe-worker with `worker` arguments on all ranks; more arguments may follow.
     pub(super) fn command(self, places: &Places, own_threads: bool, worker: &[OsString]) -> Result<Command, Failure> {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let mut command = Command::new(match self {
             Self::Alone => worker_program()?.into_os_string(),
             starter => starter.program().into(),
         });
-        command.args(self.options(places, cores, geteuid().is_root()));
+        command.args(self.options(places, machine::cores(), geteuid().is_root()));
         if self != Self::Alone {
             command.arg(worker_program()?);
         }
         command.args(worker);
-        if let (Some(threads), false) = (self.threads(places, cores), own_threads) {
-            command.args(["--set", &format!("run.threads={threads}")]);
+        // Slurm need not bind ranks to what it gives them; those that mpirun binds see it themselves.
+        if let (Self::Srun { cpus_per_rank: Some(cpus) }, false) = (self, own_threads) {
+            command.args(["--set", &format!("run.threads={cpus}")]);
         }
         command.stdin(Stdio::null());
         // A group of its own: the terminal's Ctrl-C reaches this process only, which passes it on as a graceful stop.
@@ -108,25 +115,25 @@ impl Starter {
         Ok(command)
     }
 
-    /// Threads of a rank where it is known which cores it has: each rank of mpirun on this machine is bound to its share.
-    fn threads(self, places: &Places, cores: usize) -> Option<usize> {
-        let bound = self == Self::Mpirun && places.hosts.is_empty() && places.ranks <= cores;
-        bound.then(|| cores / places.ranks)
-    }
-
-    fn options(self, places: &Places, cores: usize, root: bool) -> Vec<String> {
+    /// The command line between the starter and the worker; `cores` are those that ranks can be bound to.
+    fn options(self, places: &Places, cores: Option<usize>, root: bool) -> Vec<String> {
         let ranks = places.ranks.to_string();
         let mut options: Vec<String> = Vec::new();
         let mut add = |words: &[&str]| options.extend(words.iter().map(|word| (*word).to_owned()));
         match self {
             Self::Alone => {}
             // A rank that is lost must end the job: nobody would answer its peers.
-            Self::Srun => add(&["--mpi=pmix", "--ntasks", &ranks, "--kill-on-bad-exit=1"]),
+            Self::Srun { cpus_per_rank } => {
+                add(&["--mpi=pmix", "--ntasks", &ranks, "--kill-on-bad-exit=1"]);
+                if let Some(cpus) = cpus_per_rank {
+                    add(&["--cpus-per-task", &cpus.to_string()]);
+                }
+            }
             Self::Mpirun => {
                 add(&["-n", &ranks]);
-                match self.threads(places, cores) {
-                    Some(threads) => {
-                        let map = format!("slot:PE={threads}");
+                match cores.filter(|cores| places.hosts.is_empty() && places.ranks <= *cores) {
+                    Some(cores) => {
+                        let map = format!("slot:PE={}", cores / places.ranks);
                         add(&["--map-by", &map, "--bind-to", "core"]);
                     }
                     // More ranks than cores, or machines whose cores are not known here.
@@ -172,26 +179,34 @@ mod tests {
             (4, &[][..], false, false, Starter::Mpirun),
             (1, &[], false, false, Starter::Alone),
             (1, &["a"], false, false, Starter::Mpirun),
-            (4, &[], false, true, Starter::Srun),
+            (4, &[], false, true, Starter::Srun { cpus_per_rank: Some(3) }),
             (4, &[], true, true, Starter::Mpirun),
             (4, &["a:2", "b:2"], false, true, Starter::Mpirun),
         ];
         for (ranks, hosts, local, allocation, starter) in table {
-            let lookup = |name: &str| (allocation && name == "SLURM_JOB_ID").then(|| "7".to_owned());
+            let lookup = |name: &str| match name {
+                "SLURM_JOB_ID" if allocation => Some("7".to_owned()),
+                "SLURM_CPUS_PER_TASK" if allocation => Some("3".to_owned()),
+                _ => None,
+            };
             assert_eq!(Starter::choose(&places(ranks, hosts), local, lookup), starter, "{ranks} on {hosts:?}");
         }
     }
 
     #[test]
     fn options_bind_ranks_where_there_are_cores_for_them() {
-        let options =
-            |starter: Starter, ranks, hosts: &[&str]| starter.options(&places(ranks, hosts), 8, false).join(" ");
-        assert_eq!(options(Starter::Mpirun, 4, &[]), "-n 4 --map-by slot:PE=2 --bind-to core");
-        assert_eq!(options(Starter::Mpirun, 16, &[]), "-n 16 --bind-to none --oversubscribe");
+        let options = |starter: Starter, ranks, hosts: &[&str], cores| {
+            starter.options(&places(ranks, hosts), cores, false).join(" ")
+        };
+        assert_eq!(options(Starter::Mpirun, 4, &[], Some(8)), "-n 4 --map-by slot:PE=2 --bind-to core");
+        assert_eq!(options(Starter::Mpirun, 16, &[], Some(8)), "-n 16 --bind-to none --oversubscribe");
+        assert_eq!(options(Starter::Mpirun, 4, &[], None), "-n 4 --bind-to none --oversubscribe");
         let over_hosts = "-n 4 --bind-to none --oversubscribe --host a:3,b:1 -x MOE_JOIN_TOKEN";
-        assert_eq!(options(Starter::Mpirun, 4, &["a:3", "b"]), over_hosts);
-        assert_eq!(options(Starter::Srun, 4, &[]), "--mpi=pmix --ntasks 4 --kill-on-bad-exit=1");
-        assert_eq!(options(Starter::Alone, 1, &[]), "");
+        assert_eq!(options(Starter::Mpirun, 4, &["a:3", "b"], Some(8)), over_hosts);
+        let srun = |cpus_per_rank| options(Starter::Srun { cpus_per_rank }, 4, &[], Some(8));
+        assert_eq!(srun(None), "--mpi=pmix --ntasks 4 --kill-on-bad-exit=1");
+        assert_eq!(srun(Some(3)), "--mpi=pmix --ntasks 4 --kill-on-bad-exit=1 --cpus-per-task 3");
+        assert_eq!(options(Starter::Alone, 1, &[], Some(8)), "");
     }
 
     #[test]

@@ -274,7 +274,7 @@ impl Default for DataConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RunConfig {
-    /// Compute threads of a rank; 0: the machine's cores shared by the ranks on it.
+    /// Compute threads of a rank; 0: the CPUs it may use, shared by the ranks that may use the same.
     pub threads: usize,
     /// Seconds a collective waits for its peers before it names who is missing.
     pub collective_timeout_s: f64,

@@ -10,6 +10,7 @@ use crate::checkpoint::Selection;
 use crate::data::{is_path, tokenizer};
 use crate::invalid::InvalidValue;
 use crate::model::layout::Layout;
+use crate::topology::{Grid, TopologyError};
 
 /// The longest wait a collective can be given: a week.
 const LONGEST_TIMEOUT_S: f64 = 7.0 * 24.0 * 3600.0;
@@ -104,16 +105,15 @@ impl Config {
     fn validate_parallel(&self, world: usize) -> Result<(), InvalidValue> {
         at_least_one("parallel.chunks", self.parallel.chunks as u64)?;
         let Some(ep) = self.parallel.ep else { return Ok(()) };
-        let experts = if self.model.moe_layers().next().is_some() { self.model.experts } else { 1 };
-        let legal = |size: usize| size > 0 && world.is_multiple_of(size) && experts.is_multiple_of(size);
-        if legal(ep) {
-            return Ok(());
-        }
-        let below = (1..ep).rev().find(|&size| legal(size));
-        let above = (ep + 1..=world.min(experts)).find(|&size| legal(size));
-        let nearest: Vec<_> = below.into_iter().chain(above).collect();
-        let reason =
-            format!("must divide both the {world} ranks and model.experts = {experts}; nearest that do: {nearest:?}");
+        let experts = if self.model.moe_layers().next().is_some() { self.model.experts } else { 0 };
+        let Err(error) = Grid::new(world, ep, experts) else { return Ok(()) };
+        let reason = match &error {
+            TopologyError::NoExperts { .. } => error.to_string(),
+            error => format!(
+                "must divide both the {world} ranks and model.experts = {experts}; nearest that do: {:?}",
+                error.nearest()
+            ),
+        };
         Err(InvalidValue::new("parallel.ep", ep, reason))
     }
 

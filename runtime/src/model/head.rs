@@ -1,17 +1,20 @@
 //! The head and the loss, in chunks of tokens: logits and their gradient are never held for the whole batch, nor at once.
 
-use moe_kernels::{Accumulate, Backend, DeviceError, GemmDims, View, ViewMut};
+use moe_kernels::{Accumulate, Backend, DeviceError, Element, GemmDims, View, ViewMut};
 
 use super::layout::TensorId;
 use super::parameters::{Gradients, Weights};
 use crate::memory::{Kind, Slot, Tally};
 
-/// Elements of logits held at once (16 MiB of f32): wide enough to keep matrix products efficient, small enough for caches.
+/// Elements of logits held at once in f32 (16 MiB): wide enough to keep a CPU's matrix products efficient, small enough for its caches.
 const LOGITS_AT_ONCE: usize = 1 << 22;
+/// The same in half as many bits (256 MiB): a GPU wants products of thousands of rows, and each adds to all of the head's gradient.
+const HALF_LOGITS_AT_ONCE: usize = 1 << 27;
 
-/// Tokens whose logits are held at once, of `tokens`.
-pub fn logits_rows(vocab: usize, tokens: usize) -> usize {
-    (LOGITS_AT_ONCE / vocab.max(1)).clamp(1, tokens.max(1))
+/// Tokens whose logits are held at once, of `tokens`; `half`: in a number type of 16 bits.
+pub fn logits_rows(vocab: usize, tokens: usize, half: bool) -> usize {
+    let elements = if half { HALF_LOGITS_AT_ONCE } else { LOGITS_AT_ONCE };
+    (elements / vocab.max(1)).clamp(1, tokens.max(1))
 }
 
 /// The head with its scratch.
@@ -43,7 +46,7 @@ impl<B: Backend> Head<B> {
     }
 
     fn chunks(&self, tokens: usize) -> impl Iterator<Item = std::ops::Range<usize>> + use<B> {
-        let rows = logits_rows(self.vocab, tokens);
+        let rows = logits_rows(self.vocab, tokens, B::Act::BYTES == 2);
         (0..tokens).step_by(rows).map(move |start| start..tokens.min(start + rows))
     }
 

@@ -4,7 +4,7 @@
 
 use serde::Serialize;
 
-use super::{Job, MemoryPlan};
+use super::{Job, MemoryPlan, Numbers};
 use crate::topology::Grid;
 
 /// A change that makes a job fit.
@@ -36,21 +36,26 @@ pub fn nearest_that_fit(job: &Job, limit_bytes: u64) -> Vec<Alternative> {
     if !alternatives.is_empty() {
         return alternatives;
     }
-    // Every lever as far as it goes, more ranks last.
+    // Every lever as far as it goes: larger groups, or more ranks, which form the largest there are.
     let mut all = (Vec::new(), job.clone());
-    for lever in [smaller_passes, sharded, larger_groups] {
-        if let Some((change, changed)) = lever(&all.1).pop() {
-            all.0.push(change);
-            all.1 = changed;
-        }
+    for lever in [smaller_passes, sharded] {
+        pull(lever, &mut all);
     }
-    let with_more = std::iter::once((None, all.1.clone()))
-        .chain(more_ranks(&all.1).into_iter().map(|(change, changed)| (Some(change), changed)))
-        .find(|(_, changed)| fits(changed));
-    with_more
-        .map(|(more, changed)| found(all.0.into_iter().chain(more).collect::<Vec<_>>().join(" "), &changed))
+    let mut grouped = all.clone();
+    pull(larger_groups, &mut grouped);
+    let with_more = more_ranks(&all.1)
         .into_iter()
-        .collect()
+        .map(|(change, changed)| (all.0.iter().cloned().chain([change]).collect(), changed));
+    let nearest = std::iter::once(grouped).chain(with_more).find(|(_, changed)| fits(changed));
+    nearest.map(|(changes, changed)| found(changes.join(" "), &changed)).into_iter().collect()
+}
+
+/// Adds the furthest change of a lever, if there is one, to those made already.
+fn pull(lever: Lever, (changes, job): &mut (Vec<String>, Job)) {
+    if let Some((change, changed)) = lever(job).pop() {
+        changes.push(change);
+        *job = changed;
+    }
 }
 
 /// Fewer sequences a pass, largest first.
@@ -85,7 +90,7 @@ fn larger_groups(job: &Job) -> Vec<(String, Job)> {
     grids.map(changed).collect()
 }
 
-/// Twice, four times… the ranks, with expert groups as large as they can be.
+/// Twice, four times… the nodes, each with as many ranks as now, with expert groups as large as they can be.
 fn more_ranks(job: &Job) -> Vec<(String, Job)> {
     let times = std::iter::successors(Some(2_usize), |times| (*times < MOST_TIMES).then_some(times * 2));
     let changed = |times: usize| {
@@ -94,8 +99,14 @@ fn more_ranks(job: &Job) -> Vec<(String, Job)> {
         let grid =
             Grid::automatic(world, job.grid.experts()).ok().filter(|_| world <= job.config.train.global_batch)?;
         let mut changed = Job { grid, ..job.clone() };
-        changed.config.parallel.ep = Some(grid.ep());
-        Some((format!("-n {world}"), changed))
+        let mut change = match job.numbers == Numbers::GPU {
+            true => format!("--nodes {}", changed.nodes()),
+            false => format!("-n {world} --nodes {}", changed.nodes()),
+        };
+        if changed.config.parallel.ep.replace(grid.ep()).is_some_and(|asked| asked != grid.ep()) {
+            change += &format!(" --set parallel.ep={}", grid.ep());
+        }
+        Some((change, changed))
     };
     times.filter_map(changed).collect()
 }

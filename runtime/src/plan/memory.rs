@@ -122,7 +122,7 @@ fn activations(job: &Job, tally: &mut Tally) {
     let feed_forward = |f: usize| 6 * t * f as u64 * act;
     let layers = c.layers as u64;
     let moe = job.moe_layers() as u64;
-    let logits = logits_rows(c.vocab_size, t as usize) as u64 * c.vocab_size as u64 * act;
+    let logits = logits_rows(c.vocab_size, t as usize, act == 2) as u64 * c.vocab_size as u64 * act;
     let world_sums = 7 + if job.loads_are_global() { 0 } else { moe * c.experts as u64 };
     tally.add(
         Kind::Activations,

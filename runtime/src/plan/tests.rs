@@ -254,7 +254,10 @@ fn a_job_that_does_not_fit_is_told_what_would() {
             .collect()
     };
     let near = changes(peak - 1);
-    assert!(near.contains(&"--set train.micro_batch=7".to_owned()) && near.contains(&"-n 4".to_owned()), "{near:?}");
+    // Nodes are as full as before: a rank has its share of one node's memory.
+    for change in ["--set train.micro_batch=7", "-n 4 --nodes 2"] {
+        assert!(near.iter().any(|found| found == change), "{near:?}");
+    }
     let together = changes(peak / 6);
     assert!(together.len() <= 2, "{together:?}");
     assert!(changes(1000).is_empty(), "a model needs more than a kilobyte");

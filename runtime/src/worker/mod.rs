@@ -4,6 +4,7 @@
 
 mod args;
 mod coordinate;
+mod cores;
 mod device;
 mod meter;
 mod run_dir;
@@ -28,7 +29,7 @@ use crate::checkpoint::{Checkpoint, GO_BACK, HfFolder, Store, probe_shared};
 use crate::collectives::{Communicator, Groups, HostCommunicator, RankFlags};
 use crate::config::Config;
 use crate::data::{Corpus, Loader};
-use crate::exit::{Classified, ExitCode, Failure};
+use crate::exit::{Classified, ExitCode, Failure, caught};
 use crate::model::layout::parameter_counts;
 use crate::model::{ModelSetup, Transformer};
 use crate::plan::memory_now;
@@ -61,7 +62,7 @@ pub fn main() -> ! {
         }
     };
     let (rank, size) = world.place();
-    match train(&args, &world) {
+    match caught(|| train(&args, &world)) {
         Ok(Ending::Done) => world.leave(ExitCode::Done),
         Ok(Ending::Stopped) => world.leave(ExitCode::Temporary),
         Err(failure) => {
@@ -79,6 +80,10 @@ pub fn main() -> ! {
 /// Everything between the start and the end of MPI.
 fn train(args: &WorkerArgs, world: &World) -> Result<Ending, Failure> {
     let (rank, size) = world.place();
+    // Before anything that takes long: a signal would end the process until then.
+    let context = Communicator::<Cpu>::context(&world.communicator);
+    let stop = StopRequest::listen(context.abort_handle())
+        .map_err(|error| Failure::new(ExitCode::Io, format!("cannot listen to signals: {error}")))?;
     let console = Console::new();
     let rust_log = std::env::var("RUST_LOG").ok();
     let log_file = init_logs(rank, &log_filter(rank, args.verbose, rust_log.as_deref()), &console)?;
@@ -89,9 +94,6 @@ fn train(args: &WorkerArgs, world: &World) -> Result<Ending, Failure> {
     let grid = grid_of(config, size)?;
     set_threads(config, world)?;
     let device = Device::choose(args.device, config.train.precision, world)?;
-    let context = Communicator::<Cpu>::context(&world.communicator);
-    let stop = StopRequest::listen(context.abort_handle())
-        .map_err(|error| Failure::new(ExitCode::Io, format!("cannot listen to signals: {error}")))?;
     probe_shared::<Cpu, _>(&world.communicator, run_dir.path())?;
     log_file.write_to(&run_dir.logs().join(format!("rank-{rank:05}.log")))?;
     let fingerprint = config.fingerprint()?;
@@ -242,11 +244,10 @@ pub fn grid_of(config: &Config, world: usize) -> Result<Grid, Failure> {
     grid.map_err(|error| Failure::new(ExitCode::Usage, format!("parallel.ep: {error}")))
 }
 
-/// Gives this rank its share of the machine's cores.
+/// Starts the threads of this rank: as many as it is told, or its share of the CPUs it may use.
 pub fn set_threads(config: &Config, world: &World) -> Result<(), Failure> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = match config.run.threads {
-        0 => (cores / world.ranks_here()).max(1),
+        0 => world.threads(),
         threads => threads,
     };
     rayon::ThreadPoolBuilder::new()

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use moe_kernels::Cpu;
 
+use super::cores::{Spot, threads};
 use crate::collectives::{
     Communicator, Context, HostCommunicator, LaunchError, LauncherFacts, RankFlags, local, rank_facts,
 };
@@ -19,8 +20,10 @@ pub struct World {
     pub communicator: HostCommunicator,
     /// What the launcher says, where there is one.
     pub facts: Option<LauncherFacts>,
-    ranks_here: usize,
-    local_rank: usize,
+    /// Where this rank computes.
+    spot: Spot,
+    /// Where each rank computes.
+    spots: Vec<Spot>,
     #[cfg(feature = "mpi")]
     mpi: Option<crate::collectives::mpi::MpiWorld>,
 }
@@ -44,8 +47,8 @@ impl World {
             facts => Ok(Self {
                 communicator: local::solo(context),
                 facts,
-                ranks_here: 1,
-                local_rank: 0,
+                spot: Spot::here(),
+                spots: vec![Spot::here()],
                 #[cfg(feature = "mpi")]
                 mpi: None,
             }),
@@ -57,13 +60,11 @@ impl World {
         let arrival = Arrival::within(context.deadline(), &facts)?;
         let (mpi, communicator) = crate::collectives::mpi::MpiWorld::init(&facts, context, Default::default())?;
         drop(arrival);
-        // Launchers do not always say how many ranks share a machine; its name does.
-        let host = host_name();
-        let hosts = Communicator::<Cpu>::all_gather_bytes(&communicator, host.as_bytes())?;
-        let here = |hosts: &[Vec<u8>]| hosts.iter().filter(|other| **other == host.as_bytes()).count();
-        let ranks_here = here(&hosts).max(1);
-        let local_rank = here(&hosts[..facts.rank.min(hosts.len())]);
-        Ok(Self { communicator, facts: Some(facts), ranks_here, local_rank, mpi: Some(mpi) })
+        // Launchers do not always say how many ranks share a machine, nor whether they are bound: the ranks themselves do.
+        let spot = Spot::here();
+        let spots = Communicator::<Cpu>::all_gather_bytes(&communicator, &spot.to_bytes())?;
+        let spots = spots.iter().map(|bytes| Spot::from_bytes(bytes)).collect();
+        Ok(Self { communicator, facts: Some(facts), spot, spots, mpi: Some(mpi) })
     }
 
     #[cfg(not(feature = "mpi"))]
@@ -81,19 +82,21 @@ impl World {
         (Communicator::<Cpu>::rank(world), Communicator::<Cpu>::size(world))
     }
 
-    /// Ranks that share this machine.
-    pub fn ranks_here(&self) -> usize {
-        self.ranks_here
+    /// Threads for this rank to compute with, so that all ranks together use each of their CPUs once.
+    pub fn threads(&self) -> usize {
+        let available = std::thread::available_parallelism().map_or(1, usize::from);
+        threads(available, &self.spot, &self.spots)
     }
 
-    /// This process's place among them.
+    /// This rank's number among those of its machine, from 0: which of the machine's GPUs is its own.
     pub fn local_rank(&self) -> usize {
-        self.local_rank
+        let before = &self.spots[..self.place().0.min(self.spots.len())];
+        before.iter().filter(|spot| spot.host == self.spot.host).count()
     }
 
     /// Whether all ranks are on this machine.
     pub fn is_one_machine(&self) -> bool {
-        self.ranks_here() == self.place().1
+        self.spots.iter().all(|spot| spot.host == self.spot.host)
     }
 
     /// Ends the process where all ranks have agreed to leave. MPI is ended in order: mpirun ends the other ranks as soon as one
