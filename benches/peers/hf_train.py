@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""The peer of `moe-launch bench train`: Hugging Face Mixtral of the same shape, whole training steps on a CPU in f32.
+"""The peer of `moe-launch bench train`: Hugging Face Mixtral of the same shape, whole training steps; on a CPU in f32, on a GPU in bf16.
 
     pip install torch==2.11.0 transformers==5.17.0
     python3 benches/peers/hf_train.py --threads 2
+    python3 benches/peers/hf_train.py --model moe-3b --device cuda
 
 A step is forward, backward and AdamW (fused) on one batch of random tokens, timed after three that are not; the figure is the
 median. Both of transformers' expert implementations are measured, since neither is faster everywhere. One JSON object a line.
@@ -18,10 +19,11 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 SHAPES = {
     "moe-15m": dict(hidden=256, ffn=512, layers=4, heads=8, kv_heads=4, experts=8, top_k=2, vocab=4096, batch=8, seq=256),
+    "moe-3b": dict(hidden=2048, ffn=1024, layers=8, heads=16, kv_heads=4, experts=64, top_k=8, vocab=32000, batch=8, seq=2048),
 }
 
 
-def build(shape, experts_implementation):
+def build(shape, experts_implementation, device):
     config = MixtralConfig(
         hidden_size=shape["hidden"],
         intermediate_size=shape["ffn"],
@@ -35,18 +37,26 @@ def build(shape, experts_implementation):
         sliding_window=None,
     )
     config._experts_implementation = experts_implementation
-    return MixtralForCausalLM(config).float().train()
+    # On a GPU all of its state is bf16, as users of transformers train it.
+    return MixtralForCausalLM(config).to(device, torch.bfloat16 if device == "cuda" else torch.float32).train()
 
 
-def step_seconds(model, shape, warmup, steps):
+def wait(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def step_seconds(model, shape, device, warmup, steps):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    ids = torch.randint(0, shape["vocab"], (shape["batch"], shape["seq"]))
+    ids = torch.randint(0, shape["vocab"], (shape["batch"], shape["seq"]), device=device)
     times = []
     for step in range(warmup + steps):
+        wait(device)
         started = time.perf_counter()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        wait(device)
         if step >= warmup:
             times.append(time.perf_counter() - started)
     return statistics.median(times)
@@ -55,6 +65,7 @@ def step_seconds(model, shape, warmup, steps):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="moe-15m")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)
     args = parser.parse_args()
@@ -63,8 +74,8 @@ def main():
     shape = SHAPES[args.model]
     tokens = shape["batch"] * shape["seq"]
     for implementation in ("grouped_mm", "eager"):
-        seconds = step_seconds(build(shape, implementation), shape, warmup=3, steps=args.steps)
-        figure = {"model": args.model, "experts": implementation, "threads": args.threads}
+        seconds = step_seconds(build(shape, implementation, args.device), shape, args.device, warmup=3, steps=args.steps)
+        figure = {"model": args.model, "experts": implementation, "device": args.device, "threads": args.threads}
         print(json.dumps(figure | {"tokens_per_s": round(tokens / seconds), "step_ms": round(seconds * 1e3, 1)}), flush=True)
 
 
