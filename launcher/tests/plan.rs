@@ -86,7 +86,7 @@ fn what_is_named_as_the_nearest_that_fits_fits() {
     let jobs = [
         "--preset moe-3b -n 4 --memory 80",
         "--preset moe-3b -n 8 --nodes 2 --memory 70 --set parallel.ep=2",
-        "--preset moe-3b --nodes 1 --gpus 4 --gpu-memory 24",
+        "--preset moe-3b --nodes 1 --gpus 4 --gpu-memory 20",
         "--preset moe-3b --nodes 2 --gpus 8 --gpu-memory 9 --set train.global_batch=128",
         "--preset shakespeare -n 2 --memory 0.3 --set train.global_batch=64",
     ];
