@@ -286,7 +286,7 @@ class Slurm(unittest.TestCase):
         self.assertEqual(job.checkpoints(), [f"step-{done:08}"])
         again = Job.of("launch", script=script)
         self.assertEqual(again.end(), ("COMPLETED", "0:0", 0), again.said())
-        self.assertRegex(again.said(), rf"ranks +2 = .* CPU, 1 thread\n(.*\n)*resuming +after step {done}")
+        self.assertRegex(again.said(), rf"ranks +2 = .*\ndevice +CPU, 1 thread.*\n(.*\n)*resuming +after step {done}")
         self.assertEqual(len(again.lines()), STEPS)
 
     def test_a_rendered_script_runs(self):
