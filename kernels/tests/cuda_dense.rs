@@ -30,7 +30,7 @@ const EMBEDDINGS: [(usize, usize, usize); 8] = [
 const BIASES: [(usize, usize); 6] = [(8, 0), (1, 1), (7, 100), (256, 1000), (2048, 333), (300, 5000)];
 
 /// What rounding to `A` and an f32 sum of `depth` terms up to 1 may change.
-fn off<A: CudaAct>(depth: usize, expected: &[f32]) -> impl Fn(usize) -> f32 {
+fn off<A: CudaAct>(depth: usize, expected: &[f32]) -> impl Fn(usize) -> f32 + use<A> {
     let unit = if A::HOLDS_F32 { 0.0 } else { 1.0 / 256.0 };
     let sum = f32::EPSILON * (8 + depth) as f32;
     let expected = expected.to_vec();
