@@ -5,6 +5,7 @@
 
 use super::rows::{self, Reduction};
 use super::{activation, grouped, shuffle, slice, slice_mut};
+use crate::ops::check_len;
 use crate::{
     Accumulate, CombineDims, Cpu, ExpandPlan, ExpertOps, GroupedDims, Rows, ShuffleDims, ShufflePlan, View, ViewMut,
 };
@@ -21,13 +22,9 @@ fn check_at_least(what: &str, got: usize, want: usize) {
     assert!(got >= want, "`{what}` has {got} elements, needs {want}");
 }
 
-fn check(what: &str, got: usize, want: usize) {
-    assert_eq!(got, want, "elements of `{what}`: got, and expected");
-}
-
 fn check_grouped(dims: GroupedDims, offsets: &[i32], matrices: usize) {
-    check("offsets", offsets.len(), dims.experts + 1);
-    check("weights of the groups", matrices, dims.experts * dims.n * dims.k);
+    check_len("offsets", offsets.len(), dims.experts + 1);
+    check_len("weights of the groups", matrices, dims.experts * dims.n * dims.k);
     assert!(offsets[0] >= 0 && offsets.is_sorted(), "offsets of groups must ascend from 0, not {offsets:?}");
 }
 

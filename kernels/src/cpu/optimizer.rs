@@ -8,6 +8,7 @@ use super::loss::blocked_sum;
 use super::parallel::{RowsMut, for_parts, parts, rows_mut};
 use super::simd::sum_f64;
 use super::{slice, slice_mut};
+use crate::ops::AdamWFactors;
 use crate::{AdamW, Cpu, OptimizerOps, View, ViewMut};
 
 impl OptimizerOps for Cpu {
@@ -20,7 +21,7 @@ impl OptimizerOps for Cpu {
         master: Option<ViewMut<'_, Self, f32>>,
         compute: ViewMut<'_, Self, f32>,
     ) {
-        let (compute, step) = (slice_mut(compute), Step::new(settings));
+        let (compute, step) = (slice_mut(compute), settings.factors());
         let len = compute.len();
         let (grad, m, v) = (slice_mut(grad), slice_mut(m), slice_mut(v));
         for (name, other) in [("gradient", grad.len()), ("m", m.len()), ("v", v.len())] {
@@ -49,38 +50,7 @@ fn squares(x: &[f32]) -> f64 {
     sum_f64(x, |x| f64::from(x) * f64::from(x))
 }
 
-/// The factors of one step, worked out in f64 once.
-#[derive(Clone, Copy)]
-struct Step {
-    grad_scale: f32,
-    /// 1 − lr · weight_decay.
-    keep: f32,
-    beta1_rest: f32,
-    beta2: f32,
-    beta2_rest: f32,
-    /// 1/√(1 − β₂ᵗ).
-    root_correction: f32,
-    eps: f32,
-    /// lr / (1 − β₁ᵗ).
-    rate: f32,
-}
-
-impl Step {
-    fn new(settings: AdamW) -> Self {
-        let AdamW { lr, beta1, beta2, eps, weight_decay, step, grad_scale } = settings;
-        assert!(step > 0, "steps of AdamW count from 1");
-        Self {
-            grad_scale: grad_scale as f32,
-            keep: (1.0 - lr * weight_decay) as f32,
-            beta1_rest: (1.0 - beta1) as f32,
-            beta2: beta2 as f32,
-            beta2_rest: (1.0 - beta2) as f32,
-            root_correction: (1.0 / (1.0 - beta2.powf(step as f64)).sqrt()) as f32,
-            eps: eps as f32,
-            rate: (lr / (1.0 - beta1.powf(step as f64))) as f32,
-        }
-    }
-
+impl AdamWFactors {
     /// The new weight; the moments and the gradient are updated in place.
     #[inline(always)]
     fn apply(self, grad: &mut f32, m: &mut f32, v: &mut f32, weight: f32) -> f32 {
@@ -94,7 +64,7 @@ impl Step {
 
 /// One step where the compute copy is itself the master.
 #[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma"))]
-fn update(step: Step, grad: &mut [f32], m: &mut [f32], v: &mut [f32], weights: &mut [f32]) {
+fn update(step: AdamWFactors, grad: &mut [f32], m: &mut [f32], v: &mut [f32], weights: &mut [f32]) {
     for (((g, m), v), w) in grad.iter_mut().zip(m).zip(v).zip(weights) {
         *w = step.apply(g, m, v, *w);
     }
@@ -104,7 +74,7 @@ type State<'a> = (RowsMut<'a, f32>, RowsMut<'a, f32>, RowsMut<'a, f32>);
 
 /// One step on the master, copied to the compute copy while it is at hand.
 #[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma"))]
-fn update_with_master(step: Step, (grad, m, v): State<'_>, master: &mut [f32], compute: &mut [f32]) {
+fn update_with_master(step: AdamWFactors, (grad, m, v): State<'_>, master: &mut [f32], compute: &mut [f32]) {
     for ((((g, m), v), w), compute) in grad.data.iter_mut().zip(m.data).zip(v.data).zip(master).zip(compute) {
         *w = step.apply(g, m, v, *w);
         *compute = *w;

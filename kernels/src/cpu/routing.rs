@@ -15,27 +15,8 @@ mod gate_tests;
 mod noisy_tests;
 
 use super::{slice, slice_mut};
+use crate::ops::check_len;
 use crate::{BalanceGrad, BalanceSpec, Capacity, Cpu, GateDims, GateSpec, RoutingOps, View, ViewMut};
-
-/// T·E, after a check that k fits.
-fn logits_len(dims: GateDims) -> usize {
-    assert!(
-        1 <= dims.top_k && dims.top_k <= dims.experts,
-        "top-{} of {} experts: k must be between 1 and E",
-        dims.top_k,
-        dims.experts
-    );
-    dims.tokens * dims.experts
-}
-
-/// T·k.
-fn choices_len(dims: GateDims) -> usize {
-    dims.tokens * dims.top_k
-}
-
-fn check(what: &str, got: usize, want: usize) {
-    assert_eq!(got, want, "elements of `{what}`: got, and expected");
-}
 
 impl RoutingOps for Cpu {
     fn gate(
@@ -47,12 +28,12 @@ impl RoutingOps for Cpu {
         ids: ViewMut<'_, Self, i32>,
         weights: ViewMut<'_, Self, f32>,
     ) {
-        check("logits", logits.len(), logits_len(spec.dims));
-        check("scores", scores.len(), logits.len());
-        check("ids", ids.len(), choices_len(spec.dims));
-        check("weights", weights.len(), ids.len());
+        check_len("logits", logits.len(), spec.dims.logits_len());
+        check_len("scores", scores.len(), logits.len());
+        check_len("ids", ids.len(), spec.dims.choices_len());
+        check_len("weights", weights.len(), ids.len());
         if let Some(bias) = bias {
-            check("bias", bias.len(), spec.dims.experts);
+            check_len("bias", bias.len(), spec.dims.experts);
         }
         gate::gate(spec, slice(logits), bias.map(slice), slice_mut(scores), slice_mut(ids), slice_mut(weights));
     }
@@ -68,11 +49,11 @@ impl RoutingOps for Cpu {
         z_scale: f32,
         dlogits: ViewMut<'_, Self, f32>,
     ) {
-        check("logits", logits.len(), logits_len(spec.dims));
-        check("scores", scores.len(), logits.len());
-        check("dlogits", dlogits.len(), logits.len());
-        check("ids", ids.len(), choices_len(spec.dims));
-        check("dweights", dweights.len(), ids.len());
+        check_len("logits", logits.len(), spec.dims.logits_len());
+        check_len("scores", scores.len(), logits.len());
+        check_len("dlogits", dlogits.len(), logits.len());
+        check_len("ids", ids.len(), spec.dims.choices_len());
+        check_len("dweights", dweights.len(), ids.len());
         let balance = balance.map(|balance| {
             let tokens_per_group = balance.tokens_per_group.max(1);
             let groups = spec.dims.tokens.div_ceil(tokens_per_group);
@@ -102,11 +83,11 @@ impl RoutingOps for Cpu {
         prob_sums: ViewMut<'_, Self, f32>,
         z_sum: ViewMut<'_, Self, f32>,
     ) {
-        check("logits", logits.len(), logits_len(spec.dims));
-        check("scores", scores.len(), logits.len());
-        check("ids", ids.len(), choices_len(spec.dims));
-        check("prob_sums", prob_sums.len(), counts.len());
-        check("z_sum", z_sum.len(), 1);
+        check_len("logits", logits.len(), spec.dims.logits_len());
+        check_len("scores", scores.len(), logits.len());
+        check_len("ids", ids.len(), spec.dims.choices_len());
+        check_len("prob_sums", prob_sums.len(), counts.len());
+        check_len("z_sum", z_sum.len(), 1);
         let routed = statistics::Routed { spec, logits: slice(logits), scores: slice(scores), ids: slice(ids) };
         let (counts, prob_sums) = (slice_mut(counts), slice_mut(prob_sums));
         statistics::group_sums(&routed, tokens_per_group, counts, prob_sums);
@@ -121,9 +102,9 @@ impl RoutingOps for Cpu {
         loss: ViewMut<'_, Self, f64>,
         coefficients: ViewMut<'_, Self, f32>,
     ) {
-        check("counts", counts.len(), spec.layers * spec.groups * spec.experts);
-        check("prob_sums", prob_sums.len(), counts.len());
-        check("coefficients", coefficients.len(), counts.len());
+        check_len("counts", counts.len(), spec.layers * spec.groups * spec.experts);
+        check_len("prob_sums", prob_sums.len(), counts.len());
+        check_len("coefficients", coefficients.len(), counts.len());
         slice_mut(loss)[0] += statistics::balance_loss(spec, slice(counts), slice(prob_sums), slice_mut(coefficients));
     }
 
@@ -136,9 +117,9 @@ impl RoutingOps for Cpu {
         kept: ViewMut<'_, Self, i32>,
         dropped: ViewMut<'_, Self, i32>,
     ) {
-        check("ids", ids.len(), choices_len(dims));
-        check("weights", weights.len(), ids.len());
-        check("kept", kept.len(), ids.len());
+        check_len("ids", ids.len(), dims.choices_len());
+        check_len("weights", weights.len(), ids.len());
+        check_len("kept", kept.len(), ids.len());
         let count = capacity::apply(dims, capacity, slice(ids), slice(weights), slice_mut(kept));
         slice_mut(dropped)[0] = count as i32;
     }
@@ -150,9 +131,9 @@ impl RoutingOps for Cpu {
         weights: View<'_, Self, f32>,
         ids: ViewMut<'_, Self, i32>,
     ) {
-        check("uniform", uniform.len(), dims.tokens);
-        check("ids", ids.len(), choices_len(dims));
-        check("weights", weights.len(), ids.len());
+        check_len("uniform", uniform.len(), dims.tokens);
+        check_len("ids", ids.len(), dims.choices_len());
+        check_len("weights", weights.len(), ids.len());
         capacity::drop_second(dims, slice(uniform), slice(weights), slice_mut(ids));
     }
 
@@ -165,11 +146,11 @@ impl RoutingOps for Cpu {
         noisy: ViewMut<'_, Self, f32>,
         load: ViewMut<'_, Self, f32>,
     ) {
-        check("clean", clean.len(), logits_len(dims));
-        check("raw", raw.len(), clean.len());
-        check("noise", noise.len(), clean.len());
-        check("noisy", noisy.len(), clean.len());
-        check("load", load.len(), dims.experts);
+        check_len("clean", clean.len(), dims.logits_len());
+        check_len("raw", raw.len(), clean.len());
+        check_len("noise", noise.len(), clean.len());
+        check_len("noisy", noisy.len(), clean.len());
+        check_len("load", load.len(), dims.experts);
         let noisy = slice_mut(noisy);
         let (clean, raw) = (slice(clean), slice(raw));
         noisy::perturb(clean, raw, slice(noise), noisy);
@@ -188,14 +169,14 @@ impl RoutingOps for Cpu {
         dclean: ViewMut<'_, Self, f32>,
         draw: ViewMut<'_, Self, f32>,
     ) {
-        check("clean", clean.len(), logits_len(dims));
-        check("raw", raw.len(), clean.len());
-        check("noise", noise.len(), clean.len());
-        check("noisy", noisy.len(), clean.len());
-        check("dnoisy", dnoisy.len(), clean.len());
-        check("dload", dload.len(), dims.experts);
-        check("dclean", dclean.len(), clean.len());
-        check("draw", draw.len(), clean.len());
+        check_len("clean", clean.len(), dims.logits_len());
+        check_len("raw", raw.len(), clean.len());
+        check_len("noise", noise.len(), clean.len());
+        check_len("noisy", noisy.len(), clean.len());
+        check_len("dnoisy", dnoisy.len(), clean.len());
+        check_len("dload", dload.len(), dims.experts);
+        check_len("dclean", dclean.len(), clean.len());
+        check_len("draw", draw.len(), clean.len());
         let saved = noisy::Perturbed { dims, clean: slice(clean), raw: slice(raw), noisy: slice(noisy) };
         let incoming = noisy::Incoming { noise: slice(noise), dnoisy: slice(dnoisy), dload: slice(dload) };
         noisy::grad(&saved, &incoming, slice_mut(dclean), slice_mut(draw));
@@ -208,9 +189,9 @@ impl RoutingOps for Cpu {
         weights: View<'_, Self, f32>,
         importance: ViewMut<'_, Self, f32>,
     ) {
-        check("ids", ids.len(), choices_len(dims));
-        check("weights", weights.len(), ids.len());
-        check("importance", importance.len(), dims.experts);
+        check_len("ids", ids.len(), dims.choices_len());
+        check_len("weights", weights.len(), ids.len());
+        check_len("importance", importance.len(), dims.experts);
         statistics::importance(dims, slice(ids), slice(weights), slice_mut(importance));
     }
 
@@ -221,9 +202,9 @@ impl RoutingOps for Cpu {
         dimportance: View<'_, Self, f32>,
         dweights: ViewMut<'_, Self, f32>,
     ) {
-        check("ids", ids.len(), choices_len(dims));
-        check("dweights", dweights.len(), ids.len());
-        check("dimportance", dimportance.len(), dims.experts);
+        check_len("ids", ids.len(), dims.choices_len());
+        check_len("dweights", dweights.len(), ids.len());
+        check_len("dimportance", dimportance.len(), dims.experts);
         statistics::importance_grad(slice(ids), slice(dimportance), slice_mut(dweights));
     }
 
@@ -234,7 +215,7 @@ impl RoutingOps for Cpu {
         loss: ViewMut<'_, Self, f64>,
         dx: ViewMut<'_, Self, f32>,
     ) {
-        check("dx", dx.len(), x.len());
+        check_len("dx", dx.len(), x.len());
         slice_mut(loss)[0] += statistics::cv_squared(coefficient, slice(x), slice_mut(dx));
     }
 }

@@ -1,6 +1,6 @@
 //! AdamW, and the norm that clips it.
 //!
-//! Owns the factors of one step. It knows no parameter by name and no schedule.
+//! Owns the launch of one fused pass. It knows no parameter by name and no schedule.
 
 use super::shape::Cut;
 use super::{Cuda, CudaAct, Grid, launch, pointer_mut};
@@ -9,40 +9,6 @@ use crate::{AdamW, OptimizerOps, View, ViewMut};
 /// Elements that a thread updates together: 16 bytes of f32.
 const WIDTH: usize = 4;
 const THREADS: u32 = 256;
-
-/// The factors of one step as the kernel takes them, worked out in f64 once.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Step {
-    grad_scale: f32,
-    /// 1 − lr · weight_decay.
-    keep: f32,
-    beta1_rest: f32,
-    beta2: f32,
-    beta2_rest: f32,
-    /// 1/√(1 − β₂ᵗ).
-    root_correction: f32,
-    eps: f32,
-    /// lr / (1 − β₁ᵗ).
-    rate: f32,
-}
-
-impl Step {
-    fn new(settings: AdamW) -> Self {
-        let AdamW { lr, beta1, beta2, eps, weight_decay, step, grad_scale } = settings;
-        assert!(step > 0, "steps of AdamW count from 1");
-        Self {
-            grad_scale: grad_scale as f32,
-            keep: (1.0 - lr * weight_decay) as f32,
-            beta1_rest: (1.0 - beta1) as f32,
-            beta2: beta2 as f32,
-            beta2_rest: (1.0 - beta2) as f32,
-            root_correction: (1.0 / (1.0 - beta2.powf(step as f64)).sqrt()) as f32,
-            eps: eps as f32,
-            rate: (lr / (1.0 - beta1.powf(step as f64))) as f32,
-        }
-    }
-}
 
 impl<A: CudaAct> OptimizerOps for Cuda<A> {
     fn adamw(
@@ -68,7 +34,7 @@ impl<A: CudaAct> OptimizerOps for Cuda<A> {
         let operands = [(grad, 4), (m, 4), (v, 4), (master.unwrap_or(grad), 4), (compute, A::BYTES)];
         let cut = Cut::new(n, WIDTH, &operands);
         let grid = Grid::cover(cut.threads(WIDTH), THREADS, self.facts());
-        let (step, master) = (Step::new(settings), master.unwrap_or(0));
+        let (step, master) = (settings.factors(), master.unwrap_or(0));
         launch!(self, A::pick("adamw_f32", "adamw_bf16"), grid; step, cut, grad, m, v, master, compute);
     }
 

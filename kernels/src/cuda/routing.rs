@@ -4,6 +4,7 @@
 
 use super::launch::{Grid, launch};
 use super::{Cuda, CudaAct, pointer, pointer_mut, pointer_or_null};
+use crate::ops::check_len;
 use crate::{
     BalanceGrad, BalanceSpec, Capacity, CapacityPolicy, Device, GateDims, GateSpec, RoutingOps, Score, View, ViewMut,
 };
@@ -21,22 +22,12 @@ const COLUMNS: usize = 32;
 const MOST_EXPERTS: usize = 512;
 const MOST_CHOICES: usize = 32;
 
-fn check(what: &str, got: usize, want: usize) {
-    assert_eq!(got, want, "elements of `{what}`: got, and expected");
-}
-
 /// T·E, after a check that E and k fit.
 fn logits_len(dims: GateDims) -> usize {
-    let GateDims { tokens, experts, top_k } = dims;
-    assert!(1 <= top_k && top_k <= experts, "top-{top_k} of {experts} experts: k must be between 1 and E");
+    let (len, GateDims { experts, top_k, .. }) = (dims.logits_len(), dims);
     assert!(experts <= MOST_EXPERTS, "{experts} experts; the CUDA gate takes at most {MOST_EXPERTS}");
     assert!(top_k <= MOST_CHOICES, "top-{top_k}; the CUDA gate takes at most {MOST_CHOICES}");
-    tokens * experts
-}
-
-/// T·k.
-fn choices_len(dims: GateDims) -> usize {
-    dims.tokens * dims.top_k
+    len
 }
 
 /// T, E, k as the kernels take them.
@@ -82,12 +73,12 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
         ids: ViewMut<'_, Self, i32>,
         weights: ViewMut<'_, Self, f32>,
     ) {
-        check("logits", logits.len(), logits_len(spec.dims));
-        check("scores", scores.len(), logits.len());
-        check("ids", ids.len(), choices_len(spec.dims));
-        check("weights", weights.len(), ids.len());
+        check_len("logits", logits.len(), logits_len(spec.dims));
+        check_len("scores", scores.len(), logits.len());
+        check_len("ids", ids.len(), spec.dims.choices_len());
+        check_len("weights", weights.len(), ids.len());
         if let Some(bias) = bias {
-            check("bias", bias.len(), spec.dims.experts);
+            check_len("bias", bias.len(), spec.dims.experts);
         }
         let (tokens, experts, top_k) = sizes(spec.dims);
         launch!(
@@ -108,11 +99,11 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
         z_scale: f32,
         dlogits: ViewMut<'_, Self, f32>,
     ) {
-        check("logits", logits.len(), logits_len(spec.dims));
-        check("scores", scores.len(), logits.len());
-        check("dlogits", dlogits.len(), logits.len());
-        check("ids", ids.len(), choices_len(spec.dims));
-        check("dweights", dweights.len(), ids.len());
+        check_len("logits", logits.len(), logits_len(spec.dims));
+        check_len("scores", scores.len(), logits.len());
+        check_len("dlogits", dlogits.len(), logits.len());
+        check_len("ids", ids.len(), spec.dims.choices_len());
+        check_len("dweights", dweights.len(), ids.len());
         let (coefficients, tokens_per_group) = balance.map_or((0, 1), |balance| {
             let tokens_per_group = balance.tokens_per_group.clamp(1, spec.dims.tokens.max(1));
             let groups = spec.dims.tokens.div_ceil(tokens_per_group);
@@ -141,11 +132,11 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
         z_sum: ViewMut<'_, Self, f32>,
     ) {
         let GateDims { tokens, experts, .. } = spec.dims;
-        check("logits", logits.len(), logits_len(spec.dims));
-        check("scores", scores.len(), logits.len());
-        check("ids", ids.len(), choices_len(spec.dims));
-        check("prob_sums", prob_sums.len(), counts.len());
-        check("z_sum", z_sum.len(), 1);
+        check_len("logits", logits.len(), logits_len(spec.dims));
+        check_len("scores", scores.len(), logits.len());
+        check_len("ids", ids.len(), spec.dims.choices_len());
+        check_len("prob_sums", prob_sums.len(), counts.len());
+        check_len("z_sum", z_sum.len(), 1);
         let length = tokens_per_group.clamp(1, tokens.max(1));
         let groups = counts.len() / experts;
         assert!(
@@ -177,9 +168,9 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
         loss: ViewMut<'_, Self, f64>,
         coefficients: ViewMut<'_, Self, f32>,
     ) {
-        check("counts", counts.len(), spec.layers * spec.groups * spec.experts);
-        check("prob_sums", prob_sums.len(), counts.len());
-        check("coefficients", coefficients.len(), counts.len());
+        check_len("counts", counts.len(), spec.layers * spec.groups * spec.experts);
+        check_len("prob_sums", prob_sums.len(), counts.len());
+        check_len("coefficients", coefficients.len(), counts.len());
         launch!(
             self, "balance_loss", Grid::new(1, WIDE);
             spec.layers as i32, spec.groups as i32, spec.experts as i32, i32::from(spec.pooled),
@@ -197,9 +188,9 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
         kept: ViewMut<'_, Self, i32>,
         mut dropped: ViewMut<'_, Self, i32>,
     ) {
-        check("ids", ids.len(), choices_len(dims));
-        check("weights", weights.len(), ids.len());
-        check("kept", kept.len(), ids.len());
+        check_len("ids", ids.len(), dims.choices_len());
+        check_len("weights", weights.len(), ids.len());
+        check_len("kept", kept.len(), ids.len());
         self.fill(dropped.reborrow().slice(0..1), 0);
         let per_expert = capacity.per_expert.min(i32::MAX as usize) as i32;
         launch!(
@@ -216,9 +207,9 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
         weights: View<'_, Self, f32>,
         ids: ViewMut<'_, Self, i32>,
     ) {
-        check("uniform", uniform.len(), dims.tokens);
-        check("ids", ids.len(), choices_len(dims));
-        check("weights", weights.len(), ids.len());
+        check_len("uniform", uniform.len(), dims.tokens);
+        check_len("ids", ids.len(), dims.choices_len());
+        check_len("weights", weights.len(), ids.len());
         assert!(dims.top_k >= 2, "a random second expert needs two choices a token, not {}", dims.top_k);
         launch!(
             self, "drop_second", Grid::cover(dims.tokens, THREADS, self.facts());
@@ -235,11 +226,11 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
         noisy: ViewMut<'_, Self, f32>,
         load: ViewMut<'_, Self, f32>,
     ) {
-        check("clean", clean.len(), logits_len(dims));
-        check("raw", raw.len(), clean.len());
-        check("noise", noise.len(), clean.len());
-        check("noisy", noisy.len(), clean.len());
-        check("load", load.len(), dims.experts);
+        check_len("clean", clean.len(), logits_len(dims));
+        check_len("raw", raw.len(), clean.len());
+        check_len("noise", noise.len(), clean.len());
+        check_len("noisy", noisy.len(), clean.len());
+        check_len("load", load.len(), dims.experts);
         let blocks = dims.tokens.div_ceil(STRETCH);
         let Some(scratch) = self.scratch(blocks * dims.experts * size_of::<f64>()) else { return };
         let (tokens, experts, top_k) = sizes(dims);
@@ -262,14 +253,14 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
         dclean: ViewMut<'_, Self, f32>,
         draw: ViewMut<'_, Self, f32>,
     ) {
-        check("clean", clean.len(), logits_len(dims));
-        check("raw", raw.len(), clean.len());
-        check("noise", noise.len(), clean.len());
-        check("noisy", noisy.len(), clean.len());
-        check("dnoisy", dnoisy.len(), clean.len());
-        check("dload", dload.len(), dims.experts);
-        check("dclean", dclean.len(), clean.len());
-        check("draw", draw.len(), clean.len());
+        check_len("clean", clean.len(), logits_len(dims));
+        check_len("raw", raw.len(), clean.len());
+        check_len("noise", noise.len(), clean.len());
+        check_len("noisy", noisy.len(), clean.len());
+        check_len("dnoisy", dnoisy.len(), clean.len());
+        check_len("dload", dload.len(), dims.experts);
+        check_len("dclean", dclean.len(), clean.len());
+        check_len("draw", draw.len(), clean.len());
         let (tokens, experts, top_k) = sizes(dims);
         launch!(
             self, "noisy_logits_grad", warp_a_token(dims);
@@ -286,9 +277,9 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
         importance: ViewMut<'_, Self, f32>,
     ) {
         logits_len(dims);
-        check("ids", ids.len(), choices_len(dims));
-        check("weights", weights.len(), ids.len());
-        check("importance", importance.len(), dims.experts);
+        check_len("ids", ids.len(), dims.choices_len());
+        check_len("weights", weights.len(), ids.len());
+        check_len("importance", importance.len(), dims.experts);
         let blocks = dims.tokens.div_ceil(STRETCH);
         let Some(scratch) = self.scratch(blocks * dims.experts * size_of::<f64>()) else { return };
         let (tokens, experts, top_k) = sizes(dims);
@@ -306,9 +297,9 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
         dimportance: View<'_, Self, f32>,
         dweights: ViewMut<'_, Self, f32>,
     ) {
-        check("ids", ids.len(), choices_len(dims));
-        check("dweights", dweights.len(), ids.len());
-        check("dimportance", dimportance.len(), dims.experts);
+        check_len("ids", ids.len(), dims.choices_len());
+        check_len("dweights", dweights.len(), ids.len());
+        check_len("dimportance", dimportance.len(), dims.experts);
         launch!(
             self, "importance_grad", Grid::cover(ids.len(), THREADS, self.facts());
             ids.len() as i32, pointer(ids), pointer(dimportance), pointer_mut(dweights)
@@ -322,7 +313,7 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
         loss: ViewMut<'_, Self, f64>,
         dx: ViewMut<'_, Self, f32>,
     ) {
-        check("dx", dx.len(), x.len());
+        check_len("dx", dx.len(), x.len());
         launch!(
             self, "cv_squared", Grid::new(1, THREADS);
             x.len() as i32, coefficient, pointer(x), pointer_mut(loss), pointer_mut(dx)

@@ -13,10 +13,17 @@ pub use attention::{AttentionDims, AttentionOps, RotaryDirection};
 pub use dense::{Accumulate, DenseOps, GemmDims, NormDims, Rows};
 pub use expert::{CombineDims, ExpandPlan, ExpertOps, GroupedDims, ShuffleDims, ShufflePlan};
 pub use loss::LossOps;
+pub(crate) use optimizer::AdamWFactors;
 pub use optimizer::{AdamW, OptimizerOps};
 pub use routing::{BalanceGrad, BalanceSpec, Capacity, CapacityPolicy, GateDims, GateSpec, RoutingOps, Score};
 
 use crate::Device;
+
+/// Panics where a view does not have the elements that its place asks for.
+#[track_caller]
+pub(crate) fn check_len(what: &str, got: usize, want: usize) {
+    assert_eq!(got, want, "elements of `{what}`: got, and expected");
+}
 
 /// A device with the whole op set.
 pub trait Backend: Device + DenseOps + AttentionOps + RoutingOps + ExpertOps + LossOps + OptimizerOps {}

@@ -21,6 +21,41 @@ pub struct AdamW {
     pub grad_scale: f64,
 }
 
+/// The factors of one step in f32, worked out in f64 once. `adamw` of kernels/cuda/optimizer.cu takes them in this layout.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct AdamWFactors {
+    pub(crate) grad_scale: f32,
+    /// 1 − lr · weight_decay.
+    pub(crate) keep: f32,
+    pub(crate) beta1_rest: f32,
+    pub(crate) beta2: f32,
+    pub(crate) beta2_rest: f32,
+    /// 1/√(1 − β₂ᵗ).
+    pub(crate) root_correction: f32,
+    pub(crate) eps: f32,
+    /// lr / (1 − β₁ᵗ).
+    pub(crate) rate: f32,
+}
+
+impl AdamW {
+    /// What every element of this step is updated with. Panics at step 0.
+    pub(crate) fn factors(self) -> AdamWFactors {
+        let Self { lr, beta1, beta2, eps, weight_decay, step, grad_scale } = self;
+        assert!(step > 0, "steps of AdamW count from 1");
+        AdamWFactors {
+            grad_scale: grad_scale as f32,
+            keep: (1.0 - lr * weight_decay) as f32,
+            beta1_rest: (1.0 - beta1) as f32,
+            beta2: beta2 as f32,
+            beta2_rest: (1.0 - beta2) as f32,
+            root_correction: (1.0 / (1.0 - beta2.powf(step as f64)).sqrt()) as f32,
+            eps: eps as f32,
+            rate: (lr / (1.0 - beta1.powf(step as f64))) as f32,
+        }
+    }
+}
+
 /// Updates of flat parameter buffers.
 pub trait OptimizerOps: Device {
     /// One AdamW step on views of equal length. `master` is the f32 copy that is updated and then rounded into `compute`; None

@@ -15,6 +15,20 @@ pub struct GateDims {
     pub top_k: usize,
 }
 
+impl GateDims {
+    /// T·E, after a check that k fits.
+    pub(crate) fn logits_len(self) -> usize {
+        let Self { tokens, experts, top_k } = self;
+        assert!(1 <= top_k && top_k <= experts, "top-{top_k} of {experts} experts: k must be between 1 and E");
+        tokens * experts
+    }
+
+    /// T·k.
+    pub(crate) fn choices_len(self) -> usize {
+        self.tokens * self.top_k
+    }
+}
+
 /// How logits become scores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Score {

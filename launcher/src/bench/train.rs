@@ -106,10 +106,7 @@ pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode, Failure> {
 }
 
 fn configure(args: &TrainArgs, ranks: usize) -> Result<Config, Failure> {
-    let mut builder = ConfigBuilder::new().preset(&args.preset);
-    for assignment in &args.set {
-        builder = builder.set(assignment);
-    }
+    let mut builder = ConfigBuilder::new().given(Some(&args.preset), None, &args.set);
     if let Some(ep) = args.ep {
         builder = builder.flag("--ep", "parallel.ep", ep);
     }

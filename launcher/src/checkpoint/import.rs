@@ -99,16 +99,7 @@ pub(super) fn run(args: &ImportArgs) -> Result<(), Failure> {
 }
 
 fn settings(args: &ImportArgs) -> ConfigBuilder {
-    let mut builder = ConfigBuilder::new();
-    if let Some(preset) = &args.preset {
-        builder = builder.preset(preset);
-    }
-    if let Some(file) = &args.config {
-        builder = builder.file(file);
-    }
-    for assignment in &args.set {
-        builder = builder.set(assignment);
-    }
+    let mut builder = ConfigBuilder::new().given(args.preset.as_deref(), args.config.as_deref(), &args.set);
     if !args.data.is_empty() {
         builder = builder.flag("--data", "data.paths", args.data.clone());
     }

@@ -146,16 +146,7 @@ fn job(args: &PlanArgs) -> Result<Job, Failure> {
     if world == 0 {
         return Err(usage("a job has at least 1 rank"));
     }
-    let mut builder = ConfigBuilder::new();
-    if let Some(preset) = &args.preset {
-        builder = builder.preset(preset);
-    }
-    if let Some(file) = &args.config {
-        builder = builder.file(file);
-    }
-    for assignment in &args.set {
-        builder = builder.set(assignment);
-    }
+    let builder = ConfigBuilder::new().given(args.preset.as_deref(), args.config.as_deref(), &args.set);
     let resolved = builder.build()?;
     resolved.validate(world)?;
     let grid = grid_of(&resolved.config, world)?;

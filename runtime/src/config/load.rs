@@ -113,6 +113,17 @@ impl ConfigBuilder {
         self
     }
 
+    /// What most commands take: `--preset`, `--config` and any number of `--set`, each where it was given.
+    pub fn given(mut self, preset: Option<&str>, file: Option<&Path>, sets: &[String]) -> Self {
+        if let Some(preset) = preset {
+            self = self.preset(preset);
+        }
+        if let Some(file) = file {
+            self = self.file(file);
+        }
+        sets.iter().fold(self, |builder, assignment| builder.set(assignment))
+    }
+
     /// Sets `key` over everything else, on behalf of `flag` (`--steps`, `train.steps`).
     pub fn flag(mut self, flag: &'static str, key: &'static str, value: impl Into<FlagValue>) -> Self {
         self.flags.push((flag, key, value.into()));

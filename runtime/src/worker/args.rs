@@ -147,16 +147,8 @@ impl WorkerArgs {
     }
 
     /// Lays what was said over `builder`.
-    pub fn configure(&self, mut builder: ConfigBuilder) -> ConfigBuilder {
-        if let Some(preset) = &self.preset {
-            builder = builder.preset(preset);
-        }
-        if let Some(file) = &self.config {
-            builder = builder.file(file);
-        }
-        for assignment in &self.set {
-            builder = builder.set(assignment);
-        }
+    pub fn configure(&self, builder: ConfigBuilder) -> ConfigBuilder {
+        let mut builder = builder.given(self.preset.as_deref(), self.config.as_deref(), &self.set);
         if !self.data.is_empty() {
             builder = builder.flag("--data", "data.paths", self.data.clone());
         }
