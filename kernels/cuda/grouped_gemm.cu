@@ -2,7 +2,7 @@
 //
 //   linear       y[i, out]   = x[i, in] · w[g]ᵀ
 //   grad_input   dx[i, in]   = dy[i, out] · w[g]
-//   grad_weight  dw[g, out, in] += Σ_i dy[i, out] x[i, in], f32
+//   grad_weight  dw[g, out, in] (+)= Σ_i dy[i, out] x[i, in], f32
 // for the rows i = offsets[g] .. offsets[g+1] of each group g. Rows outside the groups are neither read nor written.
 //
 // bf16: mma.sync m16n8k16 with f32 accumulators, tiles of 128 × 128 × 32, eight warps of 32 × 64. f32: fused multiply-add, tiles of 64 × 64
@@ -124,7 +124,7 @@ __device__ void tile_product(const A& a, const B& b, int first_a, int first_b, i
 }
 
 // p: x or dy; q: w, or x for the weight gradient. `out` × `in` is one group's matrix.
-template <Form FORM, typename Act> __device__ void run(const Act* p, const Act* q, const int* offsets, int groups, int out, int in, void* result) {
+template <Form FORM, typename Act> __device__ void run(const Act* p, const Act* q, const int* offsets, int groups, int out, int in, void* result, bool add = false) {
     using M = Multiplier<Act>;
     __shared__ int first[MOST_GROUPS + 1];
     if constexpr (FORM == Form::GradWeight) {
@@ -133,7 +133,10 @@ template <Form FORM, typename Act> __device__ void run(const Act* p, const Act* 
             const Tile tile = tiles.at(index);
             const Operand<Act, false> a{p + long(tile.start) * out, out, out, tile.rows}, b{q + long(tile.start) * in, in, in, tile.rows};
             float* dw = static_cast<float*>(result) + long(tile.group) * out * in;
-            tile_product<Act>(a, b, tile.m * M::BM, tile.n * M::BN, tile.rows, [&](int i, int j, float value) { dw[long(i) * in + j] += value; });
+            tile_product<Act>(a, b, tile.m * M::BM, tile.n * M::BN, tile.rows, [&](int i, int j, float value) {
+                float& to = dw[long(i) * in + j];
+                to = add ? to + value : value;
+            });
         }
     } else {
         constexpr bool LINEAR = FORM == Form::Linear;
@@ -158,7 +161,9 @@ template <Form FORM, typename Act> __device__ void run(const Act* p, const Act* 
 #define ARGS (p, q, offsets, groups, out, in, result)
 template <typename Act> __device__ void body_grouped_linear(PARAMS(Act)) { run<Form::Linear>ARGS; }
 template <typename Act> __device__ void body_grouped_grad_input(PARAMS(Act)) { run<Form::GradInput>ARGS; }
-template <typename Act> __device__ void body_grouped_grad_weight(PARAMS(Act)) { run<Form::GradWeight>ARGS; }
+#define WEIGHT_PARAMS(Act) const Act *p, const Act *q, const int *offsets, int groups, int out, int in, float *result, int add
+#define WEIGHT_ARGS (p, q, offsets, groups, out, in, result, add)
+template <typename Act> __device__ void body_grouped_grad_weight(WEIGHT_PARAMS(Act)) { run<Form::GradWeight>WEIGHT_ARGS; }
 BOTH(grouped_linear, THREADS, PARAMS, ARGS)
 BOTH(grouped_grad_input, THREADS, PARAMS, ARGS)
-BOTH(grouped_grad_weight, THREADS, PARAMS, ARGS)
+BOTH(grouped_grad_weight, THREADS, WEIGHT_PARAMS, WEIGHT_ARGS)

@@ -6,7 +6,7 @@ mod cuda_support;
 use cuda_support::{assert_close, download, gpu, poisoned, random, rounded, upload, upload_act};
 use half::bf16;
 use moe_kernels::cuda::{Cuda, CudaAct};
-use moe_kernels::{Cpu, ExpertOps, GroupedDims, Rows, View, ViewMut};
+use moe_kernels::{Accumulate, Cpu, ExpertOps, GroupedDims, Rows, View, ViewMut};
 
 /// Rows of each group; output and input width. The last widths are none that the copy engine takes.
 const CASES: [(&[usize], usize, usize); 9] = [
@@ -76,20 +76,30 @@ fn forward_and_gradients<A: CudaAct>() {
         let (mut y, mut dx) = (poisoned::<A, A>(&gpu, room * n), poisoned::<A, A>(&gpu, room * k));
         let before = random(4, w.len());
         let mut dw = upload(&gpu, &before);
+        let mut replaced = upload(&gpu, &vec![f32::NAN; w.len()]);
         gpu.grouped_linear(dims, View::of(&on_gpu), View::of(&gx), View::of(&gw), ViewMut::of(&mut y));
         gpu.grouped_linear_grad_input(dims, View::of(&on_gpu), View::of(&gdy), View::of(&gw), ViewMut::of(&mut dx));
-        gpu.grouped_linear_grad_weight(dims, View::of(&on_gpu), View::of(&gdy), View::of(&gx), ViewMut::of(&mut dw));
+        for (dw, accumulate) in [(&mut dw, Accumulate::Add), (&mut replaced, Accumulate::Overwrite)] {
+            let (offsets, dy, x) = (View::of(&on_gpu), View::of(&gdy), View::of(&gx));
+            gpu.grouped_linear_grad_weight(dims, offsets, dy, x, ViewMut::of(dw), accumulate);
+        }
 
         let (mut ry, mut rdx, mut rdw) = (vec![0.0; rows * n], vec![0.0; rows * k], before);
         Cpu.grouped_linear(dims, View::of(offsets), View::of(x), View::of(w), ViewMut::of(&mut ry));
         Cpu.grouped_linear_grad_input(dims, View::of(offsets), View::of(dy), View::of(w), ViewMut::of(&mut rdx));
-        Cpu.grouped_linear_grad_weight(dims, View::of(offsets), View::of(dy), View::of(x), ViewMut::of(&mut rdw));
+        let mut rreplaced = vec![f32::NAN; w.len()];
+        for (dw, accumulate) in [(&mut rdw, Accumulate::Add), (&mut rreplaced, Accumulate::Overwrite)] {
+            let (offsets, dy, x) = (View::of(offsets), View::of(dy), View::of(x));
+            Cpu.grouped_linear_grad_weight(dims, offsets, dy, x, ViewMut::of(dw), accumulate);
+        }
         let what = format!("{} {sizes:?}", A::NAME);
         let (of_y, of_dx) = (case.tolerance(k), case.tolerance(n));
         assert_close(&format!("y, {what}"), &case.rows_of(&y, n), &ry, |i| of_y(ry[i]));
         assert_close(&format!("dx, {what}"), &case.rows_of(&dx, k), &rdx, |i| of_dx(rdx[i]));
         let deepest = sizes.0.iter().max().copied().unwrap_or(0) + 1;
-        assert_close(&format!("dw, {what}"), &download(&gpu, &dw), &rdw, |_| f32::EPSILON * 2.0 * deepest as f32);
+        let of_dw = |_| f32::EPSILON * 2.0 * deepest as f32;
+        assert_close(&format!("dw, {what}"), &download(&gpu, &dw), &rdw, of_dw);
+        assert_close(&format!("dw that replaces, {what}"), &download(&gpu, &replaced), &rreplaced, of_dw);
     }
 }
 
@@ -168,6 +178,7 @@ fn the_same_bits_every_time() {
             View::of(&dy),
             View::of(&x),
             ViewMut::of(&mut dw),
+            Accumulate::Add,
         );
         download(&gpu, &dw).into_iter().map(f32::to_bits).collect::<Vec<_>>()
     };

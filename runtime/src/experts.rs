@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use moe_kernels::{Backend, DeviceError, GroupedDims, Rows, View, ViewMut};
+use moe_kernels::{Accumulate, Backend, DeviceError, GroupedDims, Rows, View, ViewMut};
 
 use crate::memory::{Kind, Slot, Tally};
 
@@ -138,7 +138,7 @@ impl<B: Backend> Experts<B> {
     }
 
     /// Backward: the gradient of the combined output of each row, unweighted, is in the scratch's rows, and the input's gradient takes
-    /// its place; weight gradients are added to. `expand` fills the rows with the forward pass's input when it is needed.
+    /// its place. `expand` fills the rows with the forward pass's input when it is needed.
     pub fn backward(
         &mut self,
         device: &B,
@@ -152,7 +152,7 @@ impl<B: Backend> Experts<B> {
         scratch.da.reserve(device, n * f)?;
         scratch.dh.reserve(device, n * 2 * f)?;
         let (up, down, offsets) = (self.up(), self.down(), grouped.offsets);
-        let ExpertBackward { gated, weights, mut gradients, gate_up, down: down_range } = tensors;
+        let ExpertBackward { gated, weights, mut gradients, gate_up, down: down_range, accumulate } = tensors;
         let GatedRows { origin, weights: row_weights, dweights } = gated;
         device.grouped_linear_grad_input(
             down,
@@ -173,10 +173,10 @@ impl<B: Backend> Experts<B> {
             dweights,
         );
         let (dy, a) = (scratch.rows.view(n * h), scratch.a.view(n * f));
-        device.grouped_linear_grad_weight(down, offsets, dy, a, gradients.reborrow().slice(down_range));
+        device.grouped_linear_grad_weight(down, offsets, dy, a, gradients.reborrow().slice(down_range), accumulate);
         expand(scratch.rows.view_mut(n * h));
-        let dh = scratch.dh.view(n * 2 * f);
-        device.grouped_linear_grad_weight(up, offsets, dh, scratch.rows.view(n * h), gradients.slice(gate_up));
+        let (dh, x) = (scratch.dh.view(n * 2 * f), scratch.rows.view(n * h));
+        device.grouped_linear_grad_weight(up, offsets, dh, x, gradients.slice(gate_up), accumulate);
         device.grouped_linear_grad_input(up, offsets, dh, weights.gate_up, scratch.rows.view_mut(n * h));
         Ok(())
     }
@@ -188,10 +188,12 @@ pub struct ExpertBackward<'a, B: Backend> {
     pub gated: GatedRows<'a, B>,
     /// The experts' weights.
     pub weights: ExpertWeights<'a, B>,
-    /// The flat gradient buffer, added to.
+    /// The flat gradient buffer.
     pub gradients: ViewMut<'a, B, f32>,
     /// Where `gate_up` lies in it.
     pub gate_up: Range<usize>,
     /// Where `down` lies in it.
     pub down: Range<usize>,
+    /// Whether the gradients there are added to, or replaced, which saves reading them.
+    pub accumulate: Accumulate,
 }

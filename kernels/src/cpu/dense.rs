@@ -3,7 +3,7 @@
 //! Owns the `DenseOps` implementation, which unwraps views, and the cutting of matrix products over threads: an output's rows
 //! in contiguous parts, one single-threaded product each, so that no sum is ever shared between threads.
 
-use super::gemm::{Mat, MatMut, add_outer_products, gemm};
+use super::gemm::{Mat, MatMut, gemm, sum_outer_products};
 use super::parallel::{for_parts, parts, rows_mut};
 use super::{activation, embedding, norm, slice, slice_mut};
 use crate::{Accumulate, Cpu, DenseOps, GemmDims, NormDims, Rows, View, ViewMut};
@@ -161,11 +161,11 @@ fn linear_grad_input(dims: GemmDims, dy: &[f32], w: &[f32], dx: &mut [f32], accu
 fn linear_grad_weight(dims: GemmDims, dy: &[f32], x: &[f32], dw: &mut [f32]) {
     let GemmDims { m, n, k } = dims;
     let (dy, x, dw) = (matrix("dy", dy, m, n), matrix("x", x, m, k), matrix_mut("dw", dw, n, k));
-    if m == 0 {
+    if m == 0 || n == 0 || k == 0 {
         return;
     }
     for_parts(n, parts(m * n * k), rows_mut(dw, k), |range, dw| {
-        add_outer_products(dw.data, &dy[range.start.min(dy.len())..], n, x, k);
+        sum_outer_products((dw.data, Accumulate::Add), &dy[range.start..], n, x, k);
     });
 }
 

@@ -190,8 +190,9 @@ impl ExpertOps for Cpu {
         dy: View<'_, Self, f32>,
         x: View<'_, Self, f32>,
         dw: ViewMut<'_, Self, f32>,
+        accumulate: Accumulate,
     ) {
         check_grouped(dims, slice(offsets), dw.len());
-        grouped::grad_weight(dims, slice(offsets), slice(dy), slice(x), slice_mut(dw));
+        grouped::grad_weight(dims, slice(offsets), (slice(dy), slice(x)), slice_mut(dw), accumulate);
     }
 }

@@ -99,11 +99,15 @@ const TOKENS_AT_ONCE: usize = 64;
 /// 1 MiB, half of a second-level cache.
 pub(super) const BLOCK_ELEMENTS: usize = 256 * 1024;
 
-/// `dw += dyᵀ · x` on the calling thread: `dw[n', k]`, `x[tokens, k]`; `dy[tokens, n']` has rows `dy_stride` apart.
-pub(super) fn add_outer_products(dw: &mut [f32], dy: &[f32], dy_stride: usize, x: &[f32], k: usize) {
-    if dw.is_empty() || x.is_empty() {
-        return;
-    }
+/// `dw (+)= dyᵀ · x` on the calling thread: `dw[n', k]`, `x[tokens, k]` with at least one token; `dy[tokens, n']` has rows `dy_stride`
+/// apart.
+pub(super) fn sum_outer_products(
+    (dw, accumulate): (&mut [f32], Accumulate),
+    dy: &[f32],
+    dy_stride: usize,
+    x: &[f32],
+    k: usize,
+) {
     let (tokens, rows) = (x.len() / k, dw.len() / k);
     let (rows_at_once, tokens_at_once) =
         if k < NARROW { (BLOCK_ELEMENTS.div_ceil(k), TOKENS_AT_ONCE) } else { (rows, tokens) };
@@ -113,7 +117,8 @@ pub(super) fn add_outer_products(dw: &mut [f32], dy: &[f32], dy_stride: usize, x
             let depth = x.len() / k;
             let first = chunk * tokens_at_once * dy_stride + block * rows_at_once;
             let dy = Mat::rows(&dy[first..first + (depth - 1) * dy_stride + height], depth, height, dy_stride);
-            gemm(MatMut::rows(dw, height, k, k), Accumulate::Add, 1.0, dy.t(), Mat::rows(x, depth, k, k));
+            let accumulate = if chunk == 0 { accumulate } else { Accumulate::Add };
+            gemm(MatMut::rows(dw, height, k, k), accumulate, 1.0, dy.t(), Mat::rows(x, depth, k, k));
         }
     }
 }

@@ -9,7 +9,7 @@ mod tests;
 
 use std::ops::Range;
 
-use super::gemm::{Mat, MatMut, add_outer_products, gemm};
+use super::gemm::{Mat, MatMut, gemm, sum_outer_products};
 use crate::{Accumulate, GroupedDims};
 
 /// Multiplications below which another thread is not worth waking.
@@ -72,8 +72,14 @@ fn over_rows(
     share(0..parts, width, &mut out[first * width..last * width], &cut, &run);
 }
 
-/// `dw[e] += dyᵀ · x`.
-pub(super) fn grad_weight(dims: GroupedDims, offsets: &[i32], dy: &[f32], x: &[f32], dw: &mut [f32]) {
+/// `dw[e] (+)= dyᵀ · x`.
+pub(super) fn grad_weight(
+    dims: GroupedDims,
+    offsets: &[i32],
+    (dy, x): (&[f32], &[f32]),
+    dw: &mut [f32],
+    accumulate: Accumulate,
+) {
     let GroupedDims { experts, n, k } = dims;
     let group = |e: usize| offsets[e] as usize..offsets[e + 1] as usize;
     let run = |rows: Range<usize>, mut dw: &mut [f32]| {
@@ -83,10 +89,13 @@ pub(super) fn grad_weight(dims: GroupedDims, offsets: &[i32], dy: &[f32], x: &[f
             dw = tail;
             let tokens = group(e);
             if tokens.is_empty() || mine.is_empty() {
+                if accumulate == Accumulate::Overwrite {
+                    head.fill(0.0);
+                }
                 continue;
             }
             let dy = &dy[tokens.start * n + mine.start..(tokens.end - 1) * n + mine.end];
-            add_outer_products(head, dy, n, &x[tokens.start * k..tokens.end * k], k);
+            sum_outer_products((head, accumulate), dy, n, &x[tokens.start * k..tokens.end * k], k);
         }
     };
     if n == 0 || k == 0 {

@@ -137,7 +137,8 @@ impl<A: CudaAct> ExpertOps for Cuda<A> {
         dy: View<'_, Self, A>,
         x: View<'_, Self, A>,
         dw: ViewMut<'_, Self, f32>,
+        accumulate: Accumulate,
     ) {
-        grouped::grad_weight(self, dims, offsets, dy, x, dw);
+        grouped::grad_weight(self, dims, offsets, (dy, x), dw, accumulate);
     }
 }

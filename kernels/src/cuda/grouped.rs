@@ -9,7 +9,7 @@ use cudarc::driver::sys::CUtensorMapDataType as Kind;
 
 use super::launch::{Grid, launch};
 use super::{Cuda, CudaAct, pointer, pointer_mut};
-use crate::{Element, GroupedDims, View, ViewMut};
+use crate::{Accumulate, Element, GroupedDims, View, ViewMut};
 
 /// Threads and shared memory of the Hopper kernels: four stages of (128 + 256) × 64 bf16, boxes on their way out, barriers, alignment.
 const HOPPER_THREADS: u32 = 384;
@@ -97,27 +97,28 @@ pub(super) fn grad_input<A: CudaAct>(
     launch!(queue, "grouped_grad_input_sm90", hopper(queue); dy, w, offsets, groups, k, n, dx);
 }
 
-/// `dw[e] += dyᵀ · x` over the rows of group e.
+/// `dw[e] (+)= dyᵀ · x` over the rows of group e.
 pub(super) fn grad_weight<A: CudaAct>(
     queue: &Cuda<A>,
     dims: GroupedDims,
     offsets: View<'_, Cuda<A>, i32>,
-    dy: View<'_, Cuda<A>, A>,
-    x: View<'_, Cuda<A>, A>,
+    (dy, x): (View<'_, Cuda<A>, A>, View<'_, Cuda<A>, A>),
     dw: ViewMut<'_, Cuda<A>, f32>,
+    accumulate: Accumulate,
 ) {
     let rows = check(dims, offsets.len(), dy.len(), dims.n, dw.len());
     assert!(x.len() >= rows * dims.k, "grouped gradient: x has {} elements for {rows} rows of {}", x.len(), dims.k);
     let (dy, x, offsets, dw) = (pointer(dy), pointer(x), pointer(offsets), pointer_mut(dw));
-    let (groups, n, k) = (dims.experts as i32, dims.n as i32, dims.k as i32);
+    let (groups, n, k, add) =
+        (dims.experts as i32, dims.n as i32, dims.k as i32, i32::from(accumulate == Accumulate::Add));
     if !on_hopper(queue, dims, [dy, x, dw]) {
         let name = A::pick("grouped_grad_weight_f32", "grouped_grad_weight_bf16");
-        return launch!(queue, name, plain(queue); dy, x, offsets, groups, n, k, dw);
+        return launch!(queue, name, plain(queue); dy, x, offsets, groups, n, k, dw, add);
     }
     let Some(dy) = matrix(queue, dy, [rows, dims.n], [64, 64]) else { return };
     let Some(x) = matrix(queue, x, [rows, dims.k], [64, 64]) else { return };
     let Some(dw) = matrices_f32(queue, dw, [dims.experts, dims.n, dims.k], [16, 32]) else { return };
-    launch!(queue, "grouped_grad_weight_sm90", hopper(queue); dy, x, dw, offsets, groups, n, k, 1i32);
+    launch!(queue, "grouped_grad_weight_sm90", hopper(queue); dy, x, dw, offsets, groups, n, k, add);
 }
 
 /// The rows that the row operand, `width` wide, has room for.

@@ -200,7 +200,8 @@ pub trait ExpertOps: Device {
         w: View<'_, Self, Self::Act>,
         dx: ViewMut<'_, Self, Self::Act>,
     );
-    /// `dw[e] += dyᵀ · x` over the rows of group e; an empty group adds nothing.
+    /// `dw[e] (+)= dyᵀ · x` over the rows of group e; of an empty group that is 0.
+    #[allow(clippy::too_many_arguments)] // the operands of one product
     fn grouped_linear_grad_weight(
         &self,
         dims: GroupedDims,
@@ -208,5 +209,6 @@ pub trait ExpertOps: Device {
         dy: View<'_, Self, Self::Act>,
         x: View<'_, Self, Self::Act>,
         dw: ViewMut<'_, Self, f32>,
+        accumulate: Accumulate,
     );
 }

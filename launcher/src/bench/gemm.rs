@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Args;
-use moe_kernels::{Backend, GemmDims, GroupedDims, View, ViewMut};
+use moe_kernels::{Accumulate, Backend, GemmDims, GroupedDims, View, ViewMut};
 use moe_runtime::config::Precision;
 use moe_runtime::exit::{ExitCode as Code, Failure};
 use moe_runtime::worker::{Device, DeviceChoice, OnDevice};
@@ -34,7 +34,10 @@ struct Case {
     skew: f64,
     forward: Figure,
     input_grad: Figure,
+    /// Replacing what was there, as in the first pass of a step.
     weight_grad: Figure,
+    /// Added to what was there, as in the step's other passes.
+    weight_grad_added: Figure,
     /// One product of all rows with one group's weights.
     dense: Figure,
 }
@@ -68,12 +71,12 @@ pub(crate) fn run(args: &GemmArgs) -> Result<ExitCode, Failure> {
     }
     report.conditions.show();
     println!(
-        "TFLOP/s\n{:<14}{:>6}{:>10}{:>12}{:>13}{:>9}",
-        "case", "skew", "forward", "input grad", "weight grad", "dense"
+        "TFLOP/s\n{:<14}{:>6}{:>10}{:>12}{:>13}{:>9}{:>9}",
+        "case", "skew", "forward", "input grad", "weight grad", "added", "dense"
     );
-    for Case { shape, skew, forward, input_grad, weight_grad, dense } in &report.cases {
-        let [a, b, c, d] = [forward, input_grad, weight_grad, dense].map(|figure| figure.tflops);
-        println!("{:<14}{skew:>6}{a:>10.1}{b:>12.1}{c:>13.1}{d:>9.1}", shape.name);
+    for Case { shape, skew, forward, input_grad, weight_grad, weight_grad_added, dense } in &report.cases {
+        let [a, b, c, d, e] = [forward, input_grad, weight_grad, weight_grad_added, dense].map(|figure| figure.tflops);
+        println!("{:<14}{skew:>6}{a:>10.1}{b:>12.1}{c:>13.1}{d:>9.1}{e:>9.1}", shape.name);
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -126,7 +129,12 @@ fn case<B: Backend>(device: &B, shape: Grouped, skew: f64, ceiling: f64) -> Resu
         skew,
         forward: time(&mut || device.grouped_linear(dims, offsets, x, w, ViewMut::of(&mut y)))?,
         input_grad: time(&mut || device.grouped_linear_grad_input(dims, offsets, dy, w, ViewMut::of(&mut dx)))?,
-        weight_grad: time(&mut || device.grouped_linear_grad_weight(dims, offsets, dy, x, ViewMut::of(&mut dw)))?,
+        weight_grad: time(&mut || {
+            device.grouped_linear_grad_weight(dims, offsets, dy, x, ViewMut::of(&mut dw), Accumulate::Overwrite);
+        })?,
+        weight_grad_added: time(&mut || {
+            device.grouped_linear_grad_weight(dims, offsets, dy, x, ViewMut::of(&mut dw), Accumulate::Add);
+        })?,
         dense: time(&mut || {
             device.linear(GemmDims { m, n, k }, x, w.slice(0..n * k), None, ViewMut::of(&mut y));
         })?,

@@ -71,6 +71,8 @@ pub(super) struct MoeLayer<B: Backend> {
     top_k: usize,
     chunks: Vec<Chunk<B>>,
     shared: Option<SharedExpert<B>>,
+    /// What the next backward pass does to the experts' gradients.
+    accumulate: Accumulate,
 }
 
 /// How a rank's MoE layers are shaped beyond the model's configuration.
@@ -145,7 +147,13 @@ impl<B: Backend> MoeLayer<B> {
             top_k: config.top_k,
             chunks: (0..shape.chunks).map(chunk).collect::<Result<_, DeviceError>>()?,
             shared: shared.transpose()?,
+            accumulate: Accumulate::Add,
         })
+    }
+
+    /// The experts' gradients are zero: the next backward pass may replace them.
+    pub(super) fn begin_step(&mut self) {
+        self.accumulate = Accumulate::Overwrite;
     }
 
     /// H.
@@ -252,7 +260,9 @@ impl<B: Backend> MoeLayer<B> {
             let gated = shuffle.gated(device, &mut scratch.shuffle, row_weights, dweights.reborrow())?;
             clock.lap(Stage::Combine);
             let (flat, [gate_up, down]) = gradients.several([pass.tensors.experts.gate_up, pass.tensors.experts.down]);
-            let tensors = ExpertBackward { gated, weights: expert_weights(pass), gradients: flat, gate_up, down };
+            let accumulate = std::mem::replace(&mut self.accumulate, Accumulate::Add);
+            let weights = expert_weights(pass);
+            let tensors = ExpertBackward { gated, weights, gradients: flat, gate_up, down, accumulate };
             let expand = |to: ViewMut<'_, B, B::Act>| shuffle.expanded(device, x, to);
             experts.backward(device, &mut scratch.experts, grouped, tensors, expand)?;
             clock.lap(Stage::Experts);

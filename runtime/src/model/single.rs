@@ -71,7 +71,8 @@ impl<B: Backend> SingleMoe<B> {
         self.layer.forward(&pass, &mut self.balance, &mut self.scratch, clock, (x_TH, out_TH))
     }
 
-    /// Backward of the last forward pass: `dx_TH` from `dout_TH`; gradients of the weights are added up.
+    /// Backward of the last forward pass: `dx_TH` from `dout_TH`; the weights' gradients as in the first pass of a step, so that the
+    /// experts' are replaced.
     ///
     /// # Errors
     /// The device's or a collective's.
@@ -90,6 +91,7 @@ impl<B: Backend> SingleMoe<B> {
         let pass = MoePass { device: &self.device, group: &groups.expert, route, weights, tensors: self.tensors };
         let rows = MoeBackward { x_TH, dout_TH, dx_TH };
         let clock = &mut StageClock::default();
+        self.layer.begin_step();
         self.layer.backward(&pass, &mut gradients, losses, &mut self.scratch, clock, rows)
     }
 

@@ -165,8 +165,13 @@ impl<B: Backend> Transformer<B> {
         rows
     }
 
-    /// Forgets the sums of the last step. Gradients are cleared by the optimizer.
+    /// Forgets the sums of the last step, the experts' gradients among them; others are cleared by the optimizer.
     pub fn begin_step(&mut self) {
+        for block in &mut self.blocks {
+            if let Second::Moe(moe) = &mut block.second {
+                moe.begin_step();
+            }
+        }
         self.device.fill(self.totals.view_mut(2), 0.0);
         self.balance.begin_step(&self.device);
     }

@@ -2,7 +2,7 @@
 
 use super::{cut_by_cost, row_cost};
 use crate::cpu::testkit::{assert_close, on_threads, rng, rounding, uniform};
-use crate::{Cpu, DenseOps, ExpertOps, GroupedDims, Rows, View, ViewMut};
+use crate::{Accumulate, Cpu, DenseOps, ExpertOps, GroupedDims, Rows, View, ViewMut};
 
 /// Rows of each group: none at all, empty ones, one row, all on one, ragged, more than one register tile.
 const GROUPS: [&[usize]; 8] =
@@ -55,9 +55,13 @@ impl Case {
 
     /// Added to a gradient of all ones.
     fn grad_weight(&self) -> Vec<f32> {
-        let mut dw = vec![1.0; self.w.len()];
+        self.grad_weight_from(1.0, Accumulate::Add)
+    }
+
+    fn grad_weight_from(&self, before: f32, accumulate: Accumulate) -> Vec<f32> {
+        let mut dw = vec![before; self.w.len()];
         let (dy, x) = (View::of(&self.dy), View::of(&self.x));
-        Cpu.grouped_linear_grad_weight(self.dims, View::of(&self.offsets), dy, x, ViewMut::of(&mut dw));
+        Cpu.grouped_linear_grad_weight(self.dims, View::of(&self.offsets), dy, x, ViewMut::of(&mut dw), accumulate);
         dw
     }
 
@@ -94,6 +98,9 @@ fn check(case: &Case) {
     assert_rows("y", n, &case.forward(), &y, rounding(k, k as f64));
     assert_rows("dx", k, &case.grad_input(), &dx, rounding(n, n as f64));
     assert_close("dw", &case.grad_weight(), &dw, rounding(longest, longest as f64));
+    dw.iter_mut().for_each(|dw| *dw -= 1.0);
+    let replaced = case.grad_weight_from(f32::NAN, Accumulate::Overwrite);
+    assert_close("dw that replaces", &replaced, &dw, rounding(longest, longest as f64));
 }
 
 #[test]
