@@ -5,10 +5,12 @@
 //                      block's rows; add_partials (columns.cu) adds the blocks' sums to dw
 // Row r starts at r / groups · token_stride + r % groups · width: heads inside wider rows are normalised where they lie.
 //
-// A row is held in registers by a team of L threads, K packs of V elements each, so that x is read once; R rows a team are under way
-// together, so that short rows keep the memory busy too. Shapes, by the packs of a row: heads 16, narrow 64, row 256, wide 512, widest
+// A row is held in registers by a team of L threads, K packs of V elements each, so that x is read once; R rows a team (forward, backward)
+// are under way together, so that short rows keep the memory busy too. Shapes, by the packs of a row: heads 16, narrow 64, row 256, wide 512, widest
 // 2048; odd: up to 8192 single elements, where rows are not whole packs. Sums of a row: a thread's elements, then a butterfly, then
 // warps; of dw: a team's rows ascending, then teams, then blocks. Bound: memory, bytes = 2 (forward), 3 or 4 (backward) of x.
+// Versions of row, 16384 × 2048 bf16 on an H100, of a large copy's rate (a copy of that size: 0.85): a warp a row 0.78 forward, 0.73
+// backward → a block a row, one forward 0.85, two backward 0.82.
 
 #include "pack.cuh"
 
@@ -167,24 +169,24 @@ __device__ void backward(const Rows& s, const Act* dy, const Act* x, const Act* 
     for (int c = threadIdx.x; c < s.width; c += threads(L)) partial[long(blockIdx.x) * s.width + c] = sums[c];
 }
 
-#define NORM_OF(SHAPE, TYPE, Act, V, L, K, R)                                                                            \
+#define NORM_OF(SHAPE, TYPE, Act, V, L, K, RF, RB)                                                                       \
     extern "C" __global__ void __launch_bounds__(threads(L))                                                             \
         rms_norm_##SHAPE##_##TYPE(Rows s, const Act* x, const Act* w, Act* y, float* rstd) {                             \
-        forward<Act, V, L, K, R>(s, x, w, y, rstd);                                                                      \
+        forward<Act, V, L, K, RF>(s, x, w, y, rstd);                                                                     \
     }                                                                                                                    \
     extern "C" __global__ void __launch_bounds__(threads(L)) rms_norm_grad_##SHAPE##_##TYPE(                             \
         Rows s, const Act* dy, const Act* x, const Act* w, const float* rstd, Act* dx, float* partial, int add) {        \
-        backward<Act, V, L, K, R>(s, dy, x, w, rstd, dx, partial, add);                                                  \
+        backward<Act, V, L, K, RB>(s, dy, x, w, rstd, dx, partial, add);                                                 \
     }
-#define NORM(SHAPE, V, L, K, R)                                                                                          \
-    NORM_OF(SHAPE, f32, float, V(float), L, K, R)                                                                        \
-    NORM_OF(SHAPE, bf16, bf16, V(bf16), L, K, R)
+#define NORM(SHAPE, V, L, K, RF, RB)                                                                                     \
+    NORM_OF(SHAPE, f32, float, V(float), L, K, RF, RB)                                                                   \
+    NORM_OF(SHAPE, bf16, bf16, V(bf16), L, K, RF, RB)
 #define PACKED(Act) FULL<Act>
 #define SINGLE(Act) 1
 
-NORM(heads, PACKED, 16, 1, 4)
-NORM(narrow, PACKED, 32, 2, 2)
-NORM(row, PACKED, 32, 8, 1)
-NORM(wide, PACKED, 128, 4, 1)
-NORM(widest, PACKED, 256, 8, 1)
-NORM(odd, SINGLE, 256, 32, 1)
+NORM(heads, PACKED, 16, 1, 4, 4)
+NORM(narrow, PACKED, 32, 2, 2, 2)
+NORM(row, PACKED, 256, 1, 1, 2)
+NORM(wide, PACKED, 128, 4, 1, 1)
+NORM(widest, PACKED, 256, 8, 1, 1)
+NORM(odd, SINGLE, 256, 32, 1, 1)

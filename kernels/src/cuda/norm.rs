@@ -21,14 +21,14 @@ struct Shape {
     /// Packs that a row may have.
     packs: usize,
     threads: u32,
-    /// Rows that a block works on together.
-    rows: usize,
+    /// Rows that a block of the forward and of the backward kernel works on together.
+    rows: [usize; 2],
     /// Blocks of the backward kernel that a multiprocessor has room for: more would only make more partial sums.
     blocks: usize,
 }
 
 macro_rules! shape {
-    ($act:ident, $name:literal, $packs:literal, $threads:literal, $rows:literal, $blocks:literal) => {
+    ($act:ident, $name:literal, $packs:literal, $threads:literal, $rows:expr, $blocks:literal) => {
         Shape {
             kernels: [
                 $act::pick(concat!("rms_norm_", $name, "_f32"), concat!("rms_norm_", $name, "_bf16")),
@@ -72,8 +72,7 @@ impl<A: CudaAct> Cuda<A> {
         }
         let (x, w, y, rstd) = (pointer(x), pointer(w), pointer_mut(y), pointer_mut(rstd));
         let shape = shape_of::<A>(dims, &[x, w, y]);
-        let full = self.facts().multiprocessors * (2048 / shape.threads as usize);
-        let grid = Grid::new(rows.div_ceil(shape.rows).min(full), shape.threads);
+        let grid = Grid::new(rows.div_ceil(shape.rows[0]), shape.threads);
         launch!(self, shape.kernels[0], grid; NormRows::new(dims), x, w, y, rstd);
     }
 
@@ -98,7 +97,7 @@ impl<A: CudaAct> Cuda<A> {
         let (dy, x, w, rstd) = (pointer(saved.dy), pointer(saved.x), pointer(saved.w), pointer(saved.rstd));
         let (dx, dw) = (pointer_mut(dx), pointer_mut(dw));
         let shape = shape_of::<A>(dims, &[dy, x, w, dx]);
-        let blocks = rows.div_ceil(shape.rows).min(self.facts().multiprocessors * shape.blocks);
+        let blocks = rows.div_ceil(shape.rows[1]).min(self.facts().multiprocessors * shape.blocks);
         let sum_bytes = dims.width * size_of::<f32>();
         let Some(scratch) = self.scratch(blocks * sum_bytes) else { return };
         let partial = scratch.at(0);
@@ -134,14 +133,14 @@ fn shape_of<A: CudaAct>(dims: NormDims, addresses: &[u64]) -> Shape {
     let packs = if whole { dims.width * A::BYTES / PACK_BYTES } else { dims.width };
     let shapes = if whole {
         vec![
-            shape!(A, "heads", 16, 128, 32, 4),
-            shape!(A, "narrow", 64, 128, 8, 4),
-            shape!(A, "row", 256, 128, 4, 2),
-            shape!(A, "wide", 512, 128, 1, 4),
-            shape!(A, "widest", 2048, 256, 1, 1),
+            shape!(A, "heads", 16, 128, [32, 32], 4),
+            shape!(A, "narrow", 64, 128, [8, 8], 4),
+            shape!(A, "row", 256, 256, [1, 2], 4),
+            shape!(A, "wide", 512, 128, [1, 1], 4),
+            shape!(A, "widest", 2048, 256, [1, 1], 1),
         ]
     } else {
-        vec![shape!(A, "odd", 8192, 256, 1, 2)]
+        vec![shape!(A, "odd", 8192, 256, [1, 1], 2)]
     };
     let fitting = shapes.into_iter().find(|shape| packs <= shape.packs);
     fitting.unwrap_or_else(|| panic!("RMSNorm holds rows of up to 2048 packs of 16 bytes, or 8192 elements: {dims:?}"))
