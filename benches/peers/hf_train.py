@@ -37,8 +37,10 @@ def build(shape, experts_implementation, device):
         sliding_window=None,
     )
     config._experts_implementation = experts_implementation
-    # On a GPU all of its state is bf16, as users of transformers train it.
-    return MixtralForCausalLM(config).to(device, torch.bfloat16 if device == "cuda" else torch.float32).train()
+    # On a GPU all of its state is bf16, as users of transformers train it. Made where it is used: a CPU takes a minute to draw it.
+    torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
+    with torch.device(device):
+        return MixtralForCausalLM(config).train()
 
 
 def wait(device):
