@@ -11,7 +11,7 @@ use moe_runtime::collectives::{Context, Groups, HostCommunicator, local};
 use moe_runtime::config::{Config, DataConfig};
 use moe_runtime::data::{ByteTokenizer, CorpusSpec, Tokenizer, tokenizer};
 use moe_runtime::exit::{ExitCode, Failure};
-use moe_runtime::model::{ModelConfig, ModelSetup, Transformer};
+use moe_runtime::model::{ModelConfig, ModelSetup, Recompute, Transformer};
 use moe_runtime::routing::RouterConfig;
 use moe_runtime::topology::{Grid, Rank};
 use moe_runtime::training::load_model;
@@ -178,6 +178,8 @@ impl Place {
             chunks: 1,
             max_sequences: sequences,
             sequence_length,
+            // No backward pass comes that anything could be kept for.
+            recompute: Recompute::Experts,
         };
         let mut model =
             Transformer::new(device.clone(), setup).map_err(|error| Failure::new(ExitCode::Usage, error))?;

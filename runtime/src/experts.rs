@@ -28,12 +28,15 @@ pub struct ExpertWeights<'a, B: Backend> {
     pub down: View<'a, B, B::Act>,
 }
 
-/// What the experts of one chunk of one layer keep for their backward pass: `h[N, 2F]`, the gate and up projections. All else is
-/// computed again or not needed, since the combine weight is applied in front of the down projection there.
+/// What the experts of one chunk of one layer keep for their backward pass: `h[N, 2F]`, the gate and up projections, or nothing where
+/// these are computed again. All else is computed again or not needed, since the combine weight is applied in front of the down
+/// projection there.
 pub struct Experts<B: Backend> {
     shape: ExpertShape,
-    h: Slot<B, B::Act>,
+    h: Option<Slot<B, B::Act>>,
 }
+
+const PROJECTIONS: &str = "expert projections";
 
 /// Activations and their gradients under way, shared by all layers.
 pub struct ExpertScratch<B: Backend> {
@@ -44,12 +47,14 @@ pub struct ExpertScratch<B: Backend> {
     a: Slot<B, B::Act>,
     da: Slot<B, B::Act>,
     dh: Slot<B, B::Act>,
+    /// `[N, 2F]`: the projections of experts that do not keep them.
+    h: Slot<B, B::Act>,
 }
 
 impl<B: Backend> ExpertScratch<B> {
     /// Counts its buffers.
     pub fn tally(&self, tally: &mut Tally) {
-        tally.add(Kind::Activations, [&self.rows, &self.a, &self.da, &self.dh].map(Slot::bytes));
+        tally.add(Kind::Activations, [&self.rows, &self.a, &self.da, &self.dh, &self.h].map(Slot::bytes));
     }
 
     /// Empty scratch.
@@ -59,6 +64,7 @@ impl<B: Backend> ExpertScratch<B> {
             a: Slot::new(device, "expert activations")?,
             da: Slot::new(device, "expert activation gradients")?,
             dh: Slot::new(device, "expert projection gradients")?,
+            h: Slot::new(device, PROJECTIONS)?,
         })
     }
 
@@ -102,12 +108,22 @@ pub struct GatedRows<'a, B: Backend> {
 impl<B: Backend> Experts<B> {
     /// Counts its buffers.
     pub fn tally(&self, tally: &mut Tally) {
-        tally.add(Kind::Activations, [self.h.bytes()]);
+        tally.add(Kind::Activations, self.h.iter().map(Slot::bytes));
     }
 
-    /// Empty activations.
-    pub fn new(device: &B, shape: ExpertShape) -> Result<Self, DeviceError> {
-        Ok(Self { shape, h: Slot::new(device, "expert projections")? })
+    /// Experts that keep their projections; empty.
+    pub fn keeping(device: &B, shape: ExpertShape) -> Result<Self, DeviceError> {
+        Ok(Self { shape, h: Some(Slot::new(device, PROJECTIONS)?) })
+    }
+
+    /// Experts that keep nothing: [`Experts::project`] comes before their backward pass.
+    pub fn recomputing(shape: ExpertShape) -> Self {
+        Self { shape, h: None }
+    }
+
+    /// Whether the backward pass needs the projections again.
+    pub fn recomputes(&self) -> bool {
+        self.h.is_none()
     }
 
     fn up(&self) -> GroupedDims {
@@ -126,14 +142,30 @@ impl<B: Backend> Experts<B> {
         grouped: GroupedRows<'_, B>,
         weights: ExpertWeights<'_, B>,
     ) -> Result<(), DeviceError> {
+        self.project(device, scratch, grouped, weights.gate_up)?;
         let (n, h, f) = (grouped.rows.bound, self.shape.hidden_size, self.shape.ffn_size);
-        self.h.reserve(device, n * 2 * f)?;
+        let (a, y) = (scratch.a.view(n * f), scratch.rows.view_mut(n * h));
+        device.grouped_linear(self.down(), grouped.offsets, a, weights.down, y);
+        Ok(())
+    }
+
+    /// The first half of [`Experts::forward`], in the same operation and so with the same bits: gate and up projections and activations of
+    /// the scratch's rows, which stay. The projections lie in the scratch where they are not kept.
+    pub fn project(
+        &mut self,
+        device: &B,
+        scratch: &mut ExpertScratch<B>,
+        grouped: GroupedRows<'_, B>,
+        gate_up: View<'_, B, B::Act>,
+    ) -> Result<(), DeviceError> {
+        let (n, h, f) = (grouped.rows.bound, self.shape.hidden_size, self.shape.ffn_size);
+        let up = self.up();
+        let projections = self.h.as_mut().unwrap_or(&mut scratch.h);
+        projections.reserve(device, n * 2 * f)?;
         scratch.a.reserve(device, n * f)?;
-        let (up, down, offsets) = (self.up(), self.down(), grouped.offsets);
-        let (projections, a) = (self.h.view_mut(n * 2 * f), scratch.a.view_mut(n * f));
-        let x_NH = scratch.rows.view(n * h);
-        device.grouped_linear_swiglu(grouped.rows, up, offsets, x_NH, weights.gate_up, projections, a);
-        device.grouped_linear(down, offsets, scratch.a.view(n * f), weights.down, scratch.rows.view_mut(n * h));
+        let (x_NH, projections, a) =
+            (scratch.rows.view(n * h), projections.view_mut(n * 2 * f), scratch.a.view_mut(n * f));
+        device.grouped_linear_swiglu(grouped.rows, up, grouped.offsets, x_NH, gate_up, projections, a);
         Ok(())
     }
 
@@ -167,7 +199,7 @@ impl<B: Backend> Experts<B> {
             origin,
             row_weights,
             scratch.da.view(n * f),
-            self.h.view(n * 2 * f),
+            self.h.as_ref().unwrap_or(&scratch.h).view(n * 2 * f),
             scratch.dh.view_mut(n * 2 * f),
             scratch.a.view_mut(n * f),
             dweights,

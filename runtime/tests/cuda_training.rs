@@ -11,6 +11,7 @@ use moe_kernels::{Backend, Cpu};
 use moe_runtime::collectives::local;
 use moe_runtime::config::Config;
 use moe_runtime::data::{Corpus, generated_corpus};
+use moe_runtime::model::Recompute;
 use moe_runtime::plan::{Job, MemoryPlan, Numbers};
 use moe_runtime::topology::Grid;
 use moe_runtime::training::Requests;
@@ -80,15 +81,28 @@ fn the_same_seed_gives_the_same_bits_twice() {
 }
 
 #[test]
+fn experts_computed_again_give_the_same_bits() {
+    let Some(device) = gpu::<half::bf16>() else { return };
+    let kept = small();
+    let mut again = kept.clone();
+    again.train.recompute = Recompute::Experts;
+    let corpus = text();
+    assert_eq!(losses(device.clone(), &kept, &corpus, 20), losses(device, &again, &corpus, 20));
+}
+
+#[test]
 fn buffers_of_a_gpu_are_planned_to_the_byte() {
     let Some(device) = gpu::<half::bf16>() else { return };
-    let config = small();
-    let corpus = text();
-    let mut trainer = trainer_on(device, &config, &corpus, local::solo(Default::default()), 1);
-    for step in 1..=2 {
-        trainer.step(step, Requests::default()).unwrap();
+    for recompute in [Recompute::None, Recompute::Experts] {
+        let mut config = small();
+        config.train.recompute = recompute;
+        let corpus = text();
+        let mut trainer = trainer_on(device.clone(), &config, &corpus, local::solo(Default::default()), 1);
+        for step in 1..=2 {
+            trainer.step(step, Requests::default()).unwrap();
+        }
+        let grid = Grid::new(1, 1, config.model.experts).unwrap();
+        let job = Job { config, grid, ranks_per_node: 1, numbers: Numbers::GPU };
+        assert_eq!(MemoryPlan::new(&job).buffers, trainer.tally(), "{recompute:?}");
     }
-    let grid = Grid::new(1, 1, config.model.experts).unwrap();
-    let job = Job { config, grid, ranks_per_node: 1, numbers: Numbers::GPU };
-    assert_eq!(MemoryPlan::new(&job).buffers, trainer.tally());
 }

@@ -104,6 +104,7 @@ impl Probe {
             chunks: 1,
             max_sequences: PASSES[0],
             sequence_length: LENGTH,
+            recompute: config.train.recompute,
         };
         let mut model = Transformer::new(Cpu, setup).unwrap();
         let bias: Vec<f32> = (0..config.model.experts).map(|e| 0.1 * e as f32).collect();

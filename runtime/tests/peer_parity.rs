@@ -17,7 +17,7 @@ use moe_runtime::collectives::{Groups, HostCommunicator, local};
 use moe_runtime::config::{Config, DecayGroups, OptimizerConfig, ScheduleConfig, ScheduleKind, TrainConfig};
 use moe_runtime::data::Batch;
 use moe_runtime::model::layout::{PartId, PartKind};
-use moe_runtime::model::{Family, LogitsOf, ModelSetup, PassTokens, Transformer};
+use moe_runtime::model::{Family, LogitsOf, ModelSetup, PassTokens, Recompute, Transformer};
 use moe_runtime::routing::BatchShare;
 use moe_runtime::stages::StageClock;
 use moe_runtime::topology::{Grid, Rank, share};
@@ -138,6 +138,7 @@ impl Fixture {
             chunks: 1,
             max_sequences: data.sequences,
             sequence_length: data.length,
+            recompute: Recompute::None,
         };
         let mut transformer = Transformer::new(device.fork(), setup).unwrap();
         let queue = transformer.device().clone();

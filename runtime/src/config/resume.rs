@@ -13,10 +13,12 @@ use super::{Config, ConfigError};
 /// Sections whose every key a resumed run may change: they decide where and how the same is computed.
 const FREE_SECTIONS: [&str; 2] = ["parallel.", "run."];
 
-/// Further keys it may change: how long, in which numbers (checkpoints hold the f32 ones), and how often what is written.
-const FREE_KEYS: [&str; 7] = [
+/// Further keys it may change: how long, in which numbers (checkpoints hold the f32 ones), what is kept in memory, and how often what is
+/// written.
+const FREE_KEYS: [&str; 8] = [
     "train.steps",
     "train.precision",
+    "train.recompute",
     "train.log_every",
     "train.eval_every",
     "train.eval_batches",
@@ -44,7 +46,7 @@ impl fmt::Display for Difference {
 
 impl Config {
     /// The keys in which this configuration, that of a continuation, differs from `base`, that of the run, though only
-    /// `train.steps`, `parallel.*`, `run.*` and how often things are logged, evaluated and saved may.
+    /// `parallel.*`, `run.*` and [`FREE_KEYS`] may.
     pub fn differences_that_matter(&self, base: &Config) -> Result<Vec<Difference>, ConfigError> {
         let (now, base) = (self.flat()?, base.flat()?);
         let keys: std::collections::BTreeSet<_> = now.keys().chain(base.keys()).collect();
@@ -90,8 +92,10 @@ impl Config {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Precision;
     use super::*;
     use crate::exit::{Classified, ExitCode};
+    use crate::model::Recompute;
 
     fn tiny() -> Config {
         Config::preset("tiny").unwrap()
@@ -107,6 +111,8 @@ mod tests {
         now.train.eval_batches = 7;
         now.train.checkpoint_every = 7;
         now.train.keep_checkpoints = 7;
+        now.train.precision = Precision::F32;
+        now.train.recompute = Recompute::Experts;
         now.parallel.ep = Some(4);
         now.parallel.chunks = 2;
         now.run.threads = 3;

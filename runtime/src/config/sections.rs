@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::values::{automatic, one_or_many};
 use crate::data::{ByteTokenizer, CorpusSpec, EndOfDocument, SourceSpec};
+use crate::model::Recompute;
 
 /// How the ranks share the work.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -139,6 +140,8 @@ pub struct TrainConfig {
     pub micro_batch: Option<usize>,
     /// What activations and the compute copy of parameters are held in.
     pub precision: Precision,
+    /// What the backward pass computes again instead of what the forward pass would keep.
+    pub recompute: Recompute,
     /// S: tokens of a sequence.
     pub sequence_length: usize,
     /// Whether documents that share a sequence are kept apart: attention stays inside each, and the first token of one is not
@@ -179,6 +182,7 @@ impl Default for TrainConfig {
             global_batch: 16,
             micro_batch: None,
             precision: Precision::Auto,
+            recompute: Recompute::None,
             sequence_length: 128,
             document_mask: false,
             freeze: Vec::new(),

@@ -38,6 +38,17 @@ pub enum QkNorm {
     FullWidth,
 }
 
+/// What the backward pass computes again instead of what the forward pass would keep: memory for operations, the same bits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Recompute {
+    /// Nothing that layers could keep.
+    #[default]
+    None,
+    /// The experts' gate and up projections, from rows that are expanded once more.
+    Experts,
+}
+
 /// A decoder-only transformer with Mixture-of-Experts feed-forward blocks.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]

@@ -8,7 +8,7 @@ use std::ops::Range;
 use moe_kernels::{Accumulate, Backend, DeviceError, GemmDims, ShuffleDims, View, ViewMut};
 
 use super::ModelError;
-use super::config::ModelConfig;
+use super::config::{ModelConfig, Recompute};
 use super::feed_forward::DenseFeedForward;
 use super::layout::MoeTensors;
 use super::parameters::{Gradients, Weights};
@@ -84,6 +84,8 @@ pub(super) struct MoeShape {
     pub chunks: usize,
     /// The run's seed, for gates that draw.
     pub seed: u64,
+    /// What is computed again.
+    pub recompute: Recompute,
 }
 
 /// What a layer works with in a pass.
@@ -129,7 +131,11 @@ impl<B: Backend> MoeLayer<B> {
         };
         let chunk = |_| {
             let shuffle = Shuffle::new(device, dims, config.hidden_size)?;
-            Ok(Chunk { shuffle, experts: Experts::new(device, experts)? })
+            let experts = match shape.recompute {
+                Recompute::None => Experts::keeping(device, experts)?,
+                Recompute::Experts => Experts::recomputing(experts),
+            };
+            Ok(Chunk { shuffle, experts })
         };
         let shared = (config.shared_expert_ffn_size > 0).then(|| {
             Ok::<_, DeviceError>(SharedExpert {
@@ -253,6 +259,12 @@ impl<B: Backend> MoeLayer<B> {
             let grouped = shuffle.grouped();
             let len = grouped.rows.bound * h;
             let (x, dout) = (x_TH.slice(rows.clone()), dout_TH.slice(rows.clone()));
+            if experts.recomputes() {
+                // Before the gradient comes into the rows: the input is expanded once more instead of into a buffer of its own.
+                shuffle.expanded(device, x, scratch.experts.rows_mut(device, len)?);
+                experts.project(device, &mut scratch.experts, grouped, expert_weights(pass).gate_up)?;
+                clock.lap(Stage::Experts);
+            }
             let dy = scratch.experts.rows_mut(device, len)?;
             shuffle.combine_backward(device, pass.group, &mut scratch.shuffle, (dout, dy))?;
             let mut dweights = scratch.dweights.view_mut(t * k).slice(tokens.start * k..tokens.end * k);

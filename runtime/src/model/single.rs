@@ -5,7 +5,7 @@
 use moe_kernels::{Backend, DeviceError, View, ViewMut};
 
 use super::ModelError;
-use super::config::ModelConfig;
+use super::config::{ModelConfig, Recompute};
 use super::layout::{FeedForward, Layout, MoeTensors};
 use super::moe::{MoeBackward, MoeLayer, MoePass, MoeScratch, MoeShape};
 use super::parameters::Parameters;
@@ -41,7 +41,7 @@ impl<B: Backend> SingleMoe<B> {
         };
         let (hidden_size, experts, top_k) = (config.hidden_size, config.experts, config.top_k);
         let shape = RouterShape { hidden_size, experts, top_k, config: router.clone() };
-        let place = MoeShape { ranks: grid.ep(), chunks: 1, seed: 0 };
+        let place = MoeShape { ranks: grid.ep(), chunks: 1, seed: 0, recompute: Recompute::None };
         let mut parameters = Parameters::new(&device, layout)?;
         parameters.initialize(&device, 0);
         Ok(Some(Self {

@@ -8,7 +8,7 @@ use moe_kernels::{Accumulate, Activation, Backend, DeviceError};
 use super::ModelError;
 use super::attention::{AttentionScratch, RotaryTables};
 use super::block::{Block, BlockContext, Norm, Scratch, Second};
-use super::config::ModelConfig;
+use super::config::{ModelConfig, Recompute};
 use super::feed_forward::DenseFeedForward;
 use super::head::Head;
 use super::layout::{BlockTensors, FeedForward, Layout};
@@ -41,6 +41,8 @@ pub struct ModelSetup {
     pub max_sequences: usize,
     /// Their length.
     pub sequence_length: usize,
+    /// What the backward pass computes again instead of what the forward pass would keep.
+    pub recompute: Recompute,
 }
 
 /// Sums over the passes of a step on this rank.
@@ -415,7 +417,7 @@ pub enum LogitsOf {
 
 fn build_blocks<B: Backend>(device: &B, setup: &ModelSetup, layout: &Layout) -> Result<Vec<Block<B>>, DeviceError> {
     let c = &setup.model;
-    let shape = MoeShape { ranks: setup.grid.ep(), chunks: setup.chunks, seed: setup.seed };
+    let shape = MoeShape { ranks: setup.grid.ep(), chunks: setup.chunks, seed: setup.seed, recompute: setup.recompute };
     let router =
         RouterShape { hidden_size: c.hidden_size, experts: c.experts, top_k: c.top_k, config: setup.router.clone() };
     let mut moe_index = 0;

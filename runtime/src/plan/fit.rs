@@ -5,6 +5,7 @@
 use serde::Serialize;
 
 use super::{Job, MemoryPlan, Numbers};
+use crate::model::Recompute;
 use crate::topology::Grid;
 
 /// A change that makes a job fit.
@@ -27,7 +28,7 @@ type Lever = fn(&Job) -> Vec<(String, Job)>;
 pub fn nearest_that_fit(job: &Job, limit_bytes: u64) -> Vec<Alternative> {
     let fits = |job: &Job| MemoryPlan::new(job).peak_bytes <= limit_bytes;
     let found = |change: String, job: &Job| Alternative { change, peak_bytes: MemoryPlan::new(job).peak_bytes };
-    let levers: [Lever; 4] = [smaller_passes, sharded, larger_groups, more_ranks];
+    let levers: [Lever; 5] = [smaller_passes, recomputing, sharded, larger_groups, more_ranks];
     let mut alternatives = Vec::new();
     for lever in levers {
         let first = lever(job).into_iter().find(|(_, changed)| fits(changed));
@@ -38,7 +39,7 @@ pub fn nearest_that_fit(job: &Job, limit_bytes: u64) -> Vec<Alternative> {
     }
     // Every lever as far as it goes: larger groups, or more ranks, which form the largest there are.
     let mut all = (Vec::new(), job.clone());
-    for lever in [smaller_passes, sharded] {
+    for lever in [smaller_passes, recomputing, sharded] {
         pull(lever, &mut all);
     }
     let mut grouped = all.clone();
@@ -67,6 +68,16 @@ fn smaller_passes(job: &Job) -> Vec<(String, Job)> {
         (format!("--set train.micro_batch={size}"), changed)
     };
     (1..now).rev().map(smaller).collect()
+}
+
+/// The experts' projections computed again.
+fn recomputing(job: &Job) -> Vec<(String, Job)> {
+    if job.config.train.recompute == Recompute::Experts || job.moe_layers() == 0 {
+        return Vec::new();
+    }
+    let mut changed = job.clone();
+    changed.config.train.recompute = Recompute::Experts;
+    vec![("--set train.recompute=experts".to_owned(), changed)]
 }
 
 /// The optimizer's state shared out.

@@ -4,6 +4,7 @@
 //! nothing is counted twice that is computed twice.
 
 use crate::config::Config;
+use crate::model::Recompute;
 use crate::stages::Stage;
 
 /// FLOPs of a token, forward and backward.
@@ -37,6 +38,15 @@ impl Flops {
             experts: moe * c.top_k as f64 * feed_forward(c.expert_ffn_size),
             dense: moe * feed_forward(c.shared_expert_ffn_size) + (layers - moe) * feed_forward(c.ffn_size),
             head: 6.0 * h * c.vocab_size as f64,
+        }
+    }
+
+    /// Those of a token that a configuration has computed again: part of a step's time and of no stage here.
+    pub fn recomputed(config: &Config) -> f64 {
+        match config.train.recompute {
+            Recompute::None => 0.0,
+            // The gate and up projections: two of the nine products of an expert's two passes.
+            Recompute::Experts => 2.0 / 9.0 * Self::of(config).experts,
         }
     }
 

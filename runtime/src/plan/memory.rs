@@ -8,9 +8,9 @@ use serde::Serialize;
 use super::Job;
 use crate::collectives::volume::SEGMENT_BYTES;
 use crate::memory::{Kind, Tally};
-use crate::model::QkNorm;
 use crate::model::layout::Layout;
 use crate::model::logits_rows;
+use crate::model::{QkNorm, Recompute};
 use crate::routing::{BalanceScope, RouterKind};
 use crate::topology::Rank;
 
@@ -93,11 +93,15 @@ fn receive_buffer(job: &Job) -> ReceiveBuffer {
     let local = c.top_k.min(job.grid.experts_per_rank()) as u64;
     let (h, f, act) = (c.hidden_size as u64, c.expert_ffn_size as u64, job.numbers.act_bytes as u64);
     let chunks = job.config.parallel.chunks as f64;
+    let (kept, shared) = match job.config.train.recompute {
+        Recompute::None => (layers * 2 * f, 4 * f),
+        Recompute::Experts => (0, 6 * f),
+    };
     ReceiveBuffer {
         expected_rows: tokens * c.top_k as u64,
         planned_rows: (rows(job).expanded * chunks) as u64,
         most_rows: tokens * job.grid.ep() as u64 * local,
-        bytes_per_row: if layers == 0 { 0 } else { act * (layers * 2 * f + h + 4 * f) },
+        bytes_per_row: if layers == 0 { 0 } else { act * (kept + h + shared) },
     }
 }
 
@@ -146,7 +150,21 @@ fn activations(job: &Job, tally: &mut Tally) {
     tally.add(Kind::Activations, [4 * 4 * moe * groups * c.experts as u64, 24]);
 }
 
-/// What one MoE layer keeps: the router, the experts' projections, the rows that arrived from other ranks, the shared expert.
+/// The experts' gate and up projections of one layer.
+fn projections(job: &Job) -> u64 {
+    let rows = rows(job).expanded * job.config.parallel.chunks as f64;
+    rows as u64 * (job.numbers.act_bytes * 2 * job.config.model.expert_ffn_size) as u64
+}
+
+/// What is computed again in one pass, in bytes of its results.
+pub(super) fn recomputed(job: &Job) -> u64 {
+    match job.config.train.recompute {
+        Recompute::None => 0,
+        Recompute::Experts => job.moe_layers() as u64 * projections(job),
+    }
+}
+
+/// What one MoE layer keeps: the router, the experts' projections if they are not computed again, the rows that arrived from other ranks, the shared expert.
 fn moe_layer(job: &Job) -> u64 {
     let c = &job.config.model;
     let act = job.numbers.act_bytes as u64;
@@ -155,18 +173,25 @@ fn moe_layer(job: &Job) -> u64 {
     let router = 4 * (logits * t * e + 4 * t * k + t + 1 + 6 * e);
     let (rows, chunks) = (rows(job), job.config.parallel.chunks as f64);
     let arrived = if job.grid.ep() > 1 { (rows.received * chunks) as u64 * act * h } else { 0 };
-    let experts = (rows.expanded * chunks) as u64 * act * 2 * c.expert_ffn_size as u64 + arrived;
+    let experts = match job.config.train.recompute {
+        Recompute::None => projections(job),
+        Recompute::Experts => 0,
+    };
     let shared = match (c.shared_expert_ffn_size as u64, c.shared_expert_gate) {
         (0, _) => 0,
         (f, gated) => act * t * (h + 6 * f) + if gated { act * t * h + 8 * t } else { 0 },
     };
-    router + experts + shared
+    router + experts + arrived + shared
 }
 
 /// Expanded rows, the experts' activations and their gradients, which all layers share.
 fn expert_scratch(job: &Job) -> u64 {
     let c = &job.config.model;
-    let row = job.numbers.act_bytes as u64 * (c.hidden_size + 4 * c.expert_ffn_size) as u64;
+    let widths = match job.config.train.recompute {
+        Recompute::None => 4,
+        Recompute::Experts => 6,
+    };
+    let row = job.numbers.act_bytes as u64 * (c.hidden_size + widths * c.expert_ffn_size) as u64;
     rows(job).expanded as u64 * row + 4 * (job.pass_tokens() * c.top_k) as u64
 }
 

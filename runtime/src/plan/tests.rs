@@ -6,7 +6,7 @@ use super::*;
 use crate::collectives::{Communicator, Groups, HostCommunicator, local};
 use crate::data::Batch;
 use crate::memory::Tally;
-use crate::model::{ModelSetup, QkNorm, Transformer};
+use crate::model::{ModelSetup, QkNorm, Recompute, Transformer};
 use crate::routing::{BalanceScope, RouterKind};
 use crate::training::{Requests, Trainer, TrainingData};
 
@@ -90,6 +90,7 @@ fn train(job: &Job, world: HostCommunicator, steps: u64) -> Counted {
         chunks: job.config.parallel.chunks,
         max_sequences: job.micro_batch(),
         sequence_length: job.config.train.sequence_length,
+        recompute: job.config.train.recompute,
     };
     let model = Transformer::new(Cpu, setup).unwrap();
     let mut trainer = Trainer::new(model, groups, &job.config, Counting::new(job, rank.0)).unwrap();
@@ -107,10 +108,14 @@ fn train(job: &Job, world: HostCommunicator, steps: u64) -> Counted {
 /// Configurations that differ in what they keep and send.
 fn variants() -> Vec<(&'static str, Config)> {
     type Change = fn(&mut Config);
-    let changes: [(&str, Change); 8] = [
+    let changes: [(&str, Change); 10] = [
         ("tiny", |_| {}),
         ("sharded state", |c| c.parallel.shard_optimizer = true),
         ("chunks", |c| c.parallel.chunks = 2),
+        ("experts computed again", |c| c.train.recompute = Recompute::Experts),
+        ("experts computed again, chunks", |c| {
+            (c.train.recompute, c.parallel.chunks) = (Recompute::Experts, 2);
+        }),
         ("global balance, noisy gate", |c| {
             (c.router.balance_scope, c.router.kind) = (BalanceScope::Global, RouterKind::NoisyTopk);
         }),
@@ -273,4 +278,19 @@ fn time_follows_rates() {
     assert!((slow.step_ms / fast.step_ms - 2.0).abs() < 1e-9 && slow.exchange_ms > 0.0);
     let compute = 1e3 * Flops::of(&job.config).total() * 5.0 * 16.0 / 1e9;
     assert!((slow.compute_ms - compute).abs() < 1e-9, "five of ten sequences: {} and {compute}", slow.compute_ms);
+}
+
+#[test]
+fn what_is_computed_again_takes_time_and_is_no_operation_of_the_model() {
+    let kept = job(&small(), 1, 1);
+    let mut again = kept.clone();
+    again.config.train.recompute = Recompute::Experts;
+    assert_eq!(Flops::of(&again.config), Flops::of(&kept.config));
+    let rates = Rates { gemm_flops: 1e9, memory_bytes: 1e9, within_node_bytes: 1e8, between_nodes_bytes: 1e7 };
+    let time = |job| Plan::new(job, Some(&rates)).time.unwrap();
+    let (kept, again) = (time(&kept), time(&again));
+    // 2 layers, 160 tokens, k = 2, two products of H = 64 and F = 128.
+    let more = 1e3 * (2 * 160 * 2 * 2 * 2 * 64 * 128) as f64 / 1e9;
+    assert!((again.compute_ms - kept.compute_ms - more).abs() < 1e-9, "{} and {}", again.compute_ms, kept.compute_ms);
+    assert!(again.memory_ms > kept.memory_ms);
 }

@@ -6,7 +6,7 @@
 
 use serde::Serialize;
 
-use super::{Flops, Job, MemoryPlan, Traffic};
+use super::{Flops, Job, MemoryPlan, Traffic, memory};
 use crate::topology::Rank;
 
 /// What one rank of a machine achieves while its neighbours do the same.
@@ -39,6 +39,8 @@ pub struct StepTime {
 
 /// Times that a step reads or writes each activation: written and read forward, read, and its gradient written and read backward.
 const PASSES_OVER_ACTIVATIONS: f64 = 5.0;
+/// The same of what is computed again instead of kept, which is written and read once more.
+const PASSES_OVER_RECOMPUTED: f64 = PASSES_OVER_ACTIVATIONS + 2.0;
 /// Bytes an update touches per parameter that it updates: gradient, two moments and the parameter read and written.
 const BYTES_PER_UPDATE: f64 = 32.0;
 
@@ -48,10 +50,16 @@ impl StepTime {
         let tokens = job.step_tokens(Rank(0)) as f64;
         let layout = job.layout(Rank(0));
         let updated = job.shard(&layout, Rank(0)).state_len() as f64;
-        let activations = MemoryPlan::new(job).buffers.activations as f64 * job.passes() as f64;
+        let passes = job.passes() as f64;
+        let activations = MemoryPlan::new(job).buffers.activations as f64 * passes;
+        let recomputed = memory::recomputed(job) as f64 * passes;
         // Gradients are summed where they lie: read and written once more.
-        let touched = PASSES_OVER_ACTIVATIONS * activations + BYTES_PER_UPDATE * updated + 8.0 * layout.len() as f64;
-        let compute_ms = 1e3 * Flops::of(&job.config).total() * tokens / rates.gemm_flops;
+        let touched = PASSES_OVER_ACTIVATIONS * activations
+            + PASSES_OVER_RECOMPUTED * recomputed
+            + BYTES_PER_UPDATE * updated
+            + 8.0 * layout.len() as f64;
+        let flops = Flops::of(&job.config).total() + Flops::recomputed(&job.config);
+        let compute_ms = 1e3 * flops * tokens / rates.gemm_flops;
         let memory_ms = 1e3 * touched / rates.memory_bytes;
         let exchange_ms = 1e3 * traffic.within_node_bytes / rates.within_node_bytes
             + 1e3 * traffic.between_nodes_bytes / rates.between_nodes_bytes;

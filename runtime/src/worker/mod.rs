@@ -276,6 +276,7 @@ pub fn build<B: Backend, D: crate::training::TrainingData>(
         chunks: config.parallel.chunks,
         max_sequences: config.train.micro_batch_for(grid.world()),
         sequence_length: config.train.sequence_length,
+        recompute: config.train.recompute,
     };
     Trainer::new(Transformer::new(device, setup)?, groups, config, data)
 }
