@@ -43,8 +43,8 @@ fn main() {
         });
     }
     let entry = |source: &PathBuf| {
-        let (name, file) = (stem(source), fatbin(source, &out));
-        format!("    Image {{ name: {name:?}, bytes: include_bytes!({file:?}) }},\n")
+        let (hopper, file) = (is_hopper(source), fatbin(source, &out));
+        format!("    Image {{ hopper: {hopper}, bytes: include_bytes!({file:?}) }},\n")
     };
     let images: String = sources.iter().map(entry).collect();
     let text = format!(
@@ -55,6 +55,10 @@ fn main() {
 
 fn stem(source: &Path) -> String {
     source.file_stem().expect("a .cu file has a name").to_string_lossy().into_owned()
+}
+
+fn is_hopper(source: &Path) -> bool {
+    stem(source).ends_with(HOPPER_SUFFIX)
 }
 
 fn fatbin(source: &Path, out: &Path) -> PathBuf {
@@ -71,10 +75,9 @@ fn nvcc() -> PathBuf {
 }
 
 fn compile(nvcc: &Path, source: &Path, out: &Path) {
-    let hopper = stem(source).ends_with(HOPPER_SUFFIX);
     let mut command = Command::new(nvcc);
     command.args(["-std=c++17", "-O3", "-fatbin", "-lineinfo", "--expt-relaxed-constexpr", "-Icuda"]);
-    if hopper {
+    if is_hopper(source) {
         command.arg("-gencode=arch=compute_90a,code=sm_90a");
     } else {
         let narrowed = env::var("MOE_CUDA_ARCHS").ok();

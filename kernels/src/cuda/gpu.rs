@@ -3,7 +3,8 @@
 //! Owns the probing of driver and device, so that a binary starts where neither is and says what is missing.
 
 use std::collections::HashMap;
-use std::ffi::{CString, c_void};
+use std::ffi::{CStr, c_void};
+use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
@@ -14,7 +15,8 @@ use crate::DeviceError;
 
 /// A compiled source file of `kernels/cuda`.
 pub(super) struct Image {
-    name: &'static str,
+    /// Whether its kernels use instructions that only Hopper has.
+    hopper: bool,
     bytes: &'static [u8],
 }
 
@@ -105,12 +107,34 @@ pub(super) struct Gpu {
     pub(super) context: Arc<CudaContext>,
     pub(super) facts: Facts,
     modules: Vec<Module>,
-    kernels: Mutex<HashMap<&'static str, Option<Kernel>>>,
+    /// The kernels of all modules by their names.
+    kernels: Mutex<HashMap<String, Kernel>>,
     fault: Mutex<Option<DeviceError>>,
 }
 
 /// A loaded image.
 struct Module(sys::CUmodule);
+
+impl Module {
+    /// All kernels of the image. Asking for a name that an image lacks would be a failed call, which tools that watch the driver report.
+    fn kernels(&self) -> Result<Vec<(String, Kernel)>, DriverError> {
+        let mut count = 0;
+        // SAFETY: the module is loaded; the driver writes one number.
+        unsafe { sys::cuModuleGetFunctionCount(&mut count, self.0) }.result()?;
+        let mut functions: Vec<sys::CUfunction> = vec![ptr::null_mut(); count as usize];
+        // SAFETY: the driver writes at most `count` handles, for which there is room.
+        unsafe { sys::cuModuleEnumerateFunctions(functions.as_mut_ptr(), count, self.0) }.result()?;
+        let named = |function| {
+            let mut name = ptr::null();
+            // SAFETY: the function is of a loaded module; the driver writes the address of a text.
+            unsafe { sys::cuFuncGetName(&mut name, function) }.result()?;
+            // SAFETY: the text ends in a zero, and stays while the module is loaded; it is copied.
+            let name = unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned();
+            Ok((name, Kernel { function, shared_bytes: PLAIN_SHARED_BYTES }))
+        };
+        functions.into_iter().map(named).collect()
+    }
+}
 
 /// A kernel of a loaded image, and the dynamic shared memory it is allowed.
 #[derive(Clone, Copy)]
@@ -172,17 +196,19 @@ impl Gpu {
             return Err(OpenError::Unsupported { ordinal, name: facts.name, found: facts.capability });
         }
         let blas = Blas::open(facts.is_hopper())?;
-        let mut modules = Vec::new();
-        for Image { name, bytes } in IMAGES {
+        // Files for another architecture are not loaded: their kernels are only asked for where they run.
+        let runs = |image: &&Image| facts.is_hopper() || !image.hopper;
+        let load = |image: &Image| {
             // SAFETY: the image is a whole fat binary that nvcc wrote; the driver reads its own length from it.
-            match unsafe { result::module::load_data(bytes.as_ptr().cast()) } {
-                Ok(module) => modules.push(Module(module)),
-                // A file for another architecture: its kernels are only asked for where they run.
-                Err(DriverError(sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU)) if name.ends_with("_sm90") => {}
-                Err(error) => return Err(OpenError::Driver(error)),
-            }
+            unsafe { result::module::load_data(image.bytes.as_ptr().cast()) }.map(Module)
+        };
+        let modules: Vec<_> =
+            IMAGES.iter().filter(runs).map(load).collect::<Result<_, _>>().map_err(OpenError::Driver)?;
+        let mut kernels = HashMap::new();
+        for module in &modules {
+            kernels.extend(module.kernels().map_err(OpenError::Driver)?);
         }
-        Ok(Self { blas, context, facts, modules, kernels: Mutex::default(), fault: Mutex::default() })
+        Ok(Self { blas, context, facts, modules, kernels: Mutex::new(kernels), fault: Mutex::default() })
     }
 
     pub(super) fn new_stream(&self) -> Result<Arc<CudaStream>, DriverError> {
@@ -226,14 +252,13 @@ impl Gpu {
         });
     }
 
-    /// The kernel `name`, looked up once, allowed to have `shared_bytes`.
-    fn kernel(&self, name: &'static str, shared_bytes: u32) -> Option<sys::CUfunction> {
+    /// The kernel `name`, allowed to have `shared_bytes`.
+    fn kernel(&self, name: &str, shared_bytes: u32) -> Option<sys::CUfunction> {
         let mut kernels = locked(&self.kernels);
-        let found = kernels.entry(name).or_insert_with(|| {
-            let found = self.find(name);
-            found.map_err(|error| self.remember(name, error)).ok()
-        });
-        let kernel = found.as_mut()?;
+        let Some(kernel) = kernels.get_mut(name) else {
+            self.remember(name, DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND));
+            return None;
+        };
         if shared_bytes > kernel.shared_bytes {
             use sys::CUfunction_attribute_enum as Attribute;
             let attribute = Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -245,19 +270,6 @@ impl Gpu {
             kernel.shared_bytes = shared_bytes;
         }
         Some(kernel.function)
-    }
-
-    fn find(&self, name: &str) -> Result<Kernel, DriverError> {
-        let absent = DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND);
-        let text = CString::new(name).map_err(|_| absent)?;
-        self.context.bind_to_thread()?;
-        for Module(module) in &self.modules {
-            // SAFETY: the module is loaded, and the text ends in a zero.
-            if let Ok(function) = unsafe { result::module::get_function(*module, text.clone()) } {
-                return Ok(Kernel { function, shared_bytes: PLAIN_SHARED_BYTES });
-            }
-        }
-        Err(absent)
     }
 
     /// Keeps the first fault.
