@@ -2,6 +2,7 @@
 //!
 //! Owns the vocabulary of memory and ordering. It never computes.
 
+use std::ffi::CStr;
 use std::fmt::Debug;
 use std::ops::Range;
 use std::time::Duration;
@@ -157,6 +158,11 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
     fn stamp(&self) -> Self::Stamp;
     /// The time between two moments of this queue, which has been waited for since.
     fn between(&self, from: &Self::Stamp, to: &Self::Stamp) -> Duration;
+
+    /// Begins a named range of what this thread issues, for a profiler that watches; ranges nest. Free where none does.
+    fn begin_range(&self, _name: &'static CStr) {}
+    /// Ends the range that was begun last.
+    fn end_range(&self) {}
 
     /// The elements of a view, where the host computes in the device's memory and a queue's operations have run when they return.
     /// None: they must be copied.

@@ -1,8 +1,10 @@
 //! Where a step's time goes.
 //!
 //! Owns the names of the stages and their sums. Time is the queue's: a stage on a GPU takes as long as the GPU works on it, whenever the
-//! host has issued it, so laps are only added up once a step is over and the host waits for nothing in between.
+//! host has issued it, so laps are only added up once a step is over and the host waits for nothing in between. Profilers see each lap
+//! as a range of the stage's name.
 
+use std::ffi::CStr;
 use std::time::{Duration, Instant};
 
 use moe_kernels::Device;
@@ -49,17 +51,22 @@ impl Stage {
 
     /// The name in metrics and tables.
     pub fn name(self) -> &'static str {
+        self.label().to_str().unwrap_or_default()
+    }
+
+    /// The name as profilers take it.
+    fn label(self) -> &'static CStr {
         match self {
-            Stage::Embedding => "embedding",
-            Stage::Attention => "attention",
-            Stage::Route => "route",
-            Stage::Dispatch => "dispatch",
-            Stage::Experts => "experts",
-            Stage::Combine => "combine",
-            Stage::Aggregate => "aggregate",
-            Stage::Head => "head",
-            Stage::Reduce => "reduce",
-            Stage::Optimizer => "optimizer",
+            Stage::Embedding => c"embedding",
+            Stage::Attention => c"attention",
+            Stage::Route => c"route",
+            Stage::Dispatch => c"dispatch",
+            Stage::Experts => c"experts",
+            Stage::Combine => c"combine",
+            Stage::Aggregate => c"aggregate",
+            Stage::Head => c"head",
+            Stage::Reduce => c"reduce",
+            Stage::Optimizer => c"optimizer",
         }
     }
 }
@@ -75,10 +82,10 @@ pub struct Span {
     pub end: Instant,
 }
 
-/// Sums of time by stage: each lap is the time since the last. Laps themselves are kept where they are asked for.
+/// Sums of time by stage: a lap lasts until the next stage is entered. Laps themselves are kept where they are asked for.
 pub struct StageClock<B: Device> {
     device: Option<B>,
-    /// The moments of this step, each with the stage that ended there; none where one begins.
+    /// The moments of this step, each with the stage that begins there; None: none does.
     moments: Vec<(Option<Stage>, B::Stamp)>,
     /// The host's time at the first of them.
     began: Instant,
@@ -99,29 +106,39 @@ impl<B: Device> StageClock<B> {
         Self { device: Some(device.clone()), ..Self::default() }
     }
 
-    /// Starts a lap that belongs to no stage yet.
-    pub fn start(&mut self) {
-        self.note(None);
+    /// What is issued from here on belongs to `stage`.
+    pub fn enter(&mut self, stage: Stage) {
+        self.note(Some(stage));
     }
 
-    /// Gives the time since the last lap to `stage`.
-    pub fn lap(&mut self, stage: Stage) {
-        self.note(Some(stage));
+    /// What is issued from here on belongs to no stage.
+    pub fn leave(&mut self) {
+        self.note(None);
     }
 
     fn note(&mut self, stage: Option<Stage>) {
         let Some(device) = &self.device else { return };
+        let before = self.moments.last().and_then(|(stage, _)| *stage);
+        if before == stage {
+            return;
+        }
+        if before.is_some() {
+            device.end_range();
+        }
+        if let Some(stage) = stage {
+            device.begin_range(stage.label());
+        }
         if self.moments.is_empty() {
             self.began = Instant::now();
         }
         self.moments.push((stage, device.stamp()));
     }
 
-    /// Adds up the laps of a step whose queue has been waited for.
+    /// Adds up the laps of a step, the last of which has been left, whose queue has been waited for.
     pub fn settle(&mut self) {
         let (Some(device), Some((_, first))) = (&self.device, self.moments.first()) else { return };
         for pair in self.moments.windows(2) {
-            let [(_, from), (stage, to)] = pair else { continue };
+            let [(stage, from), (_, to)] = pair else { continue };
             let Some(stage) = *stage else { continue };
             self.sums[stage as usize] += device.between(from, to);
             if let Some(spans) = &mut self.spans {
@@ -146,5 +163,32 @@ impl<B: Device> StageClock<B> {
     pub fn take(&mut self) -> impl Iterator<Item = (Stage, Duration)> + use<B> {
         let sums = std::mem::take(&mut self.sums);
         Stage::ALL.into_iter().zip(sums)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use moe_kernels::Cpu;
+
+    #[test]
+    fn a_lap_lasts_until_another_stage_is_entered_or_none() {
+        let mut clock = StageClock::of(&Cpu);
+        clock.keep_spans();
+        clock.leave();
+        for stage in [Stage::Route, Stage::Route, Stage::Experts] {
+            clock.enter(stage);
+        }
+        clock.leave();
+        clock.enter(Stage::Head);
+        clock.leave();
+        clock.settle();
+        let spans = clock.take_spans();
+        let stages: Vec<_> = spans.iter().map(|span| span.stage).collect();
+        assert_eq!(stages, [Stage::Route, Stage::Experts, Stage::Head]);
+        assert_eq!(spans[0].end, spans[1].begin);
+        assert!(spans[1].end <= spans[2].begin && spans.iter().all(|span| span.begin <= span.end));
+        let summed: Duration = clock.take().map(|(_, time)| time).sum();
+        assert_eq!(summed, spans.iter().map(|span| span.end - span.begin).sum());
     }
 }

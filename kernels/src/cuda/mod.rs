@@ -21,6 +21,7 @@ mod scratch;
 mod shape;
 mod shuffle;
 
+use std::ffi::CStr;
 use std::marker::PhantomData;
 use std::sync::Arc;
 use std::time::Duration;
@@ -213,6 +214,14 @@ impl<A: CudaAct> Device for Cuda<A> {
     fn stamp(&self) -> Stamp {
         let event = self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT));
         Stamp(event.map_err(|error| self.gpu.remember("cuEventRecord", error)).ok())
+    }
+
+    fn begin_range(&self, name: &'static CStr) {
+        nvtx_sys::range_push_ascii(name);
+    }
+
+    fn end_range(&self) {
+        nvtx_sys::range_pop();
     }
 
     fn between(&self, from: &Stamp, to: &Stamp) -> Duration {

@@ -128,6 +128,7 @@ impl<B: Backend> Block<B> {
         (x, mut y): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
     ) -> Result<(), ModelError> {
         let (device, n) = (context.device, x.len());
+        clock.enter(Stage::Attention);
         self.middle.reserve(device, n)?;
         self.first_norm.forward(device, context.config, context.weights, x)?;
         let tensors = self.tensors;
@@ -136,10 +137,10 @@ impl<B: Backend> Block<B> {
         device.add(x, self.middle.view_mut(n));
         let middle = self.middle.view(n);
         self.second_norm.forward(device, context.config, context.weights, middle)?;
-        clock.lap(Stage::Attention);
         let normed = self.second_norm.out.view(n);
         match (&mut self.second, self.tensors.feed_forward) {
             (Second::Dense(dense), FeedForward::Dense(tensors)) => {
+                clock.enter(Stage::Aggregate);
                 dense.forward(device, context.weights, tensors, normed, y.reborrow())?;
             }
             (Second::Moe(moe), FeedForward::Moe(tensors)) => {
@@ -148,7 +149,6 @@ impl<B: Backend> Block<B> {
             _ => unreachable!("a block is built from its tensors"),
         }
         device.add(middle, y);
-        clock.lap(Stage::Aggregate);
         Ok(())
     }
 
@@ -167,6 +167,7 @@ impl<B: Backend> Block<B> {
         let (dout, dnormed) = (scratch.dstream.view(n), scratch.dbranch.view_mut(n));
         match (&mut self.second, self.tensors.feed_forward) {
             (Second::Dense(dense), FeedForward::Dense(tensors)) => {
+                clock.enter(Stage::Aggregate);
                 let parameters = (weights, &mut *gradients);
                 dense.backward(device, parameters, tensors, normed, dout, dnormed, Accumulate::Overwrite)?;
             }
@@ -178,8 +179,8 @@ impl<B: Backend> Block<B> {
         }
         let config = context.config;
         let through = (self.middle.view(n), scratch.dbranch.view(n), scratch.dstream.view_mut(n));
+        clock.enter(Stage::Attention);
         self.second_norm.backward(device, config, (weights, gradients), through, Accumulate::Add);
-        clock.lap(Stage::Aggregate);
         let tensors = self.tensors;
         let rows = AttentionBackward {
             x_TH: self.first_norm.out.view(n),
@@ -189,7 +190,6 @@ impl<B: Backend> Block<B> {
         self.attention.backward(device, context.attention(&tensors), gradients, &mut scratch.attention, rows)?;
         let through = (x, scratch.dbranch.view(n), scratch.dstream.view_mut(n));
         self.first_norm.backward(device, config, (weights, gradients), through, Accumulate::Add);
-        clock.lap(Stage::Attention);
         Ok(())
     }
 }

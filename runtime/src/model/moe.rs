@@ -193,27 +193,27 @@ impl<B: Backend> MoeLayer<B> {
         let (device, t, h) = (pass.device, pass.route.tokens, self.hidden_size);
         let (counts, prob_sums) = balance.layer_mut(self.index);
         let weights = router_weights(pass);
+        clock.enter(Stage::Route);
         self.router.forward(device, pass.route, x_TH, &weights, counts, prob_sums)?;
-        clock.lap(Stage::Route);
         for index in 0..self.chunks.len() {
             let tokens = self.chunk_tokens(t, index);
             let Chunk { shuffle, experts } = &mut self.chunks[index];
             let routed = routed(&self.router, x_TH, t, tokens.clone());
+            clock.enter(Stage::Dispatch);
             shuffle.dispatch(device, pass.group, &mut scratch.shuffle, routed)?;
             let (grouped, rows) = (shuffle.grouped(), &mut scratch.experts);
             let len = grouped.rows.bound * h;
             shuffle.expanded(device, routed.x_TH, rows.rows_mut(device, len)?);
-            clock.lap(Stage::Dispatch);
+            clock.enter(Stage::Experts);
             experts.forward(device, rows, grouped, expert_weights(pass))?;
-            clock.lap(Stage::Experts);
+            clock.enter(Stage::Combine);
             let tensors = (rows.rows(len), out_TH.reborrow().slice(tokens.start * h..tokens.end * h));
             shuffle.combine(device, pass.group, &mut scratch.shuffle, routed.weights, tensors)?;
-            clock.lap(Stage::Combine);
         }
+        clock.enter(Stage::Aggregate);
         if let Some(shared) = &mut self.shared {
             shared.forward(pass, h, x_TH, out_TH)?;
         }
-        clock.lap(Stage::Aggregate);
         Ok(())
     }
 
@@ -245,12 +245,12 @@ impl<B: Backend> MoeLayer<B> {
     ) -> Result<(), ModelError> {
         let MoeBackward { x_TH, dout_TH, mut dx_TH } = tensors;
         let (device, t, h, k) = (pass.device, pass.route.tokens, self.hidden_size, self.top_k);
+        clock.enter(Stage::Aggregate);
         device.fill(dx_TH.reborrow(), B::Act::default());
         if let Some(shared) = &mut self.shared {
             let tensors = MoeBackward { x_TH, dout_TH, dx_TH: dx_TH.reborrow() };
             shared.backward(pass, gradients, h, tensors)?;
         }
-        clock.lap(Stage::Aggregate);
         scratch.dweights.reserve(device, t * k)?;
         for index in 0..self.chunks.len() {
             let tokens = self.chunk_tokens(t, index);
@@ -260,32 +260,32 @@ impl<B: Backend> MoeLayer<B> {
             let len = grouped.rows.bound * h;
             let (x, dout) = (x_TH.slice(rows.clone()), dout_TH.slice(rows.clone()));
             if experts.recomputes() {
+                clock.enter(Stage::Experts);
                 // Before the gradient comes into the rows: the input is expanded once more instead of into a buffer of its own.
                 shuffle.expanded(device, x, scratch.experts.rows_mut(device, len)?);
                 experts.project(device, &mut scratch.experts, grouped, expert_weights(pass).gate_up)?;
-                clock.lap(Stage::Experts);
             }
+            clock.enter(Stage::Combine);
             let dy = scratch.experts.rows_mut(device, len)?;
             shuffle.combine_backward(device, pass.group, &mut scratch.shuffle, (dout, dy))?;
             let mut dweights = scratch.dweights.view_mut(t * k).slice(tokens.start * k..tokens.end * k);
             let row_weights = self.router.weights(t).slice(tokens.start * k..tokens.end * k);
             let gated = shuffle.gated(device, &mut scratch.shuffle, row_weights, dweights.reborrow())?;
-            clock.lap(Stage::Combine);
+            clock.enter(Stage::Experts);
             let (flat, [gate_up, down]) = gradients.several([pass.tensors.experts.gate_up, pass.tensors.experts.down]);
             let accumulate = std::mem::replace(&mut self.accumulate, Accumulate::Add);
             let weights = expert_weights(pass);
             let tensors = ExpertBackward { gated, weights, gradients: flat, gate_up, down, accumulate };
             let expand = |to: ViewMut<'_, B, B::Act>| shuffle.expanded(device, x, to);
             experts.backward(device, &mut scratch.experts, grouped, tensors, expand)?;
-            clock.lap(Stage::Experts);
+            clock.enter(Stage::Combine);
             shuffle.dweights_home(device, pass.group, &mut scratch.shuffle, dweights)?;
-            clock.lap(Stage::Combine);
+            clock.enter(Stage::Dispatch);
             let tensors = (scratch.experts.rows(len), dx_TH.reborrow().slice(rows));
             shuffle.dispatch_backward(device, pass.group, &mut scratch.shuffle, tensors)?;
-            clock.lap(Stage::Dispatch);
         }
+        clock.enter(Stage::Route);
         self.route_backward(pass, gradients, losses, scratch.dweights.view_mut(t * k), (x_TH, dx_TH));
-        clock.lap(Stage::Route);
         Ok(())
     }
 

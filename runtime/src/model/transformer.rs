@@ -190,13 +190,14 @@ impl<B: Backend> Transformer<B> {
     ) -> Result<(), ModelError> {
         let route = tokens.route(true);
         self.forward(groups, clock, tokens, route)?;
+        clock.enter(Stage::Route);
         self.form_losses(groups, route, batch)?;
-        clock.lap(Stage::Route);
+        clock.enter(Stage::Head);
         self.head_backward(tokens.targets, scale)?;
-        clock.lap(Stage::Head);
         for index in (0..self.blocks.len()).rev() {
             self.block_backward(index, groups, clock, (tokens, route), batch)?;
         }
+        clock.enter(Stage::Embedding);
         let (h, t) = (self.setup.model.hidden_size, route.tokens);
         let embedding = self.parameters.layout().embedding;
         let (_, mut gradients) = self.parameters.split();
@@ -212,7 +213,7 @@ impl<B: Backend> Transformer<B> {
         if let Some(row) = padding {
             self.device.copy(self.padding_grad.view(h), gradients.get(embedding).slice(row));
         }
-        clock.lap(Stage::Embedding);
+        clock.leave();
         Ok(())
     }
 
@@ -304,7 +305,7 @@ impl<B: Backend> Transformer<B> {
         let Self { device, parameters, setup, .. } = self;
         let PassTokens { inputs, starts, .. } = tokens;
         let (t, h) = (inputs.len(), setup.model.hidden_size);
-        clock.start();
+        clock.enter(Stage::Embedding);
         self.balance.begin_pass(route);
         self.ids.reserve(device, t)?;
         device.upload(inputs, self.ids.view_mut(t));
@@ -319,7 +320,6 @@ impl<B: Backend> Transformer<B> {
         let weights = parameters.weights();
         let table = weights.get(parameters.layout().embedding);
         device.embedding(h, self.ids.view(t), table, self.stream[0].view_mut(t * h));
-        clock.lap(Stage::Embedding);
         for (index, block) in self.blocks.iter_mut().enumerate() {
             let (before, after) = self.stream.split_at_mut(index + 1);
             let (x, y) = (before[index].view(t * h), after[0].view_mut(t * h));
@@ -337,9 +337,9 @@ impl<B: Backend> Transformer<B> {
                 device.sum(moe.router.dropped(), self.totals.view_mut(2).slice(DROPPED));
             }
         }
+        clock.enter(Stage::Head);
         let last = self.stream[self.blocks.len()].view(t * h);
         self.final_norm.forward(device, &setup.model, weights, last)?;
-        clock.lap(Stage::Head);
         Ok(())
     }
 

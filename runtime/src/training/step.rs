@@ -195,20 +195,21 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
             };
             self.model.train_pass(&self.groups, &mut self.clock, tokens, share, scale)?;
         }
+        self.clock.enter(Stage::Reduce);
         // The norm first: reading it is where the host waits for the passes, and what is read after it is ready.
         let grad_norm = self.sharing.reduce(&self.groups, self.model.parameters_mut(), &mut self.optimizer)?;
         let (sums, requests) = self.reduce_sums(requests)?;
         let loss = sums.loss / valid.max(1.0);
         require_finite(step, "loss", loss)?;
         require_finite(step, "gradient norm", grad_norm)?;
-        self.clock.lap(Stage::Reduce);
+        self.clock.enter(Stage::Optimizer);
         let lr = self.schedule.lr(step);
         let grad_scale = self.optimizer.clip_factor(grad_norm);
         let device = self.model.device().clone();
         self.optimizer.update(&device, self.model.parameters_mut(), lr, grad_scale);
         self.sharing.spread(&self.groups, self.model.parameters_mut(), self.optimizer.shard())?;
         self.update_selection_biases(&sums.balance.loads)?;
-        self.clock.lap(Stage::Optimizer);
+        self.clock.leave();
         device.synchronize()?;
         self.clock.settle();
         let seconds = started.elapsed().as_secs_f64();
