@@ -2,8 +2,8 @@
 //
 // gather_rows: src [·, width], index [N] i32 → dst[i] = src[index[i]].                              Bytes: 2·N·width·size.
 // expand_rows: src [R, width], slots [R, k] i32 (−1: none) → dst[slots[r, j]] = src[r].            Bytes: (N + R)·width·size.
-// weighted_reduce: y [N, width], slots [R, k] i32 (−1: none), weights [R, k] f32 or none → out[r] (+)= Σ_j weights[r,j]·y[slots[r,j]],
-//   in f32, ascending j, k ≤ 32; the sum is finished before it meets the old content.               Bytes: (N + R)·width·size.
+// weighted_reduce: y [N, width], slots [R, k] i32 (−1: none), weights [R, k] f32 or none → out[r] = Σ_j weights[r,j]·y[slots[r,j]],
+//   in f32, ascending j, k ≤ 32.                                                                    Bytes: (N + R)·width·size.
 // weighted_swiglu_grad: da [N, F], h [N, 2F], origin [N] i32, weights → dh [N, 2F], a [N, F], dweights[origin[i]] (ops/expert.rs); the
 //   row's dot product in f32: strided over the lanes, then a butterfly.                             Bytes: 6·N·F·size.
 // scatter_choices: row_choice, row_dweights [R, k] → dweights[row_choice[i]] = row_dweights[i].
@@ -84,7 +84,7 @@ __device__ void expand_rows(int bound, const int* count, int slots_per_row, int 
 // One block a row, one thread a pack of it, the packs of 4 slots in flight: fewer registers, and so more blocks, serve it better than 8.
 template <typename Act, int N>
 __device__ void weighted_reduce(int bound, const int* count, int slots_per_row, int width, const int* slots,
-                                const float* weights, const Act* y, Act* out, int add) {
+                                const float* weights, const Act* y, Act* out) {
     constexpr int FLIGHT = 4;
     const int row = blockIdx.x, lane = threadIdx.x % WARP;
     if (row >= live_rows(bound, count)) return;
@@ -118,9 +118,8 @@ __device__ void weighted_reduce(int bound, const int* count, int slots_per_row, 
         if (!mine) continue;
         Act* to = out + long(row) * width + pack * N;
         Pack<Act, N> total;
-        if (add) total = load<N>(to);
 #pragma unroll
-        for (int c = 0; c < N; c++) total.v[c] = from_f32<Act>(add ? to_f32(total.v[c]) + sum[c] : sum[c]);
+        for (int c = 0; c < N; c++) total.v[c] = from_f32<Act>(sum[c]);
         store_once<N>(to, total);
     }
 }
@@ -197,8 +196,8 @@ EXPORT(expand_rows, 4, EXPAND_PARAMS, (bound, count, slots_per_row, width, slots
 
 #define REDUCE_PARAMS(Act)                                                                                                 \
     int bound, const int *count, int slots_per_row, int width, const int *slots, const float *weights, const Act *y,       \
-        Act *out, int add
-EXPORT(weighted_reduce, 4, REDUCE_PARAMS, (bound, count, slots_per_row, width, slots, weights, y, out, add))
+        Act *out
+EXPORT(weighted_reduce, 4, REDUCE_PARAMS, (bound, count, slots_per_row, width, slots, weights, y, out))
 
 #define SWIGLU_PARAMS(Act)                                                                                                 \
     int bound, const int *count, int f, const int *origin, const float *weights, const Act *da, const Act *h, Act *dh,     \

@@ -10,9 +10,7 @@
 //! A lone rank's tokens are its rows: nothing is planned, sent, copied or read back, and what a layer keeps are index lists. With more
 //! ranks the host reads the counts, since buffers must fit what comes, and each layer keeps the rows that arrived.
 
-use moe_kernels::{
-    Accumulate, Backend, CombineDims, Device, DeviceError, ExpandPlan, Rows, ShuffleDims, ShufflePlan, View, ViewMut,
-};
+use moe_kernels::{Backend, CombineDims, DeviceError, ExpandPlan, Rows, ShuffleDims, ShufflePlan, View, ViewMut};
 
 use serde::{Deserialize, Serialize};
 
@@ -340,7 +338,7 @@ impl<B: Backend> Shuffle<B> {
         (y_NH, out_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
     ) -> Result<(), ShuffleError> {
         let weights = Some(self.weights_here(weights));
-        self.bring_home(device, group, scratch, weights, (y_NH, out_TH, Accumulate::Overwrite))
+        self.bring_home(device, group, scratch, weights, (y_NH, out_TH))
     }
 
     /// Backward of [`Shuffle::combine`]: sends `dout_TH` out; `dy_NH` is overwritten by the gradient of what each expert's output is
@@ -409,7 +407,7 @@ impl<B: Backend> Shuffle<B> {
         Ok(())
     }
 
-    /// Backward of [`Shuffle::dispatch`]: brings the expanded rows' gradient `dx_NH` home and adds it to `dx_TH`.
+    /// Backward of [`Shuffle::dispatch`]: brings the expanded rows' gradient `dx_NH` home and sums it into `dx_TH` (overwritten).
     pub fn dispatch_backward<C: Communicator<B>>(
         &self,
         device: &B,
@@ -417,7 +415,7 @@ impl<B: Backend> Shuffle<B> {
         scratch: &mut ShuffleScratch<B>,
         (dx_NH, dx_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
     ) -> Result<(), ShuffleError> {
-        self.bring_home(device, group, scratch, None, (dx_NH, dx_TH, Accumulate::Add))
+        self.bring_home(device, group, scratch, None, (dx_NH, dx_TH))
     }
 
     /// Sums expanded rows where the experts are, sends the sums home and adds up those of several ranks.
@@ -427,24 +425,24 @@ impl<B: Backend> Shuffle<B> {
         group: &C,
         scratch: &mut ShuffleScratch<B>,
         weights: Option<View<'_, B, f32>>,
-        (y_NH, out_TH, accumulate): Sums<'_, B>,
+        (y_NH, out_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
     ) -> Result<(), ShuffleError> {
         let (h, k, Bounds { sent, received, .. }) = (self.hidden_size, self.dims.top_k, self.bounds);
         let (slots, dims) = (self.slots.view(received * k), CombineDims { slots: k, width: h });
         let Some(journey) = &self.journey else {
-            device.weighted_reduce(Rows::exactly(received), dims, slots, weights, y_NH, out_TH, accumulate);
+            device.weighted_reduce(Rows::exactly(received), dims, slots, weights, y_NH, out_TH);
             return Ok(());
         };
         scratch.away.reserve(device, received * h)?;
         let rows = Rows { bound: received, count: Some(self.received.view(1)) };
         let away = scratch.away.view_mut(received * h);
-        device.weighted_reduce(rows, dims, slots, weights, y_NH, away, Accumulate::Overwrite);
+        device.weighted_reduce(rows, dims, slots, weights, y_NH, away);
         let (out, home) = (journey.send_counts.view(self.dims.ranks), self.recv_counts.view(self.dims.ranks));
         let (send, recv) = (scratch.away.view(received * h), scratch.home.view_mut(sent * h));
         device.wait(&group.all_to_all_v(device, h, send, home, recv, out)?);
         let (t, each) = (self.dims.tokens, self.dims.rows_per_token());
         let (rows, dims) = (journey.token_rows.view(t * each), CombineDims { slots: each, width: h });
-        device.weighted_reduce(Rows::exactly(t), dims, rows, None, scratch.home.view(sent * h), out_TH, accumulate);
+        device.weighted_reduce(Rows::exactly(t), dims, rows, None, scratch.home.view(sent * h), out_TH);
         Ok(())
     }
 
@@ -463,9 +461,6 @@ impl<B: Backend> Shuffle<B> {
         }
     }
 }
-
-/// Expanded rows, the tokens they are summed into, and whether what is there is kept.
-type Sums<'a, B> = (View<'a, B, <B as Device>::Act>, ViewMut<'a, B, <B as Device>::Act>, Accumulate);
 
 /// The number of expanded rows on the device: the last offset.
 fn last<B: Backend>(offsets: &Slot<B, i32>, local_experts: usize) -> View<'_, B, i32> {

@@ -87,7 +87,6 @@ impl ExpertOps for Cpu {
         weights: Option<View<'_, Self, f32>>,
         y: View<'_, Self, f32>,
         out: ViewMut<'_, Self, f32>,
-        accumulate: Accumulate,
     ) {
         let rows = live(rows);
         let choices = rows * dims.slots;
@@ -98,7 +97,7 @@ impl ExpertOps for Cpu {
             &slice(weights)[..choices]
         });
         let reduction = Reduction { dims, slots: &slice(slots)[..choices], weights, y: slice(y) };
-        rows::reduce(&reduction, &mut slice_mut(out)[..rows * dims.width], accumulate);
+        rows::reduce(&reduction, &mut slice_mut(out)[..rows * dims.width]);
     }
 
     fn weighted_swiglu_grad(

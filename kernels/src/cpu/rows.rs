@@ -11,7 +11,7 @@ mod tests;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use crate::{Accumulate, CombineDims};
+use crate::CombineDims;
 
 /// Elements below which waking another thread costs more than it saves.
 const MIN_ELEMENTS_PER_TASK: usize = 16 * 1024;
@@ -56,7 +56,7 @@ pub(super) struct Reduction<'a> {
 }
 
 /// See [`crate::ExpertOps::weighted_reduce`]; `out` is as many rows as there are rows of slots.
-pub(super) fn reduce(reduction: &Reduction<'_>, out: &mut [f32], accumulate: Accumulate) {
+pub(super) fn reduce(reduction: &Reduction<'_>, out: &mut [f32]) {
     let CombineDims { slots: k, width } = reduction.dims;
     if width == 0 {
         return;
@@ -66,14 +66,14 @@ pub(super) fn reduce(reduction: &Reduction<'_>, out: &mut [f32], accumulate: Acc
         for (i, out) in out.chunks_exact_mut(width).enumerate() {
             let choices = (task * rows + i) * k..(task * rows + i + 1) * k;
             let weights = reduction.weights.map(|weights| &weights[choices.clone()]);
-            reduce_row(&reduction.slots[choices], weights, reduction.y, out, accumulate == Accumulate::Add);
+            reduce_row(&reduction.slots[choices], weights, reduction.y, out);
         }
     });
 }
 
-/// One output row, a block of columns at a time: the sum is finished before it meets the old content.
+/// One output row, a block of columns at a time.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma", "aarch64+neon"))]
-fn reduce_row(slots: &[i32], weights: Option<&[f32]>, y: &[f32], out: &mut [f32], add: bool) {
+fn reduce_row(slots: &[i32], weights: Option<&[f32]>, y: &[f32], out: &mut [f32]) {
     let width = out.len();
     for (block, out) in out.chunks_mut(COLUMNS).enumerate() {
         let columns = block * COLUMNS..block * COLUMNS + out.len();
@@ -83,11 +83,7 @@ fn reduce_row(slots: &[i32], weights: Option<&[f32]>, y: &[f32], out: &mut [f32]
             let y = &row(y, width, slot)[columns.clone()];
             sums.iter_mut().zip(y).for_each(|(sum, y)| *sum += weight * y);
         }
-        if add {
-            out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
-        } else {
-            out.copy_from_slice(&sums[..out.len()]);
-        }
+        out.copy_from_slice(&sums[..out.len()]);
     }
 }
 

@@ -60,9 +60,8 @@ impl<A: CudaAct> ExpertOps for Cuda<A> {
         weights: Option<View<'_, Self, f32>>,
         y: View<'_, Self, A>,
         out: ViewMut<'_, Self, A>,
-        accumulate: Accumulate,
     ) {
-        rows::reduce(self, rows, Reduction { dims, slots, weights, y }, out, accumulate);
+        rows::reduce(self, rows, Reduction { dims, slots, weights, y }, out);
     }
 
     fn weighted_swiglu_grad(

@@ -5,7 +5,7 @@
 use super::launch::{Grid, launch};
 use super::shape::{PACK_BYTES, holds, packed};
 use super::{Cuda, CudaAct, pointer, pointer_mut, pointer_or_null};
-use crate::{Accumulate, CombineDims, Device, Rows, View, ViewMut};
+use crate::{CombineDims, Device, Rows, View, ViewMut};
 
 /// Threads of a block, and rows of it where each warp has one.
 const THREADS: u32 = 256;
@@ -93,7 +93,6 @@ pub(super) fn reduce<A: CudaAct>(
     rows: Rows<'_, Cuda<A>>,
     reduction: Reduction<'_, A>,
     out: ViewMut<'_, Cuda<A>, A>,
-    accumulate: Accumulate,
 ) {
     let CombineDims { slots: per_row, width } = reduction.dims;
     assert!(per_row <= MOST_SLOTS, "{per_row} slots of a row, at most {MOST_SLOTS}");
@@ -109,7 +108,7 @@ pub(super) fn reduce<A: CudaAct>(
     launch!(
         queue, name, Grid::new(rows.bound, threads);
         rows.bound as i32, pointer_or_null(rows.count), per_row as i32, width as i32, pointer(reduction.slots),
-        pointer_or_null(reduction.weights), y, out, i32::from(accumulate == Accumulate::Add)
+        pointer_or_null(reduction.weights), y, out
     );
 }
 

@@ -126,9 +126,8 @@ pub trait ExpertOps: Device {
         assert!(slots.len() >= arrived.bound * dims.slots, "{} slots of {} rows", slots.len(), arrived.bound);
         self.gather_rows(expanded, dims.width, source, src, dst);
     }
-    /// `out[r] (+)= Σ_j weights[r, j] · y[slots[r, j]]` over the slots that are not −1, ascending j, summed in f32; no weights: all
+    /// `out[r] = Σ_j weights[r, j] · y[slots[r, j]]` over the slots that are not −1, ascending j, summed in f32; no weights: all
     /// 1. A row without slots is 0.
-    #[allow(clippy::too_many_arguments)] // the operands of one weighted sum
     fn weighted_reduce(
         &self,
         rows: Rows<'_, Self>,
@@ -137,7 +136,6 @@ pub trait ExpertOps: Device {
         weights: Option<View<'_, Self, f32>>,
         y: View<'_, Self, Self::Act>,
         out: ViewMut<'_, Self, Self::Act>,
-        accumulate: Accumulate,
     );
     /// Backward of SwiGLU where the experts' outputs are weighted after the down projection, `out = Σ w · (a · downᵀ)`: the weight is
     /// moved in front of it, so that the outputs need not be kept (Guo et al. 2025, SonicMoE). Row i has the weight

@@ -131,7 +131,7 @@ impl<B: Backend> Bench<'_, B> {
         let unpermute = self.figure("unpermute", (t + n) * h * act + 8 * n, || {
             let (slots, weights, to) = (View::of(&slots), Some(View::of(&weights)), ViewMut::of(&mut out));
             let rows = View::of(&rows);
-            self.device.weighted_reduce(Rows::exactly(t), dims, slots, weights, rows, to, Accumulate::Overwrite);
+            self.device.weighted_reduce(Rows::exactly(t), dims, slots, weights, rows, to);
         })?;
         Ok(vec![permute, unpermute])
     }

@@ -245,12 +245,6 @@ impl<B: Backend> MoeLayer<B> {
     ) -> Result<(), ModelError> {
         let MoeBackward { x_TH, dout_TH, mut dx_TH } = tensors;
         let (device, t, h, k) = (pass.device, pass.route.tokens, self.hidden_size, self.top_k);
-        clock.enter(Stage::Aggregate);
-        device.fill(dx_TH.reborrow(), B::Act::default());
-        if let Some(shared) = &mut self.shared {
-            let tensors = MoeBackward { x_TH, dout_TH, dx_TH: dx_TH.reborrow() };
-            shared.backward(pass, gradients, h, tensors)?;
-        }
         scratch.dweights.reserve(device, t * k)?;
         for index in 0..self.chunks.len() {
             let tokens = self.chunk_tokens(t, index);
@@ -283,6 +277,11 @@ impl<B: Backend> MoeLayer<B> {
             clock.enter(Stage::Dispatch);
             let tensors = (scratch.experts.rows(len), dx_TH.reborrow().slice(rows));
             shuffle.dispatch_backward(device, pass.group, &mut scratch.shuffle, tensors)?;
+        }
+        if let Some(shared) = &mut self.shared {
+            clock.enter(Stage::Aggregate);
+            let tensors = MoeBackward { x_TH, dout_TH, dx_TH: dx_TH.reborrow() };
+            shared.backward(pass, gradients, h, tensors)?;
         }
         clock.enter(Stage::Route);
         self.route_backward(pass, gradients, losses, scratch.dweights.view_mut(t * k), (x_TH, dx_TH));

@@ -1,7 +1,7 @@
 //! Row movement against f64, at widths off every block and register, on poisoned buffers and on one and more threads.
 
 use crate::cpu::testkit::{assert_close, on_threads, rng, rounding, uniform};
-use crate::{Accumulate, CombineDims, Cpu, ExpertOps, Rows, View, ViewMut};
+use crate::{CombineDims, Cpu, ExpertOps, Rows, View, ViewMut};
 
 /// (R, slots, width, N): empty, one row, off the block of columns, off the vector, several tasks.
 const SIZES: [(usize, usize, usize, usize); 6] =
@@ -33,10 +33,10 @@ fn case((rows, k, width, expanded): (usize, usize, usize, usize)) -> Case {
 }
 
 impl Case {
-    fn reduce(&self, weighted: bool, out: &mut Vec<f32>, accumulate: Accumulate) {
+    fn reduce(&self, weighted: bool, out: &mut Vec<f32>) {
         let weights = weighted.then(|| View::of(&self.weights));
         let (slots, y) = (View::of(&self.slots), View::of(&self.y));
-        Cpu.weighted_reduce(Rows::exactly(self.rows), self.dims, slots, weights, y, ViewMut::of(out), accumulate);
+        Cpu.weighted_reduce(Rows::exactly(self.rows), self.dims, slots, weights, y, ViewMut::of(out));
     }
 
     /// The slots that exist: (r, choice, slot).
@@ -61,12 +61,8 @@ fn a_weighted_reduce_sums_the_slots_that_exist() {
             }
             let tolerance = rounding(case.dims.slots + 1, case.dims.slots as f64 + 1.0);
             let mut out = vec![f32::NAN; want.len()];
-            case.reduce(weighted, &mut out, Accumulate::Overwrite);
-            assert_close("overwritten", &out, &want, tolerance);
-            out.fill(1.0);
-            case.reduce(weighted, &mut out, Accumulate::Add);
-            want.iter_mut().for_each(|w| *w += 1.0);
-            assert_close("added to", &out, &want, tolerance);
+            case.reduce(weighted, &mut out);
+            assert_close("sums", &out, &want, tolerance);
         }
     }
 }
@@ -81,7 +77,7 @@ fn rows_beyond_the_count_are_neither_read_nor_written() {
     let dims = CombineDims { slots: k, width };
     let mut out = vec![7.0; 9];
     let (slots, weights, y) = (View::of(&slots), View::of(&weights), View::of(&y));
-    Cpu.weighted_reduce(rows, dims, slots, Some(weights), y, ViewMut::of(&mut out), Accumulate::Overwrite);
+    Cpu.weighted_reduce(rows, dims, slots, Some(weights), y, ViewMut::of(&mut out));
     assert_eq!(out, [5.5, 11.0, 16.5, 7.0, 7.0, 7.0, 7.0, 7.0, 7.0]);
 
     let mut gathered = vec![7.0; 6];
@@ -114,8 +110,8 @@ fn every_thread_count_gives_the_same_bits() {
     let src = uniform(&mut rng(32), 700 * 64, 1.0);
     let run = |threads| {
         on_threads(threads, || {
-            let (mut out, mut gathered) = (vec![0.5; 700 * 64], vec![0.0; 700 * 64]);
-            case.reduce(true, &mut out, Accumulate::Add);
+            let (mut out, mut gathered) = (vec![f32::NAN; 700 * 64], vec![0.0; 700 * 64]);
+            case.reduce(true, &mut out);
             let (index, src) = (View::of(&index), View::of(&src));
             Cpu.gather_rows(Rows::exactly(700), 64, index, src, ViewMut::of(&mut gathered));
             (out, gathered)

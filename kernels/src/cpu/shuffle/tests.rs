@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use crate::cpu::testkit::{assert_close, rng, rounding, uniform};
-use crate::{Accumulate, CombineDims, Cpu, ExpandPlan, ExpertOps, Rows, ShuffleDims, ShufflePlan, View, ViewMut};
+use crate::{CombineDims, Cpu, ExpandPlan, ExpertOps, Rows, ShuffleDims, ShufflePlan, View, ViewMut};
 
 /// What no plan may leave in a place it owns, and must leave everywhere else.
 const UNTOUCHED: i32 = -77;
@@ -242,12 +242,12 @@ fn on_arrival(dims: ShuffleDims, arrived: &Arrived, width: usize) -> Homeward {
         dweights: vec![f32::NAN; bound * k],
     };
     let out = ViewMut::of(&mut home.out);
-    Cpu.weighted_reduce(counted, combine, slots, Some(weights), View::of(&y), out, Accumulate::Overwrite);
+    Cpu.weighted_reduce(counted, combine, slots, Some(weights), View::of(&y), out);
 
     let dout = gather(expanded, width, &source, &arrived.dout, expanded_bound * width);
     let dy = identity_grad(expanded, (width, count), &origin, arrived, (&y, &dout), &mut home.dweights);
     let dx = ViewMut::of(&mut home.dx);
-    Cpu.weighted_reduce(counted, combine, slots, None, View::of(&dy), dx, Accumulate::Overwrite);
+    Cpu.weighted_reduce(counted, combine, slots, None, View::of(&dy), dx);
     assert_poisoned("out", &home.out[arrived.rows * width..]);
     assert_poisoned("dweights", &home.dweights[arrived.rows * k..]);
     home
@@ -333,15 +333,7 @@ fn reduce_at_home(dims: ShuffleDims, plan: &Planned, width: usize, rows: &Vec<f3
     let mut out = vec![f32::NAN; dims.tokens * width];
     let combine = CombineDims { slots: dims.rows_per_token(), width };
     let (slots, out_view) = (View::of(&plan.token_rows), ViewMut::of(&mut out));
-    Cpu.weighted_reduce(
-        Rows::exactly(dims.tokens),
-        combine,
-        slots,
-        None,
-        View::of(rows),
-        out_view,
-        Accumulate::Overwrite,
-    );
+    Cpu.weighted_reduce(Rows::exactly(dims.tokens), combine, slots, None, View::of(rows), out_view);
     out
 }
 
