@@ -2,7 +2,6 @@
 //!
 //! Owns the flags, the progress and the summary. The work is `moe_runtime::data`'s.
 
-use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -13,6 +12,8 @@ use moe_runtime::data::{
 };
 use moe_runtime::exit::{ExitCode as Code, Failure};
 use moe_runtime::telemetry::TaskProgress;
+
+use crate::out::say;
 
 const PREPARE_EXAMPLES: &str = "\
 Examples:
@@ -111,14 +112,14 @@ fn prepare(args: &PrepareArgs) -> Result<ExitCode, Failure> {
     let done = done?;
     let (megabytes, seconds) = (work.bytes() as f64 / 1e6, started.elapsed().as_secs_f64());
     let kept = if done.kept > 0 { format!(" ({} kept from before)", done.kept) } else { String::new() };
-    say(&format!(
+    say!(
         "{} shards{kept} with {} tokens in {} documents in {}: {megabytes:.1} MB in {seconds:.1} s, {:.1} MB/s",
         done.shards,
         done.tokens,
         done.documents,
         args.out.display(),
         megabytes / seconds.max(1e-9)
-    ))?;
+    )?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -133,23 +134,22 @@ fn inspect(args: &InspectArgs) -> Result<ExitCode, Failure> {
             let header = shard.header();
             let (prompts, verified) =
                 (if header.prompts { ", with prompts" } else { "" }, if args.verify { ", verified" } else { "" });
-            say(&format!(
+            say!(
                 "{name}: {} tokens of {} bytes in {} documents{prompts}, largest {} of a vocabulary of {}{verified}",
-                header.tokens, header.token_bytes, header.documents, header.largest, header.vocab_size
-            ))?;
+                header.tokens,
+                header.token_bytes,
+                header.documents,
+                header.largest,
+                header.vocab_size
+            )?;
         } else if path.extension().is_some_and(|ending| ending == "idx") {
             let segment = Megatron::open(path)?.segment();
             let (tokens, documents) = (segment.tokens.len(), segment.documents.len());
-            say(&format!("{name}: Megatron, {tokens} tokens in {documents} documents"))?;
+            say!("{name}: Megatron, {tokens} tokens in {documents} documents")?;
         } else {
             let reason = "is neither a token shard (.tokens) nor a Megatron index (.idx)";
             return Err(DataError::Unsuitable { path: path.clone(), reason }.into());
         }
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// Writes a line to stdout.
-pub(crate) fn say(line: &str) -> Result<(), Failure> {
-    writeln!(std::io::stdout(), "{line}").map_err(|error| Failure::new(Code::Io, format!("cannot write: {error}")))
 }

@@ -2,7 +2,6 @@
 //!
 //! Owns the texts' names and the table. The model runs on this process alone, whatever layout it was trained under.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -16,6 +15,7 @@ use moe_runtime::training::{EvalText, TextLoss, text_loss};
 use moe_runtime::worker::{Device, DeviceChoice, OnDevice};
 use serde_json::json;
 
+use crate::out::print;
 use crate::place::{Loaded, Place};
 
 const EXAMPLES: &str = "\
@@ -115,9 +115,7 @@ pub(crate) fn run(args: &EvalArgs) -> Result<ExitCode, Failure> {
                 &format!("{name:<widest$}  {:>12}  {:>8.4}  {:>10.3}\n", loss.tokens, loss.mean(), loss.perplexity());
         }
     }
-    std::io::stdout()
-        .write_all(out.as_bytes())
-        .map_err(|error| Failure::new(Code::Io, format!("cannot write: {error}")))?;
+    print(format_args!("{out}"))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -2,7 +2,6 @@
 //!
 //! Owns the prompt and the output. The model runs on this process alone, whatever layout it was trained under.
 
-use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -14,6 +13,7 @@ use moe_runtime::exit::{ExitCode as Code, Failure};
 use moe_runtime::training::{Sampling, generate};
 use moe_runtime::worker::{Device, DeviceChoice, OnDevice};
 
+use crate::out::print;
 use crate::place::{Loaded, Place};
 
 const EXAMPLES: &str = "\
@@ -100,10 +100,7 @@ impl OnDevice for Writing<'_> {
 }
 
 fn show(text: &str) -> Result<(), Failure> {
-    let mut out = std::io::stdout();
-    out.write_all(text.as_bytes())
-        .and_then(|()| out.flush())
-        .map_err(|error| Failure::new(Code::Io, format!("cannot write: {error}")))
+    print(format_args!("{text}"))
 }
 
 /// Text that grows by tokens, of which some end inside a character, and some have a space in front only behind others.

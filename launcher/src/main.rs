@@ -8,6 +8,7 @@ mod doctor;
 mod eval;
 mod generate;
 mod machine;
+mod out;
 mod pages;
 mod place;
 mod plan;
@@ -93,13 +94,13 @@ fn main() -> ExitCode {
     }
     let result = caught(|| match cli {
         Cli { command: Command::Doctor(args) } => doctor::run(&args),
-        Cli { command: Command::Plan(args) } => plan::run(&args, &mut std::io::stdout()),
+        Cli { command: Command::Plan(args) } => plan::run(&args, &mut out::stdout()),
         Cli { command: Command::Run(args) } => run::run(&args),
         Cli { command: Command::Status(args) } => {
-            status::run(&args, &mut std::io::stdout()).map(|()| ExitCode::SUCCESS).map_err(Failure::from)
+            status::run(&args, &mut out::stdout()).map(|()| ExitCode::SUCCESS).map_err(Failure::from)
         }
         Cli { command: Command::Save(args) } => {
-            save::run(&args, &mut std::io::stdout()).map(|()| ExitCode::SUCCESS).map_err(Failure::from)
+            save::run(&args, &mut out::stdout()).map(|()| ExitCode::SUCCESS).map_err(Failure::from)
         }
         Cli { command: Command::Data(args) } => data::run(&args),
         Cli { command: Command::Tokenizer(args) } => tokenizer::run(&args),
@@ -108,9 +109,7 @@ fn main() -> ExitCode {
         Cli { command: Command::Checkpoint(args) } => checkpoint::run(&args),
         Cli { command: Command::Render(args) } => render::run(&args),
         Cli { command: Command::Bench(args) } => bench::run(&args),
-        Cli { command: Command::Completions(args) } => {
-            pages::completions(&args, Cli::command(), &mut std::io::stdout())
-        }
+        Cli { command: Command::Completions(args) } => pages::completions(&args, Cli::command(), &mut out::stdout()),
         Cli { command: Command::Man(args) } => pages::man(&args, Cli::command()),
     });
     match result {

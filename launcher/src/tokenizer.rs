@@ -12,7 +12,7 @@ use moe_runtime::data::{BpeSpec, CorpusSpec, DataError, train_bpe};
 use moe_runtime::exit::Failure;
 use moe_runtime::telemetry::TaskProgress;
 
-use crate::data::say;
+use crate::out::say;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -91,11 +91,11 @@ pub(crate) fn run(args: &TokenizerArgs) -> Result<ExitCode, Failure> {
         size if size < args.vocab_size => format!(" (the text has no more pairs to merge than for {size})"),
         _ => String::new(),
     };
-    say(&format!(
+    say!(
         "{}: {} tokens{short}, trained in {:.1} s",
         args.out.display(),
         trained.vocab_size,
         started.elapsed().as_secs_f64()
-    ))?;
+    )?;
     Ok(ExitCode::SUCCESS)
 }

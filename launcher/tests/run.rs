@@ -77,6 +77,19 @@ fn an_interrupt_becomes_a_checkpoint_and_no_restart() {
 }
 
 #[test]
+fn a_reader_that_goes_away_ends_a_command_without_a_word() {
+    use std::os::unix::process::ExitStatusExt;
+    let config = ["--preset", "tiny", "-n", "2", "--memory", "8", "--gemm", "80", "--memory-rate", "10"];
+    let plan = [&["plan"], &config[..], &["--exchange", "3"]].concat();
+    for args in [&plan[..], &["completions", "bash"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let ended = launch(args).stdout(writer).output().unwrap();
+        assert_eq!((ended.status.signal(), text(&ended.stderr)), (Some(13), String::new()), "{args:?}");
+    }
+}
+
+#[test]
 fn an_interrupt_before_the_ranks_have_begun_is_not_lost() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("run");

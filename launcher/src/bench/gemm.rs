@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::measure::{Conditions, failed, median_ms, print_json, random, tflops};
 use super::shapes::{GROUPED, Grouped, SKEWS, chosen, group_offsets};
+use crate::out::say;
 
 /// Grouped products of the experts: forward, input gradient, weight gradient.
 #[derive(Args)]
@@ -69,14 +70,20 @@ pub(crate) fn run(args: &GemmArgs) -> Result<ExitCode, Failure> {
         print_json(&report)?;
         return Ok(ExitCode::SUCCESS);
     }
-    report.conditions.show();
-    println!(
+    report.conditions.show()?;
+    say!(
         "TFLOP/s\n{:<14}{:>6}{:>10}{:>12}{:>13}{:>9}{:>9}",
-        "case", "skew", "forward", "input grad", "weight grad", "added", "dense"
-    );
+        "case",
+        "skew",
+        "forward",
+        "input grad",
+        "weight grad",
+        "added",
+        "dense"
+    )?;
     for Case { shape, skew, forward, input_grad, weight_grad, weight_grad_added, dense } in &report.cases {
         let [a, b, c, d, e] = [forward, input_grad, weight_grad, weight_grad_added, dense].map(|figure| figure.tflops);
-        println!("{:<14}{skew:>6}{a:>10.1}{b:>12.1}{c:>13.1}{d:>9.1}{e:>9.1}", shape.name);
+        say!("{:<14}{skew:>6}{a:>10.1}{b:>12.1}{c:>13.1}{d:>9.1}{e:>9.1}", shape.name)?;
     }
     Ok(ExitCode::SUCCESS)
 }

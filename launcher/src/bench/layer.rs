@@ -17,6 +17,7 @@ use serde::Serialize;
 
 use super::measure::{Conditions, failed, median_ms, print_json, random, tflops};
 use super::shapes::{LAYERS, Layer, chosen};
+use crate::out::say;
 
 /// A whole MoE layer with routing, forward and backward.
 #[derive(Args)]
@@ -84,16 +85,16 @@ pub(crate) fn run(args: &LayerArgs) -> Result<ExitCode, Failure> {
         print_json(&report)?;
         return Ok(ExitCode::SUCCESS);
     }
-    report.conditions.show();
-    println!("{:<20}{:>9}{:>9}{:>11}{:>9}{:>10}", "layer", "fwd ms", "TFLOP/s", "fwd+bwd ms", "TFLOP/s", "of dense");
+    report.conditions.show()?;
+    say!("{:<20}{:>9}{:>9}{:>11}{:>9}{:>10}", "layer", "fwd ms", "TFLOP/s", "fwd+bwd ms", "TFLOP/s", "of dense")?;
     for Case { shape, outcome } in &report.cases {
         match outcome {
-            Outcome::Measured { fwd_ms, fwd_tflops, fwd_bwd_ms, fwd_bwd_tflops, fraction_of_dense } => println!(
+            Outcome::Measured { fwd_ms, fwd_tflops, fwd_bwd_ms, fwd_bwd_tflops, fraction_of_dense } => say!(
                 "{:<20}{fwd_ms:>9.3}{fwd_tflops:>9.1}{fwd_bwd_ms:>11.3}{fwd_bwd_tflops:>9.1}{:>8.0} %",
                 shape.name,
                 100.0 * fraction_of_dense
-            ),
-            Outcome::Failed { failed } => println!("{:<20}{failed}", shape.name),
+            )?,
+            Outcome::Failed { failed } => say!("{:<20}{failed}", shape.name)?,
         }
     }
     Ok(ExitCode::SUCCESS)

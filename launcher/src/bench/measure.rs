@@ -10,6 +10,8 @@ use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 use serde::Serialize;
 
+use crate::out::say;
+
 /// Runs that are not counted.
 const WARMUP: usize = 4;
 /// Runs that are.
@@ -54,15 +56,15 @@ impl Conditions {
     }
 
     /// One line above a table.
-    pub(super) fn show(&self) {
-        println!(
+    pub(super) fn show(&self) -> Result<(), Failure> {
+        say!(
             "{}, commit {}; dense {n}^3: {:.1} TFLOP/s, copy: {:.0} GB/s",
             self.device,
             self.commit,
             self.dense_tflops,
             self.copy_gbs,
             n = self.dense_n
-        );
+        )
     }
 }
 
@@ -134,6 +136,5 @@ pub(super) fn failed(error: DeviceError) -> Failure {
 /// Prints one JSON object.
 pub(super) fn print_json(report: &impl Serialize) -> Result<(), Failure> {
     let text = serde_json::to_string(report).map_err(|error| Failure::new(Code::Internal, error))?;
-    println!("{text}");
-    Ok(())
+    say!("{text}")
 }

@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use super::measure::{Conditions, failed, gbs, median_ms, print_json, random};
 use super::shapes::{LAYERS, Layer, chosen};
+use crate::out::say;
 
 /// Words of the vocabulary of the cross-entropy, and rows of it at once.
 const VOCABULARY: usize = 32_000;
@@ -59,10 +60,10 @@ pub(crate) fn run(args: &OpsArgs) -> Result<ExitCode, Failure> {
         print_json(&report)?;
         return Ok(ExitCode::SUCCESS);
     }
-    report.conditions.show();
-    println!("sizes of {}\n{:<16}{:>9}{:>9}{:>10}", report.layer.name, "operation", "ms", "GB/s", "of copy");
+    report.conditions.show()?;
+    say!("sizes of {}\n{:<16}{:>9}{:>9}{:>10}", report.layer.name, "operation", "ms", "GB/s", "of copy")?;
     for Figure { op, ms, gbs, fraction_of_copy } in &report.ops {
-        println!("{op:<16}{ms:>9.3}{gbs:>9.0}{:>8.0} %", 100.0 * fraction_of_copy);
+        say!("{op:<16}{ms:>9.3}{gbs:>9.0}{:>8.0} %", 100.0 * fraction_of_copy)?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -25,6 +25,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use super::measure::{Conditions, median};
+use crate::out::say;
 
 /// Whole training steps on random tokens.
 #[derive(Args)]
@@ -219,11 +220,10 @@ fn report(args: &TrainArgs, config: &Config, grid: &Grid, device: &Device, measu
 fn show(report: &Report, json: bool) -> Result<(), Failure> {
     if json {
         let text = serde_json::to_string(report).map_err(|error| Failure::new(Code::Internal, error))?;
-        println!("{text}");
-        return Ok(());
+        return say!("{text}");
     }
-    println!("{} on {}: {} ranks, EP {}", report.preset, report.device, report.ranks, report.ep);
-    println!(
+    say!("{} on {}: {} ranks, EP {}", report.preset, report.device, report.ranks, report.ep)?;
+    say!(
         "{:.0} tokens/s, {:.1} ms a step; {:.1} GF/s, {:.0} % of the {:.1} GF/s of a dense product{}",
         report.tokens_per_s,
         report.step_ms,
@@ -231,21 +231,21 @@ fn show(report: &Report, json: bool) -> Result<(), Failure> {
         report.fraction_of_gemm * 100.0,
         report.gemm_gflops,
         report.mfu.map_or(String::new(), |mfu| format!("; MFU {:.1} %", 100.0 * mfu))
-    );
+    )?;
     let gib = |bytes: u64| bytes as f64 / (1_u64 << 30) as f64;
     let Tally { parameters, gradients, optimizer, activations, communication } = report.buffers;
-    println!(
+    say!(
         "GiB: parameters {:.2}, gradients {:.2}, optimizer {:.2}, activations {:.2}, communication {:.2}",
         gib(parameters),
         gib(gradients),
         gib(optimizer),
         gib(activations),
         gib(communication)
-    );
-    println!("{:<12}{:>9}{:>9}{:>13}", "stage", "ms", "share", "of GEMM rate");
+    )?;
+    say!("{:<12}{:>9}{:>9}{:>13}", "stage", "ms", "share", "of GEMM rate")?;
     for StageReport { stage, ms, share, fraction_of_gemm } in &report.stages {
         let fraction = fraction_of_gemm.map_or("-".to_owned(), |fraction| format!("{:.0} %", fraction * 100.0));
-        println!("{stage:<12}{ms:>9.2}{:>8.1}%{fraction:>13}", share * 100.0);
+        say!("{stage:<12}{ms:>9.2}{:>8.1}%{fraction:>13}", share * 100.0)?;
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use moe_runtime::exit::Failure;
 use moe_runtime::model::layout::parameter_counts;
 use serde_json::{Value, json};
 
-use super::print;
+use crate::out::{print, say};
 use crate::place::Place;
 
 const EXAMPLES: &str = "\
@@ -72,7 +72,7 @@ pub(super) fn run(args: &InspectArgs) -> Result<(), Failure> {
             let entry = |t: &Listed| json!({"name": t.name, "dtype": t.dtype, "shape": t.shape, "file": t.file});
             object["tensor_list"] = tensors.iter().map(entry).collect();
         }
-        return print(&format!("{object}\n"));
+        return say!("{object}");
     }
     facts.push(("blocks", json!(model.layers)));
     facts.push(("hidden size", json!(model.hidden_size)));
@@ -103,7 +103,7 @@ pub(super) fn run(args: &InspectArgs) -> Result<(), Failure> {
             out += &format!("{name:<widest$}  {dtype:<5} {:<16} {file}\n", format!("{shape:?}"));
         }
     }
-    print(&out)
+    print(format_args!("{out}"))
 }
 
 fn bytes_of(checkpoint: &Checkpoint) -> u64 {

@@ -10,7 +10,6 @@ mod merge;
 mod upcycle;
 mod verify;
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -20,6 +19,8 @@ use moe_runtime::checkpoint::convert::{Companions, ExportOptions, ModelTensors, 
 use moe_runtime::exit::{ExitCode as Code, Failure};
 use moe_runtime::model::Family;
 use serde_json::{Value, json};
+
+use crate::out::{print, say};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -153,7 +154,7 @@ fn report(to: &Path, moved: &Transfer, notes: &[(&str, Value)], as_json: bool) -
         for (key, value) in notes {
             object[*key] = value.clone();
         }
-        return print(&format!("{object}\n"));
+        return say!("{object}");
     }
     let mut text = format!(
         "wrote {}: {tensors} tensors, {parameters} parameters, {:.2} MB\n\
@@ -165,14 +166,7 @@ fn report(to: &Path, moved: &Transfer, notes: &[(&str, Value)], as_json: bool) -
         let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
         text += &format!("{key}: {value}\n");
     }
-    print(&text)
-}
-
-fn print(text: &str) -> Result<(), Failure> {
-    let mut out = std::io::stdout();
-    out.write_all(text.as_bytes())
-        .and_then(|()| out.flush())
-        .map_err(|error| Failure::new(Code::Io, format!("cannot write: {error}")))
+    print(format_args!("{text}"))
 }
 
 /// A bar that counts tensors, where there is a terminal to see it.

@@ -8,7 +8,8 @@ use moe_runtime::exit::{ExitCode, Failure};
 use moe_runtime::worker::RunDir;
 use serde_json::{Value, json};
 
-use super::{print, tensor_bar};
+use super::tensor_bar;
+use crate::out::say;
 use crate::place::Place;
 
 const EXAMPLES: &str = "\
@@ -73,7 +74,7 @@ fn verify_checkpoint(checkpoint: &Checkpoint, as_json: bool) -> Result<(), Failu
     let bytes: u64 = files.iter().map(|file| file.bytes).sum();
     let said =
         json!({"path": checkpoint.dir(), "files": files.len(), "tensors": tensors, "bytes": bytes, "intact": true});
-    say(&said, as_json, || {
+    show(&said, as_json, || {
         format!(
             "{}: intact: {} files, {tensors} tensors, {bytes} bytes, every hash is right",
             checkpoint.dir().display(),
@@ -100,12 +101,12 @@ fn verify_folder(folder: &HfFolder, as_json: bool) -> Result<(), Failure> {
     }
     let tensors = folder.tensors().count();
     let said = json!({"path": folder.dir(), "tensors": tensors, "hashes": Value::Null, "intact": true});
-    say(&said, as_json, || {
+    show(&said, as_json, || {
         let what = "names, shapes, types and lengths are right and all values are finite; it has no hashes to compare";
         format!("{}: {tensors} tensors: {what}", folder.dir().display())
     })
 }
 
-fn say(object: &Value, as_json: bool, text: impl FnOnce() -> String) -> Result<(), Failure> {
-    print(&if as_json { format!("{object}\n") } else { text() + "\n" })
+fn show(object: &Value, as_json: bool, text: impl FnOnce() -> String) -> Result<(), Failure> {
+    if as_json { say!("{object}") } else { say!("{}", text()) }
 }

@@ -87,8 +87,8 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<ExitCode, Failure> {
     let mut findings = system::findings(&args.run_dir);
     findings.extend(mpi::findings(timeout));
     findings.extend(devices::findings());
-    let mut out = std::io::stdout().lock();
-    let colours = out.is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let mut out = crate::out::stdout();
+    let colours = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let written = if args.json {
         let text = serde_json::to_string(&findings).map_err(|error| Failure::new(Code::Internal, error))?;
         writeln!(out, "{text}")

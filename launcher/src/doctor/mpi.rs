@@ -14,6 +14,7 @@ use rustix::process::geteuid;
 
 use super::Finding;
 use crate::machine;
+use crate::out::say;
 
 /// What both ranks of a trial that worked have said.
 const HELLO: &str = "two ranks have met";
@@ -115,7 +116,7 @@ pub(super) fn hello(timeout: Duration) -> Result<ExitCode, Failure> {
     match met {
         Ok(ranks) if size == 2 && ranks == [[0], [1]] => {
             if rank == 0 {
-                println!("{HELLO}");
+                say!("{HELLO}")?;
             }
             world.leave(Code::Done)
         }

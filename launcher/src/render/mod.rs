@@ -18,6 +18,7 @@ use clap::{Args, Subcommand};
 use moe_runtime::config::{Config, ConfigBuilder, DEFAULT_PRESET};
 use moe_runtime::exit::Failure;
 
+use crate::out::say;
 use error::RenderError;
 
 const EXAMPLES: &str = "\
@@ -94,9 +95,9 @@ pub(crate) fn run(args: &RenderArgs) -> Result<ExitCode, Failure> {
     let out = spec.out();
     write(&out, &files, spec.force)?;
     for file in &files {
-        println!("{}", out.join(&file.name).display());
+        say!("{}", out.join(&file.name).display())?;
     }
-    println!("next: {next}");
+    say!("next: {next}")?;
     Ok(ExitCode::SUCCESS)
 }
 
