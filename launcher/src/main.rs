@@ -16,6 +16,7 @@ mod render;
 mod run;
 mod save;
 mod status;
+mod stop;
 mod tokenizer;
 
 use std::process::ExitCode;
@@ -31,6 +32,7 @@ Examples:
   moe-launch run -n 4 -- --preset shakespeare --data input.txt --run-dir runs/a
   moe-launch status --run-dir runs/a
   moe-launch save --run-dir runs/a
+  moe-launch stop --run-dir runs/a
   moe-launch data prepare --data texts/ --out shards/
   moe-launch tokenizer train --data texts/ --vocab-size 8192 --out tokenizer.json
   moe-launch generate --checkpoint runs/a --prompt \"ROMEO:\"
@@ -62,6 +64,8 @@ enum Command {
     Status(status::StatusArgs),
     /// Have a running job write a checkpoint now and go on.
     Save(save::SaveArgs),
+    /// Have a running job write a checkpoint and end.
+    Stop(stop::StopArgs),
     /// Prepare text for training, and look into token shards.
     Data(data::DataArgs),
     /// Make a tokenizer.
@@ -101,6 +105,9 @@ fn main() -> ExitCode {
         }
         Cli { command: Command::Save(args) } => {
             save::run(&args, &mut out::stdout()).map(|()| ExitCode::SUCCESS).map_err(Failure::from)
+        }
+        Cli { command: Command::Stop(args) } => {
+            stop::run(&args, &mut out::stdout()).map(|()| ExitCode::SUCCESS).map_err(Failure::from)
         }
         Cli { command: Command::Data(args) } => data::run(&args),
         Cli { command: Command::Tokenizer(args) } => tokenizer::run(&args),

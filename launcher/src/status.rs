@@ -4,13 +4,15 @@
 //! nothing in the job.
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use moe_runtime::coordination::{
     BadToken, ContactError, ContactFile, CoordinationError, JobStatus, JoinToken, Operator, RankStatus,
 };
 use moe_runtime::exit::{Classified, ExitCode};
+use moe_runtime::telemetry::{MetricsError, MetricsFile};
+use moe_runtime::worker::RunDir;
 
 /// Which running job is meant.
 #[derive(Debug, clap::Args)]
@@ -48,9 +50,55 @@ pub(crate) enum StatusError {
     /// The options name no coordinator; clap refuses that before.
     #[error("name the job: --run-dir DIR, or --coordinator HOST:PORT with MOE_JOIN_TOKEN")]
     NoJob,
+    /// Nothing runs in the run directory.
+    #[error(transparent)]
+    Ended(#[from] Ended),
+    /// What the run has left cannot be read.
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
     /// The output could not be written.
     #[error("cannot write the answer: {0}")]
     Output(#[from] io::Error),
+}
+
+/// A run that no job works on.
+#[derive(Debug, thiserror::Error, serde::Serialize)]
+#[error("{}", self.told())]
+pub(crate) struct Ended {
+    /// Always "ended", where the status of a running job has its phase.
+    phase: &'static str,
+    run_dir: PathBuf,
+    /// The last step done; None: there was none.
+    step: Option<u64>,
+    /// What it was to reach.
+    steps: Option<u64>,
+    metrics: PathBuf,
+}
+
+impl Ended {
+    /// The run in `dir`, if there is one.
+    fn of(dir: &Path) -> Result<Option<Self>, MetricsError> {
+        let run = RunDir::at(dir);
+        if !run.config().exists() {
+            return Ok(None);
+        }
+        let (step, metrics) = (MetricsFile::last_step(&run.metrics())?, run.metrics());
+        // A configuration of another version is no reason to say nothing.
+        let steps = run.saved_config().ok().flatten().map(|config| config.train.steps);
+        Ok(Some(Self { phase: "ended", run_dir: dir.to_owned(), step, steps, metrics }))
+    }
+
+    fn told(&self) -> String {
+        let dir = self.run_dir.display();
+        let Some(step) = self.step else {
+            return format!("{dir}: no job runs here, and none has done a step; what it said is in {dir}/logs");
+        };
+        let of = self.steps.map_or_else(String::new, |steps| format!(" of {steps}"));
+        let metrics = self.metrics.display();
+        format!(
+            "{dir}: the job has ended, after step {step}{of}; {metrics} has a line of JSON a step: tail -n 1 {metrics}"
+        )
+    }
 }
 
 impl From<ContactError> for StatusError {
@@ -70,6 +118,9 @@ impl Classified for StatusError {
         match self {
             Self::Coordination(error) => error.exit_code(),
             Self::NoJob => ExitCode::Usage,
+            // As where nobody answers: probes ask until a job runs, perhaps for the next one in the same directory.
+            Self::Ended(_) => ExitCode::Temporary,
+            Self::Metrics(error) => error.exit_code(),
             Self::Output(_) => ExitCode::Io,
         }
     }
@@ -80,7 +131,12 @@ impl JobArgs {
     pub(crate) fn operator(&self) -> Result<Operator, StatusError> {
         let (addr, token) = match self {
             Self { run_dir: Some(dir), .. } => {
-                let contact = ContactFile::read(dir)?;
+                let contact = match ContactFile::read(dir) {
+                    Err(missing @ ContactError::Missing { .. }) => {
+                        return Err(Ended::of(dir)?.map_or_else(|| missing.into(), StatusError::from));
+                    }
+                    read => read?,
+                };
                 (contact.addr, contact.token)
             }
             Self { coordinator: Some(addr), join_token: Some(token), .. } => {
@@ -94,15 +150,22 @@ impl JobArgs {
 
 /// Asks the coordinator and writes its answer to `out`.
 pub(crate) fn run(args: &StatusArgs, out: &mut impl Write) -> Result<(), StatusError> {
-    let status = args.job.operator()?.status()?;
-    if args.json {
-        serde_json::to_writer(&mut *out, &status).map_err(io::Error::from)?;
-        writeln!(out)?;
-    } else {
-        write_table(&status, out)?;
+    let operator = args.job.operator();
+    if let (Err(StatusError::Ended(ended)), true) = (&operator, args.json) {
+        write_json(ended, out)?;
     }
-    out.flush()?;
-    Ok(())
+    let status = operator?.status()?;
+    if args.json {
+        write_json(&status, out)?
+    } else {
+        write_table(&status, out)?
+    }
+    Ok(out.flush()?)
+}
+
+fn write_json(answer: &impl serde::Serialize, out: &mut impl Write) -> io::Result<()> {
+    serde_json::to_writer(&mut *out, answer)?;
+    writeln!(out)
 }
 
 const HEAD: [&str; 8] = ["rank", "host", "pid", "state", "step", "loss", "tokens/s", "last heartbeat"];

@@ -77,6 +77,36 @@ fn an_interrupt_becomes_a_checkpoint_and_no_restart() {
 }
 
 #[test]
+fn an_order_to_stop_becomes_a_checkpoint_and_no_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().to_str().unwrap();
+    let mut args = vec!["run", "-n", "2", "--restarts", "2", "--", "--run-dir", dir, "--steps", "1000000"];
+    args.extend(SMALL);
+    let mut child = launch(&args).spawn().unwrap();
+    wait_until(&mut child, "three steps", || steps_done(folder.path()).len() > 3);
+    let ordered = output(&["stop", "--run-dir", dir]);
+    assert!(ordered.status.success(), "{}", text(&ordered.stderr));
+    assert!(text(&ordered.stdout).contains("ordered at step"), "{}", text(&ordered.stdout));
+    let ended = child.wait_with_output().unwrap();
+    let said = text(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(75), "{said}");
+    assert!(!said.contains("starting it again") && !said.contains("error:"), "{said}");
+    let last = *steps_done(folder.path()).last().unwrap();
+    assert!(folder.path().join(format!("checkpoints/step-{last:08}/manifest.json")).exists());
+
+    // What is left of it is told; there is nothing more to stop.
+    let told = format!("the job has ended, after step {last} of 1000000");
+    for command in ["status", "save", "stop"] {
+        let ended = output(&[command, "--run-dir", dir]);
+        assert_eq!((ended.status.code(), text(&ended.stdout)), (Some(75), String::new()), "{command}");
+        assert!(text(&ended.stderr).contains(&told), "{command}: {}", text(&ended.stderr));
+    }
+    let status: serde_json::Value =
+        serde_json::from_slice(&output(&["status", "--run-dir", dir, "--json"]).stdout).unwrap();
+    assert_eq!((&status["phase"], &status["step"]), (&"ended".into(), &last.into()));
+}
+
+#[test]
 fn a_reader_that_goes_away_ends_a_command_without_a_word() {
     use std::os::unix::process::ExitStatusExt;
     let config = ["--preset", "tiny", "-n", "2", "--memory", "8", "--gemm", "80", "--memory-rate", "10"];

@@ -102,10 +102,11 @@ impl Job<'_> {
         let stop = Stop::listen()?;
         let mut pause = FIRST_PAUSE;
         for epoch in 1.. {
-            let status = self.attempt(Epoch(epoch), &stop)?;
+            let (status, ordered) = self.attempt(Epoch(epoch), &stop)?;
             let left = u64::from(self.args.restarts) + 1 - epoch;
-            let code = number_of(status, stop.is_asked());
-            if left == 0 || stop.is_asked() || code != Code::Temporary.number() {
+            let asked = ordered || stop.is_asked();
+            let code = number_of(status, asked);
+            if left == 0 || asked || code != Code::Temporary.number() {
                 return Ok(code.into());
             }
             eprintln!(
@@ -121,8 +122,8 @@ impl Job<'_> {
         unreachable!("attempts are counted down")
     }
 
-    /// One start of all ranks, to their end.
-    fn attempt(&self, epoch: Epoch, stop: &Stop) -> Result<ExitStatus, Failure> {
+    /// One start of all ranks, to their end; and whether its coordinator was asked to stop them.
+    fn attempt(&self, epoch: Epoch, stop: &Stop) -> Result<(ExitStatus, bool), Failure> {
         let host = if self.hosted { Some(self.host(epoch)?) } else { None };
         let mut command = self.starter.command(&self.places, self.own_threads, &self.args.worker)?;
         if let Some((handle, addr)) = &host {
@@ -132,7 +133,8 @@ impl Job<'_> {
         stop.watch(&child, host.as_ref().and_then(|(handle, _)| forming(handle)));
         let status = child.wait();
         stop.unwatch();
-        status.map_err(|error| Failure::new(Code::Io, format!("cannot wait for {}: {error}", self.starter.program())))
+        let failed = |error| Failure::new(Code::Io, format!("cannot wait for {}: {error}", self.starter.program()));
+        Ok((status.map_err(failed)?, host.is_some_and(|(handle, _)| handle.is_asked_to_stop())))
     }
 
     /// The coordinator of one attempt, and how ranks reach it.

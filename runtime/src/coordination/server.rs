@@ -95,6 +95,11 @@ impl CoordinatorHandle {
         host.state().status(host.now())
     }
 
+    /// Whether the job was asked to stop, by an operator or through one of its ranks.
+    pub fn is_asked_to_stop(&self) -> bool {
+        self.shared.lock().state().is_asked_to_stop()
+    }
+
     /// Waits until the job is over (done, or aborted with every rank gone), at most `timeout`. Returns whether it is. A rank
     /// that hosts the coordinator calls this after its own [`super::Session::leave`], so that the others can say good-bye.
     pub fn wait_over(&self, timeout: Duration) -> bool {

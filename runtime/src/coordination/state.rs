@@ -35,6 +35,7 @@ pub struct State {
     version: Option<String>,
     barriers: Barriers,
     checkpoint: Option<(u64, String)>,
+    stop_asked: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -89,6 +90,7 @@ impl State {
             version: None,
             barriers: Barriers::default(),
             checkpoint: None,
+            stop_asked: false,
         }
     }
 
@@ -332,10 +334,12 @@ impl State {
         self.check_epoch(epoch)?;
         match self.phase {
             Phase::Forming => {
+                self.stop_asked = true;
                 let reason = format!("asked to stop before all ranks had registered: {reason}");
                 Ok(self.abort(Verdict { culprit: None, reason }))
             }
             Phase::Running => {
+                self.stop_asked = true;
                 let mut actions = vec![self.enter(Phase::Draining, reason.clone())];
                 actions.extend(self.tell_all(&Command::Drain { reason }));
                 Ok(actions)
@@ -378,6 +382,11 @@ impl State {
     pub fn is_over(&self) -> bool {
         let gone = |member: &Member| matches!(member.standing, Standing::Left(_) | Standing::Lost);
         self.phase == Phase::Done || (self.phase == Phase::Aborted && self.registered().all(|(_, member)| gone(member)))
+    }
+
+    /// Whether the job was asked to stop: however it ends, it has not failed by itself.
+    pub fn is_asked_to_stop(&self) -> bool {
+        self.stop_asked
     }
 
     /// The processes that hold ranks, ascending.

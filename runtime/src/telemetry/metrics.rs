@@ -4,7 +4,7 @@
 //! JSON has for them.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -97,6 +97,15 @@ impl Classified for MetricsError {
     }
 }
 
+/// What every line has.
+#[derive(Deserialize)]
+struct Line {
+    step: u64,
+}
+
+/// Much more than a line.
+const TAIL_BYTES: u64 = 64 << 10;
+
 /// `metrics.jsonl`, open for appending.
 #[derive(Debug)]
 pub struct MetricsFile {
@@ -125,14 +134,29 @@ impl MetricsFile {
         write().map_err(|reason| MetricsError::Io { path: self.path.clone(), action: "written", reason })
     }
 
+    /// The step of the last whole line; None: there is no line, or no file.
+    pub fn last_step(path: &Path) -> Result<Option<u64>, MetricsError> {
+        let failed = |reason| MetricsError::Io { path: path.into(), action: "read", reason };
+        let mut file = match File::open(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(failed(error)),
+        };
+        let mut tail = Vec::new();
+        let read = |file: &mut File, tail: &mut Vec<u8>| {
+            let start = file.metadata()?.len().saturating_sub(TAIL_BYTES);
+            file.seek(SeekFrom::Start(start))?;
+            file.read_to_end(tail)
+        };
+        read(&mut file, &mut tail).map_err(failed)?;
+        let lines = tail.split_inclusive(|&byte| byte == b'\n').rev().filter(|line| line.ends_with(b"\n"));
+        Ok(lines.filter_map(|line| serde_json::from_slice::<Line>(line).ok()).map(|line| line.step).next())
+    }
+
     /// Cuts off what comes after `step`, for a run that resumes from there; a last line that a crash left unfinished goes as well.
     /// Returns the lines kept. The new file replaces the old one whole: a crash in between leaves one of the two. No file is as good
     /// as an empty one.
     pub fn truncate_after(path: &Path, step: u64) -> Result<usize, MetricsError> {
-        #[derive(Deserialize)]
-        struct Line {
-            step: u64,
-        }
         let failed = |action| move |reason| MetricsError::Io { path: path.into(), action, reason };
         let text = match fs::read(path) {
             Ok(text) => text,
@@ -211,6 +235,18 @@ mod tests {
         assert_eq!(keys(&StepMetrics { val_loss: Some(2.0), ..at(1) }), format!("{nine} val_loss"));
         let stages = serde_json::to_string(&StageMs::default()).unwrap();
         assert_eq!(stages, r#"{"route":0.0,"dispatch":0.0,"experts":0.0,"combine":0.0,"aggregate":0.0}"#);
+    }
+
+    #[test]
+    fn the_last_step_is_that_of_the_last_whole_line() {
+        let (_folder, path) = written(2000);
+        assert!(fs::metadata(&path).unwrap().len() > 2 * TAIL_BYTES);
+        assert_eq!(MetricsFile::last_step(&path).unwrap(), Some(2000));
+        OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"step\":2001,\"lo").unwrap();
+        assert_eq!(MetricsFile::last_step(&path).unwrap(), Some(2000));
+        fs::write(&path, "").unwrap();
+        assert_eq!(MetricsFile::last_step(&path).unwrap(), None);
+        assert_eq!(MetricsFile::last_step(&path.with_extension("absent")).unwrap(), None);
     }
 
     #[test]
