@@ -8,7 +8,7 @@ use clap::Args;
 use moe_runtime::checkpoint::convert::{Companions, write_checkpoint};
 use moe_runtime::checkpoint::{HfFolder, Store};
 use moe_runtime::config::{ConfigBuilder, Origin};
-use moe_runtime::data::tokenizer;
+use moe_runtime::data::{FileTokenizer, check_vocabulary, tokenizer};
 use moe_runtime::exit::{ExitCode, Failure};
 use moe_runtime::worker::RunDir;
 use serde_json::Value;
@@ -66,9 +66,14 @@ pub(super) fn run(args: &ImportArgs) -> Result<(), Failure> {
     let hub = std::path::absolute(args.run_dir.join(HUB))
         .map_err(|error| Failure::new(ExitCode::Io, format!("{}: {error}", args.run_dir.display())))?;
     let (model, router) = (folder.model_config().clone(), folder.router_config().clone());
-    let resolved = settings(args).model(model, router, &args.from).build()?;
+    let own = args.from.join(FileTokenizer::FILE);
+    let resolved = settings(args).model(model, router, &args.from).tokenizer_of_model(own).build()?;
+    // As moe-worker --model does: one that does not fit is refused before anything is written, and not passed over for another.
+    let opened = tokenizer(&resolved.config.data.tokenizer)?;
     resolved.validate(1)?;
-    let named = !matches!(resolved.origin_of("data.tokenizer"), Origin::Preset(_));
+    check_vocabulary(opened.as_ref(), resolved.config.model.vocab_size)?;
+    let origin = resolved.origin_of("data.tokenizer");
+    let (is_own, is_left) = (matches!(origin, Origin::Model(_)), matches!(origin, Origin::Preset(_)));
     let mut config = resolved.config;
     for path in &mut config.data.paths {
         *path = std::path::absolute(&*path)
@@ -83,18 +88,24 @@ pub(super) fn run(args: &ImportArgs) -> Result<(), Failure> {
     bar.finish_and_clear();
     let (checkpoint, moved) = moved?;
     companions.keep(&hub)?;
-    // Its own tokenizer, from the copy that stays with the run, where it was not told otherwise.
-    let own = hub.join("tokenizer.json").to_string_lossy().into_owned();
-    if !named && tokenizer(&own).is_ok_and(|own| own.vocab_size() <= config.model.vocab_size) {
-        config.data.tokenizer = own;
+    if is_own {
+        // The copy that stays with the run.
+        config.data.tokenizer = hub.join(FileTokenizer::FILE).to_string_lossy().into_owned();
     }
     run_dir.save_config(&config)?;
     let next = format!("moe-worker --run-dir {}", args.run_dir.display());
-    let notes = [
+    let mut notes = vec![
         ("checkpoint", Value::from(checkpoint.to_string_lossy())),
         ("tokenizer", Value::from(config.data.tokenizer.as_str())),
         ("train with", Value::from(next)),
     ];
+    if is_left {
+        let note = format!(
+            "the folder has no {}; name the model's tokenizer with --set data.tokenizer=PATH",
+            FileTokenizer::FILE
+        );
+        notes.push(("note", Value::from(note)));
+    }
     report(&args.run_dir, &moved, &notes, args.json)
 }
 

@@ -158,3 +158,28 @@ fn a_folder_that_asks_for_what_there_is_not_is_refused_by_its_key() {
     in_one_line(cut.says("model.safetensors: ").says("bytes long where"));
     assert!(!worked.dir.exists() && !imported.exists(), "nothing was begun");
 }
+
+#[test]
+fn a_tokenizer_that_does_not_fit_its_model_is_refused_and_one_that_is_missing_is_told() {
+    let place = Place::new();
+    let run = trained(&place, "run");
+    let (folder, imported) = (place.path().join("folder"), place.path().join("imported"));
+    wait(launch(["checkpoint", "export", run.dir.to_str().unwrap(), "--to", folder.to_str().unwrap()])).expect(DONE);
+    let path = folder.join("tokenizer.json");
+    let import = |more: &[&str]| {
+        let args = ["checkpoint", "import", folder.to_str().unwrap(), "--run-dir", imported.to_str().unwrap()];
+        wait(launch([&args[..], more].concat()))
+    };
+    let whole = fs::read_to_string(&path).unwrap();
+    let mut larger: Value = serde_json::from_str(&whole).unwrap();
+    larger["model"]["vocab"]["more"] = 256.into();
+    for (text, message) in [(whole[..40].to_owned(), "tokenizer.json"), (larger.to_string(), "257")] {
+        fs::write(&path, text).unwrap();
+        in_one_line(import(&[]).expect(BAD_DATA).says(message));
+        assert!(!imported.exists(), "nothing was begun");
+    }
+    import(&["--set", "data.tokenizer=bytes"]).expect(DONE).says("tokenizer: bytes");
+    fs::remove_dir_all(&imported).unwrap();
+    fs::remove_file(&path).unwrap();
+    import(&[]).expect(DONE).says("tokenizer: bytes").says("note: the folder has no tokenizer.json");
+}

@@ -4,6 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
+use serde::de::IgnoredAny;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer as Inner;
@@ -38,6 +39,8 @@ impl FileTokenizer {
             return Err(DataError::Empty { path: file });
         }
         let wrong = |reason: String| DataError::NotATokenizer { path: file.clone(), reason };
+        // The library panics where the text ends inside a decoder.
+        serde_json::from_slice::<IgnoredAny>(&bytes).map_err(|error| wrong(error.to_string()))?;
         let inner = Inner::from_bytes(&bytes).map_err(|error| wrong(error.to_string()))?;
         // Ids may have gaps: what counts for a model is the largest.
         let largest = inner.get_vocab(true).into_values().max().ok_or_else(|| wrong("it has no tokens".into()))?;
