@@ -37,8 +37,8 @@ cuda: setup .local/cuda/bin/nvcc ## Build moe-worker and moe-launch for GPUs, op
 
 .PHONY: test-cuda
 test-cuda: ## Compile every kernel for every architecture, and lint what is for GPUs; needs no GPU.
+	@# Linting runs the build script that compiles the kernels.
 	@if $(MAKE) --no-print-directory .local/cuda/bin/nvcc; then \
-		cargo build --package moe-kernels --features cuda --locked && \
 		cargo clippy --workspace --all-targets --features moe-kernels/cuda,moe-runtime/cuda,moe-launcher/cuda --locked -- -D warnings; \
 	else echo "skipped: kernels are not compiled, since there is no nvcc here and PyPI cannot be reached"; fi
 
