@@ -20,6 +20,7 @@ mod rows;
 mod scratch;
 mod shape;
 mod shuffle;
+mod transport;
 
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -30,6 +31,7 @@ use half::bf16;
 
 pub use gpu::{Facts, OpenError};
 pub use memory::CudaBuffer;
+pub use transport::{Fold, Staging, address, address_mut};
 
 use crate::{Activation, Device, DeviceError, Element, View, ViewMut};
 use gpu::Gpu;
