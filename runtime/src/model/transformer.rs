@@ -188,8 +188,10 @@ impl<B: Backend> Transformer<B> {
         self.head_backward(tokens.targets, scale)?;
         clock.lap(Stage::Head);
         for index in (0..self.blocks.len()).rev() {
+            groups.expert.context().set_layer(Some(index));
             self.block_backward(index, groups, clock, (tokens, route), batch)?;
         }
+        groups.expert.context().set_layer(None);
         let (h, t) = (self.setup.model.hidden_size, route.tokens);
         let embedding = self.parameters.layout().embedding;
         let (_, mut gradients) = self.parameters.split();
@@ -314,6 +316,7 @@ impl<B: Backend> Transformer<B> {
         device.embedding(h, self.ids.view(t), table, self.stream[0].view_mut(t * h));
         clock.lap(Stage::Embedding);
         for (index, block) in self.blocks.iter_mut().enumerate() {
+            groups.expert.context().set_layer(Some(index));
             let (before, after) = self.stream.split_at_mut(index + 1);
             let (x, y) = (before[index].view(t * h), after[0].view_mut(t * h));
             let context = BlockContext {
@@ -330,6 +333,7 @@ impl<B: Backend> Transformer<B> {
                 device.sum(moe.router.dropped(), self.totals.view_mut(2).slice(DROPPED));
             }
         }
+        groups.expert.context().set_layer(None);
         let last = self.stream[self.blocks.len()].view(t * h);
         self.final_norm.forward(device, &setup.model, weights, last)?;
         clock.lap(Stage::Head);
