@@ -12,7 +12,7 @@ use moe_runtime::config::Precision;
 use moe_runtime::data::{Corpus, Stream, Tokenizer};
 use moe_runtime::exit::{ExitCode as Code, Failure};
 use moe_runtime::training::{EvalText, TextLoss, text_loss};
-use moe_runtime::worker::{Device, DeviceChoice, OnDevice};
+use moe_runtime::worker::{Device, DeviceChoice, OnDevice, Ranked};
 use serde_json::json;
 
 use crate::out::print;
@@ -67,7 +67,7 @@ struct Measuring<'a> {
 impl<'a> OnDevice for Measuring<'a> {
     type Output = Result<Vec<(&'a str, TextLoss)>, Failure>;
 
-    fn run<B: Backend>(self, device: B) -> Self::Output {
+    fn run<B: Ranked>(self, device: B) -> Self::Output {
         let mut loaded = self.place.load(&device, self.window, SEQUENCES)?;
         let mut measured = Vec::new();
         for (name, path, text) in self.texts {

@@ -6,12 +6,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
-use moe_kernels::Backend;
 use moe_runtime::config::Precision;
 use moe_runtime::data::Tokenizer;
 use moe_runtime::exit::{ExitCode as Code, Failure};
 use moe_runtime::training::{Sampling, generate};
-use moe_runtime::worker::{Device, DeviceChoice, OnDevice};
+use moe_runtime::worker::{Device, DeviceChoice, OnDevice, Ranked};
 
 use crate::out::print;
 use crate::place::{Loaded, Place};
@@ -82,7 +81,7 @@ struct Writing<'a> {
 impl OnDevice for Writing<'_> {
     type Output = Result<ExitCode, Failure>;
 
-    fn run<B: Backend>(self, device: B) -> Result<ExitCode, Failure> {
+    fn run<B: Ranked>(self, device: B) -> Result<ExitCode, Failure> {
         let Self { args, place, tokenizer, prompt } = self;
         let Loaded { mut model, groups } = place.load(&device, place.window(), 1)?;
         let &GenerateArgs { tokens, temperature, top_k, top_p, seed, .. } = args;

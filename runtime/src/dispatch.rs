@@ -151,11 +151,19 @@ impl<B: Backend> Journey<B> {
     }
 
     /// Reads the exchanged counts, which say how much memory the rows need.
-    fn learn_counts(&mut self, device: &B, recv_counts: &Slot<B, i32>, me: usize) -> Result<Learned, DeviceError> {
+    fn learn_counts<C: Communicator<B>>(
+        &mut self,
+        device: &B,
+        group: &C,
+        recv_counts: &Slot<B, i32>,
+    ) -> Result<Learned, ShuffleError> {
         let ranks = self.host_counts.len() / 2;
         device.copy(self.send_counts.view(ranks), self.counts.view_mut(2 * ranks).slice(0..ranks));
         device.copy(recv_counts.view(ranks), self.counts.view_mut(2 * ranks).slice(ranks..2 * ranks));
         device.read_to_host(self.counts.view(2 * ranks), &mut self.host_counts)?;
+        // Counts of an exchange that was given up are anything.
+        group.check()?;
+        let me = group.rank();
         let (send, recv) = self.host_counts.split_at(ranks);
         let total = |counts: &[i32]| counts.iter().map(|&n| n as usize).sum::<usize>();
         let elsewhere = |counts: &[i32]| (total(counts) - counts[me] as usize) as u64;
@@ -254,6 +262,7 @@ impl<B: Backend> Shuffle<B> {
         self.expand(device, tokens)?;
         let mut expanded = [0];
         device.read_to_host(last(&self.offsets, self.dims.local_experts()), &mut expanded)?;
+        group.check()?;
         self.bounds.expanded = expanded[0] as usize;
         Ok(())
     }
@@ -270,7 +279,7 @@ impl<B: Backend> Shuffle<B> {
         let (h, k, w) = (self.hidden_size, self.dims.top_k, self.dims.ranks);
         journey.plan(device, self.dims, tokens)?;
         device.wait(&group.all_to_all(device, journey.send_counts.view(w), self.recv_counts.view_mut(w))?);
-        let Learned { sent, received, crossed } = journey.learn_counts(device, &self.recv_counts, group.rank())?;
+        let Learned { sent, received, crossed } = journey.learn_counts(device, group, &self.recv_counts)?;
         (self.bounds.sent, self.bounds.received) = (sent, received);
         self.crossed += crossed;
         scratch.home.reserve(device, sent * h)?;

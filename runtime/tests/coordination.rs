@@ -243,6 +243,23 @@ fn a_barrier_that_is_not_met_names_the_missing_ranks_and_may_be_tried_again() {
 }
 
 #[test]
+fn what_ranks_bring_to_a_meeting_all_of_them_get() {
+    let host = host(patient(3));
+    let sessions = join_all(&host, 3);
+    for round in 1..=2_u8 {
+        thread::scope(|scope| {
+            for (session, _) in &sessions {
+                scope.spawn(move || {
+                    let rank = session.rank() as u8;
+                    let brought = session.gather("ids", vec![rank; usize::from(rank * round)], PATIENCE).unwrap();
+                    assert_eq!(brought, [vec![], vec![1; usize::from(round)], vec![2; usize::from(2 * round)]]);
+                });
+            }
+        });
+    }
+}
+
+#[test]
 fn a_lost_coordinator_is_told_through_the_callback_after_the_lease() {
     let host = host(spec(1));
     let (session, aborts) = join_all(&host, 1).remove(0);

@@ -14,7 +14,7 @@ const SHORT: Duration = Duration::from_millis(200);
 #[test]
 fn every_collective_at_every_size() {
     for size in [1, 2, 3, 4, 8, 16] {
-        local::run(size, |world| collective_bodies::every_collective(&world));
+        local::run(size, |world| collective_bodies::every_collective(&Cpu, &world));
     }
 }
 
@@ -34,7 +34,7 @@ fn a_buffer_of_several_segments_is_reduced_whole() {
 
 #[test]
 fn a_rank_alone_needs_no_peers() {
-    collective_bodies::every_collective(&local::solo(Context::default()));
+    collective_bodies::every_collective(&Cpu, &local::solo(Context::default()));
 }
 
 /// One collective of each kind that waits for peers.

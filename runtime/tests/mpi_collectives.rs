@@ -78,7 +78,7 @@ fn assert_code(ended: Option<Ended>, code: i32) {
 fn every_collective_on_four_ranks() {
     let ended =
         under_mpirun("every_collective_on_four_ranks", 4, Context::default(), MpiOptions::default(), |_mpi, world| {
-            collective_bodies::every_collective(&world);
+            collective_bodies::every_collective(&Cpu, &world);
         });
     assert_code(ended, DONE);
 }
@@ -88,7 +88,7 @@ fn every_collective_on_three_ranks_in_small_pieces() {
     let options = MpiOptions { chunk_bytes: 1000 };
     let test = "every_collective_on_three_ranks_in_small_pieces";
     let ended = under_mpirun(test, 3, Context::default(), options, |_mpi, world| {
-        collective_bodies::every_collective(&world);
+        collective_bodies::every_collective(&Cpu, &world);
     });
     assert_code(ended, DONE);
 }

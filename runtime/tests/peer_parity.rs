@@ -7,13 +7,17 @@
 // Helpers of tests may stop at the first surprise like the tests themselves.
 #![allow(clippy::unwrap_used)]
 
+#[cfg(feature = "cuda")]
+mod gpus;
+mod sites;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use moe_kernels::{Accumulate, Backend, Cpu, DenseOps, GateDims, GateSpec, GemmDims, RoutingOps, Score, View, ViewMut};
 use moe_runtime::checkpoint::HfFolder;
 use moe_runtime::checkpoint::names::tensor_name;
-use moe_runtime::collectives::{Groups, HostCommunicator, local};
+use moe_runtime::collectives::{Communicator, Groups};
 use moe_runtime::config::{Config, DecayGroups, OptimizerConfig, ScheduleConfig, ScheduleKind, TrainConfig};
 use moe_runtime::data::Batch;
 use moe_runtime::model::layout::{PartId, PartKind};
@@ -23,6 +27,7 @@ use moe_runtime::stages::StageClock;
 use moe_runtime::topology::{Grid, Rank, share};
 use moe_runtime::training::{Requests, Trainer, TrainingData};
 use safetensors::{Dtype, SafeTensors};
+use sites::{OneDevice, Site};
 
 const WORLDS: [usize; 3] = [1, 2, 4];
 
@@ -118,15 +123,15 @@ impl Fixture {
     }
 
     /// The model on this rank of a grid, with its groups and data, on a queue of its own.
-    fn model<B: Backend>(
+    fn model<B: Backend, C: Communicator<B>>(
         &self,
         device: &B,
-        world: HostCommunicator,
+        world: C,
         ep: usize,
-    ) -> (Transformer<B>, Groups<HostCommunicator>, FixtureData) {
+    ) -> (Transformer<B>, Groups<C>, FixtureData) {
         let hf = HfFolder::open(&self.folder).unwrap();
         let (model, router) = (hf.model_config().clone(), hf.router_config().clone());
-        let (rank, size) = place(&world);
+        let (rank, size) = (world.rank(), world.size());
         let grid = Grid::new(size, ep, model.experts).unwrap();
         let data = self.data(rank, size);
         let setup = ModelSetup {
@@ -143,7 +148,7 @@ impl Fixture {
         let mut transformer = Transformer::new(device.fork(), setup).unwrap();
         let queue = transformer.device().clone();
         hf.load_into(&queue, transformer.parameters_mut()).unwrap();
-        let groups = Groups::of_grid::<Cpu>(world, &grid).unwrap();
+        let groups = Groups::of_grid(world, &grid).unwrap();
         (transformer, groups, data)
     }
 
@@ -153,11 +158,6 @@ impl Fixture {
         let legal = |world: usize| (1..=world).filter(move |&ep| Grid::new(world, ep, experts).is_ok());
         WORLDS.into_iter().flat_map(|world| legal(world).map(move |ep| (world, ep))).collect()
     }
-}
-
-fn place(world: &HostCommunicator) -> (usize, usize) {
-    use moe_runtime::collectives::Communicator;
-    (Communicator::<Cpu>::rank(world), Communicator::<Cpu>::size(world))
 }
 
 fn models() -> Vec<Fixture> {
@@ -174,21 +174,21 @@ fn models() -> Vec<Fixture> {
 
 #[test]
 fn logits_are_the_peers() {
-    logits(&Cpu, 1e-4);
+    logits(&OneDevice(Cpu), 1e-4);
 }
 
 /// Logits within `tolerance`.
-fn logits<B: Backend>(device: &B, tolerance: f32) {
+fn logits(site: &impl Site, tolerance: f32) {
     for fixture in models() {
         let expected = fixture.reference.f32("logits_step0").unwrap();
         for (world, ep) in fixture.layouts() {
-            let found: Vec<f32> = local::run(world, |comm| {
+            let found = site.run(world, |device, comm| {
                 let (mut model, groups, data) = fixture.model(device, comm, ep);
                 let mut batch = Batch::default();
                 data.train_pass(0, 0, &mut batch);
                 model.read_logits(&groups, PassTokens::of_inputs(&batch.inputs, data.length), LogitsOf::All).unwrap()
-            })
-            .concat();
+            });
+            let Some(found) = found.map(|found| found.concat()) else { continue };
             assert_eq!(found.len(), expected.len());
             let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             println!("{} W={world} EP={ep}: largest difference of a logit {worst:.2e}", fixture.name);
@@ -213,14 +213,14 @@ fn gradient_name(family: Family, id: PartId) -> (String, usize) {
 
 #[test]
 fn gradients_are_the_peers() {
-    gradients(&Cpu, 1e-4);
+    gradients(&OneDevice(Cpu), 1e-4);
 }
 
 /// Gradients within `tolerance`, relative.
-fn gradients<B: Backend>(device: &B, tolerance: f64) {
+fn gradients(site: &impl Site, tolerance: f64) {
     for fixture in models() {
         for (world, ep) in fixture.layouts() {
-            let parts = local::run(world, |comm| {
+            let parts = site.run(world, |device, comm| {
                 let (mut model, groups, data) = fixture.model(device, comm, ep);
                 let mut batch = Batch::default();
                 data.train_pass(0, 0, &mut batch);
@@ -241,6 +241,7 @@ fn gradients<B: Backend>(device: &B, tolerance: f64) {
                 let read = |id: PartId, part| (gradient_name(family, id), parameters.read_grad(queue, part).unwrap());
                 parameters.layout().parts().map(|(part, _)| read(part.id, part)).collect::<Vec<_>>()
             });
+            let Some(parts) = parts else { continue };
             // Sums over ranks: replicated gradients over all, an expert's over the ranks that hold it.
             let mut sums: BTreeMap<(String, usize), Vec<f64>> = BTreeMap::new();
             for (key, gradient) in parts.into_iter().flatten() {
@@ -274,11 +275,11 @@ fn relative_error(found: &[f64], expected: &[f32]) -> f64 {
 
 #[test]
 fn twenty_steps_of_adamw_follow_the_peers() {
-    trajectories(&Cpu, 1.0);
+    trajectories(&OneDevice(Cpu), 1.0);
 }
 
 /// Losses and gradient norms, with tolerances `wider` times the CPU's.
-fn trajectories<B: Backend>(device: &B, wider: f64) {
+fn trajectories(site: &impl Site, wider: f64) {
     for fixture in models() {
         let text = std::fs::read_to_string(fixture.folder.join("reference.json")).unwrap();
         let reference: serde_json::Value = serde_json::from_str(&text).unwrap();
@@ -290,7 +291,7 @@ fn trajectories<B: Backend>(device: &B, wider: f64) {
         assert_eq!(optimizer["decay"], "every parameter");
         let coefficient = reference["router_aux_loss_coef"].as_f64().unwrap();
         for (world, ep) in fixture.layouts() {
-            let trajectory = local::run(world, |comm| {
+            let trajectory = site.run(world, |device, comm| {
                 let (model, groups, data) = fixture.model(device, comm, ep);
                 let config = Config {
                     model: model.setup().model.clone(),
@@ -321,6 +322,7 @@ fn trajectories<B: Backend>(device: &B, wider: f64) {
                 let mut trainer = Trainer::new(model, groups, &config, data).unwrap();
                 (1..=steps as u64).map(|step| trainer.step(step, Requests::default()).unwrap().0).collect::<Vec<_>>()
             });
+            let Some(trajectory) = trajectory else { continue };
             let steps = &trajectory[0];
             let at = |step: usize| format!("{} W={world} EP={ep} step {}", fixture.name, step + 1);
             for (step, expected) in series("loss").unwrap().into_iter().enumerate() {
@@ -352,14 +354,17 @@ fn trajectories<B: Backend>(device: &B, wider: f64) {
     }
 }
 
-/// The same on a GPU in f32, where there is one: within 1e-3.
+/// The same on GPUs in f32, where there are any: within 1e-3.
 #[cfg(feature = "cuda")]
-mod on_a_gpu {
+mod on_gpus {
     use moe_kernels::cuda::{Cuda, OpenError};
 
-    fn gpu() -> Option<Cuda<f32>> {
+    use super::sites::{Gpus, OneDevice};
+
+    /// The first GPU, for all ranks.
+    fn gpu() -> Option<OneDevice<Cuda<f32>>> {
         match Cuda::open(0) {
-            Ok(device) => Some(device),
+            Ok(device) => Some(OneDevice(device)),
             Err(error @ (OpenError::NoDriver | OpenError::NoDevice)) => {
                 eprintln!("notice: parity on a GPU was not tested: {error}");
                 None
@@ -370,18 +375,33 @@ mod on_a_gpu {
 
     #[test]
     fn logits_on_a_gpu_are_the_peers() {
-        gpu().inspect(|device| super::logits(device, 1e-3));
+        gpu().inspect(|site| super::logits(site, 1e-3));
+    }
+
+    #[test]
+    fn logits_over_nccl_are_the_peers() {
+        super::logits(&Gpus, 1e-3);
     }
 
     #[test]
     fn gradients_on_a_gpu_are_the_peers() {
-        gpu().inspect(|device| super::gradients(device, 1e-3));
+        gpu().inspect(|site| super::gradients(site, 1e-3));
+    }
+
+    #[test]
+    fn gradients_over_nccl_are_the_peers() {
+        super::gradients(&Gpus, 1e-3);
     }
 
     #[test]
     fn twenty_steps_of_adamw_on_a_gpu_follow_the_peers() {
         // 2e-4 of a loss of a few nats, five times over.
-        gpu().inspect(|device| super::trajectories(device, 5.0));
+        gpu().inspect(|site| super::trajectories(site, 5.0));
+    }
+
+    #[test]
+    fn twenty_steps_of_adamw_over_nccl_follow_the_peers() {
+        super::trajectories(&Gpus, 5.0);
     }
 }
 

@@ -48,7 +48,9 @@ pub enum OpenError {
     #[error("the NVIDIA driver sees no GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu")]
     NoDevice,
     /// There are fewer GPUs.
-    #[error("there is no GPU {ordinal}: this process sees {count}, numbered from 0")]
+    #[error(
+        "there is no GPU {ordinal}: this process sees {count}, numbered from 0; start at most as many ranks on a machine as it has GPUs"
+    )]
     NoSuchDevice {
         /// Asked for.
         ordinal: usize,
@@ -83,6 +85,8 @@ pub enum OpenError {
 pub struct Facts {
     /// As the driver names it.
     pub name: String,
+    /// Tells it from every other GPU, whatever numbers processes give them.
+    pub uuid: [u8; 16],
     /// Compute capability.
     pub capability: (i32, i32),
     /// Multiprocessors.
@@ -184,6 +188,7 @@ impl Gpu {
         let facts = || {
             Ok(Facts {
                 name: context.name()?,
+                uuid: context.uuid()?.bytes.map(|byte| byte as u8),
                 capability: context.compute_capability()?,
                 multiprocessors: context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
                 shared_bytes: context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
@@ -213,6 +218,13 @@ impl Gpu {
 
     pub(super) fn new_stream(&self) -> Result<Arc<CudaStream>, DriverError> {
         self.context.new_stream()
+    }
+
+    /// A stream whose kernels go before those of others that wait for the same multiprocessors.
+    pub(super) fn new_urgent_stream(&self) -> Result<Arc<CudaStream>, DriverError> {
+        self.context.bind_to_thread()?;
+        let (_, most_urgent) = result::stream::get_priority_range()?;
+        self.context.new_stream_with_priority(most_urgent)
     }
 
     /// Runs a driver call with the context bound to this thread; what fails is remembered.

@@ -20,6 +20,7 @@ mod rows;
 mod scratch;
 mod shape;
 mod shuffle;
+mod transport;
 
 use std::ffi::CStr;
 use std::marker::PhantomData;
@@ -31,6 +32,7 @@ use half::bf16;
 
 pub use gpu::{Facts, OpenError};
 pub use memory::CudaBuffer;
+pub use transport::{Fold, Staging, address, address_mut};
 
 use crate::{Activation, Device, DeviceError, Element, View, ViewMut};
 use gpu::Gpu;

@@ -6,7 +6,7 @@ use clap::Args;
 use moe_kernels::{Accumulate, Backend, GemmDims, GroupedDims, View, ViewMut};
 use moe_runtime::config::Precision;
 use moe_runtime::exit::{ExitCode as Code, Failure};
-use moe_runtime::worker::{Device, DeviceChoice, OnDevice};
+use moe_runtime::worker::{Device, DeviceChoice, OnDevice, Ranked};
 use serde::Serialize;
 
 use super::measure::{Conditions, failed, median_ms, print_json, random, tflops};
@@ -96,7 +96,7 @@ struct Measure {
 impl OnDevice for Measure {
     type Output = Result<Report, Failure>;
 
-    fn run<B: Backend>(self, device: B) -> Result<Report, Failure> {
+    fn run<B: Ranked>(self, device: B) -> Result<Report, Failure> {
         let conditions = Conditions::measure(&device, self.name)?;
         let mut cases = Vec::new();
         for shape in self.shapes {

@@ -12,7 +12,7 @@ use moe_runtime::exit::{ExitCode as Code, Failure};
 use moe_runtime::model::{ModelConfig, ModelError, SingleMoe};
 use moe_runtime::routing::RouterConfig;
 use moe_runtime::topology::{Grid, Rank};
-use moe_runtime::worker::{Device, DeviceChoice, OnDevice};
+use moe_runtime::worker::{Device, DeviceChoice, OnDevice, Ranked};
 use serde::Serialize;
 
 use super::measure::{Conditions, failed, median_ms, print_json, random, tflops};
@@ -108,7 +108,7 @@ struct Measure {
 impl OnDevice for Measure {
     type Output = Result<Report, Failure>;
 
-    fn run<B: Backend>(self, device: B) -> Result<Report, Failure> {
+    fn run<B: Ranked>(self, device: B) -> Result<Report, Failure> {
         let conditions = Conditions::measure(&device, self.name)?;
         let mut cases = Vec::new();
         for shape in self.shapes {

@@ -8,7 +8,7 @@ use clap::Args;
 use moe_kernels::{Accumulate, Activation, AdamW, Backend, CombineDims, Element, NormDims, Rows, View, ViewMut};
 use moe_runtime::config::Precision;
 use moe_runtime::exit::{ExitCode as Code, Failure};
-use moe_runtime::worker::{Device, DeviceChoice, OnDevice};
+use moe_runtime::worker::{Device, DeviceChoice, OnDevice, Ranked};
 use serde::Serialize;
 
 use super::measure::{Conditions, failed, gbs, median_ms, print_json, random};
@@ -76,7 +76,7 @@ struct Measure {
 impl OnDevice for Measure {
     type Output = Result<Report, Failure>;
 
-    fn run<B: Backend>(self, device: B) -> Result<Report, Failure> {
+    fn run<B: Ranked>(self, device: B) -> Result<Report, Failure> {
         let conditions = Conditions::measure(&device, self.name)?;
         let bench = Bench { device: &device, layer: self.layer, ceiling: conditions.copy_gbs };
         let ops = [bench.permutations()?, bench.swiglu()?, bench.norm()?, vec![bench.cross_entropy()?, bench.adamw()?]];

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use moe_kernels::{Backend, Cpu, DeviceError, ViewMut};
+use moe_kernels::{Cpu, DeviceError, ViewMut};
 use moe_runtime::collectives::{Communicator, Groups, ReduceOp};
 use moe_runtime::config::{Config, ConfigBuilder};
 use moe_runtime::data::Batch;
@@ -18,7 +18,7 @@ use moe_runtime::plan::Flops;
 use moe_runtime::stages::Stage;
 use moe_runtime::topology::{Grid, Rank, share};
 use moe_runtime::training::{Requests, StepError, TrainingData};
-use moe_runtime::worker::{Device, DeviceChoice, OnDevice, World, build, grid_of, set_threads};
+use moe_runtime::worker::{Arrival, Device, DeviceChoice, OnDevice, Ranked, World, build, grid_of, set_threads};
 use rand::SeedableRng;
 use rand::rand_core::Rng;
 use rand_chacha::ChaCha8Rng;
@@ -139,11 +139,18 @@ struct Measure<'a> {
 impl OnDevice for Measure<'_> {
     type Output = Result<Report, Failure>;
 
-    fn run<B: Backend>(self, queue: B) -> Result<Report, Failure> {
+    fn run<B: Ranked>(self, queue: B) -> Result<Report, Failure> {
         let Self { args, config, world, grid, device } = self;
         let (rank, ranks) = world.place();
-        let communicator = Communicator::<Cpu>::split(&world.communicator, "world", 0, rank)?;
-        let groups = Groups::of_grid::<Cpu>(communicator, &grid)?;
+        let control = Communicator::<Cpu>::split(&world.communicator, "world", 0, rank)?;
+        let arrival = Arrival {
+            control,
+            local_rank: world.local_rank(),
+            gather: &|mine| Ok(Communicator::<Cpu>::all_gather_bytes(&world.communicator, &mine)?),
+            on_failure: Box::new(|_, error| eprintln!("error: {error}")),
+        };
+        let (communicator, _) = queue.connect(arrival)?;
+        let groups = Groups::of_grid(communicator, &grid)?;
         let data = RandomTokens::new(config, rank, ranks);
         let told = |error: StepError| match error {
             StepError::Device(error @ DeviceError::OutOfMemory { .. }) => device.explain(error, config, &grid),

@@ -1,9 +1,11 @@
 //! GPUs, their driver, NCCL, and the links between machines.
 //!
-//! Owns the judgement of what `nvidia-smi`, `/proc`, `/sys` and the linker's cache say. A machine without GPUs is an ordinary one.
+//! Owns the judgement of what `nvidia-smi`, `/proc`, `/sys` and the linker say. A machine without GPUs is an ordinary one.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
+
+use nccl_rs::{LoadError, Nccl, Version};
 
 use super::Finding;
 
@@ -13,7 +15,7 @@ pub(super) fn findings() -> Vec<Finding> {
     let mut findings = vec![gpu(gpus.as_deref(), driver.as_deref())];
     if gpus.is_some() || driver.is_some() {
         findings.push(driver_of(driver.as_deref()));
-        findings.push(nccl(&said("ldconfig", &["-p"]).unwrap_or_default()));
+        findings.push(nccl(Nccl::load()));
         if let Some(matrix) = said("nvidia-smi", &["topo", "-m"]) {
             findings.push(gpu_links(&matrix));
         }
@@ -33,7 +35,14 @@ fn gpu(gpus: Option<&str>, driver: Option<&str>) -> Finding {
     match (names.first(), driver) {
         (Some(first), _) => {
             let name = first.split_once(": ").map_or(*first, |(_, name)| name.split(" (").next().unwrap_or(name));
-            Finding::ok("gpu", format!("{} x {name}; this version computes on the CPU", names.len()))
+            Finding::ok(
+                "gpu",
+                format!(
+                    "{} x {name}{}",
+                    names.len(),
+                    if cfg!(feature = "cuda") { "" } else { "; this program was built without CUDA" }
+                ),
+            )
         }
         (None, Some(_)) => {
             let mend = "run nvidia-smi to see why; in a container give it the GPUs (--gpus all)";
@@ -57,13 +66,14 @@ fn driver_of(module: Option<&str>) -> Finding {
     }
 }
 
-fn nccl(cache: &str) -> Finding {
-    match cache.lines().find(|line| line.contains("libnccl.so.2")) {
-        Some(line) => Finding::ok("nccl", line.rsplit("=> ").next().unwrap_or(line).trim()),
-        None => Finding::warning(
+/// The library as a worker would load it.
+fn nccl(library: Result<Nccl, LoadError>) -> Finding {
+    match library {
+        Ok(nccl) => Finding::ok("nccl", format!("{} ({})", nccl.version(), nccl.path().display())),
+        Err(error) => Finding::warning(
             "nccl",
-            "libnccl.so.2 is not in the linker's cache",
-            "install libnccl2, or set LD_LIBRARY_PATH to where it is",
+            error.to_string(),
+            format!("several GPUs need NCCL {} or later; set LD_LIBRARY_PATH to where it is", Version::NEEDED),
         ),
     }
 }
@@ -124,8 +134,7 @@ mod tests {
             (gpu(None, Some(driver)), Level::Warning, "none, though"),
             (driver_of(Some(driver)), Level::Ok, "580.1"),
             (driver_of(None), Level::Warning, "does not say"),
-            (nccl("\tlibnccl.so.2 (libc6,x86-64) => /usr/lib/libnccl.so.2\n"), Level::Ok, "/usr/lib/libnccl.so.2"),
-            (nccl(""), Level::Warning, "not in the linker's cache"),
+            (nccl(Nccl::load_from("libnccl-none.so")), Level::Warning, "no NCCL: libnccl-none.so: "),
             (gpu_links(all), Level::Ok, "NVLink"),
             (gpu_links("GPU0\t X \tSYS\nGPU1\tSYS\t X \n"), Level::Warning, "SYS"),
         ];

@@ -3,7 +3,7 @@
 //! Owns the patience of a waiting rank. It never sends or receives, and never decides that a run is over: the coordination
 //! thread does, through an [`AbortHandle`].
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -21,8 +21,12 @@ pub struct Context(Arc<Shared>);
 struct Shared {
     deadline_ns: AtomicU64,
     step: AtomicU64,
+    layer: AtomicUsize,
     abort: OnceLock<Abort>,
 }
+
+/// What `layer` holds where there is none.
+const NO_LAYER: usize = usize::MAX;
 
 #[derive(Debug)]
 struct Abort {
@@ -39,8 +43,12 @@ impl Default for Context {
 impl Context {
     /// A context at step 0 whose collectives give up after `deadline`.
     pub fn new(deadline: Duration) -> Self {
-        let shared =
-            Shared { deadline_ns: AtomicU64::new(nanos(deadline)), step: AtomicU64::new(0), abort: OnceLock::new() };
+        let shared = Shared {
+            deadline_ns: AtomicU64::new(nanos(deadline)),
+            step: AtomicU64::new(0),
+            layer: AtomicUsize::new(NO_LAYER),
+            abort: OnceLock::new(),
+        };
         Self(Arc::new(shared))
     }
 
@@ -62,6 +70,16 @@ impl Context {
     /// Called by the training loop as it begins `step`.
     pub fn set_step(&self, step: u64) {
         self.0.step.store(step, Ordering::Relaxed);
+    }
+
+    /// The layer that errors will name, if any.
+    pub fn layer(&self) -> Option<usize> {
+        Some(self.0.layer.load(Ordering::Relaxed)).filter(|layer| *layer != NO_LAYER)
+    }
+
+    /// Called by whoever issues collectives for a layer, and with none after it.
+    pub fn set_layer(&self, layer: Option<usize>) {
+        self.0.layer.store(layer.unwrap_or(NO_LAYER), Ordering::Relaxed);
     }
 
     /// A handle that ends every wait of this worker, for another thread.

@@ -3,6 +3,8 @@
 //! Owns the errors and their wording: each names the collective, the group, the step and the ranks concerned. It never decides
 //! what to do about them.
 
+use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use moe_kernels::DeviceError;
@@ -96,6 +98,37 @@ pub enum CollectiveError {
         /// Groups a worker can make in its life.
         limit: u32,
     },
+    /// A collective between GPUs was not done before the deadline. The GPUs do not say for whom they wait: every other rank of the
+    /// group may be the one, and the coordinator knows which of them was not heard from.
+    #[error("{place} was not done within {}", seconds(*waited))]
+    Stalled {
+        /// The collective.
+        place: Box<Place>,
+        /// Time since the GPU came to it.
+        waited: Duration,
+        /// World ranks that may be missing.
+        missing: Vec<Rank>,
+    },
+    /// A collective between GPUs was under way when all waits of this worker were ended.
+    #[error("{place} was given up{}: {reason}", culprit.map_or(String::new(), |rank| format!(" because of rank {rank}")))]
+    GivenUp {
+        /// The collective.
+        place: Box<Place>,
+        /// World rank that is to blame, where known.
+        culprit: Option<Rank>,
+        /// Why, in words.
+        reason: String,
+    },
+    /// NCCL failed.
+    #[error("{place}: {reason}")]
+    Nccl {
+        /// The collective.
+        place: Box<Place>,
+        /// NCCL's own words.
+        reason: String,
+        /// World ranks that may be the cause; empty where the cause is here.
+        missing: Vec<Rank>,
+    },
     /// The device failed under the collective.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -104,13 +137,66 @@ pub enum CollectiveError {
     Mpi(String),
 }
 
+/// Which collective it was, for errors of collectives that outlive the call that issued them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The collective, by its name in [`super::Communicator`].
+    pub collective: &'static str,
+    /// The group's name.
+    pub group: Arc<str>,
+    /// The training step.
+    pub step: u64,
+    /// The model's layer, where the collective belongs to one.
+    pub layer: Option<usize>,
+    /// Bytes this rank puts into it; 0 where it is not about any.
+    pub bytes: u64,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { collective, group, step, layer, bytes } = self;
+        f.write_str(collective)?;
+        if *bytes > 0 {
+            write!(f, " of {bytes} bytes")?;
+        }
+        write!(f, " at step {step}")?;
+        if let Some(layer) = layer {
+            write!(f, ", layer {layer},")?;
+        }
+        write!(f, " in the {group} group")
+    }
+}
+
+impl CollectiveError {
+    /// The collective's name and the world ranks it may have waited for in vain; None where the coordinator has nothing to learn of it.
+    pub fn blames(&self) -> Option<(String, Vec<Rank>)> {
+        match self {
+            Self::Timeout { collective, missing, .. } => Some(((*collective).to_owned(), missing.clone())),
+            Self::PeerLost { collective, rank, .. } => Some(((*collective).to_owned(), vec![*rank])),
+            Self::Stalled { place, missing, .. } | Self::Nccl { place, missing, .. } => {
+                let layer = place.layer.map_or(String::new(), |layer| format!(" of layer {layer}"));
+                Some((format!("{}{layer}", place.collective), missing.clone()))
+            }
+            // Who aborted this rank knows already.
+            Self::Aborted { .. } | Self::GivenUp { .. } => None,
+            _ => Some((String::new(), Vec::new())),
+        }
+    }
+}
+
 impl Classified for CollectiveError {
     fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Timeout { .. } | Self::PeerLost { .. } | Self::Aborted { .. } => ExitCode::Temporary,
+            Self::Timeout { .. }
+            | Self::PeerLost { .. }
+            | Self::Aborted { .. }
+            | Self::Stalled { .. }
+            | Self::GivenUp { .. } => ExitCode::Temporary,
+            Self::Nccl { missing, .. } if !missing.is_empty() => ExitCode::Temporary,
             Self::Disagreement { .. }
             | Self::Counts { .. }
             | Self::TooManyGroups { .. }
+            | Self::Nccl { .. }
             | Self::Device(_)
             | Self::Mpi(_) => ExitCode::Internal,
         }
@@ -156,6 +242,27 @@ mod tests {
         assert_eq!(short, "all_to_all_v at step 12 in the expert group waited 0.2 s for ranks 0, 2 and 5");
         let many = error(Duration::from_secs(1), &(0..100).collect::<Vec<_>>());
         assert!(many.ends_with("14, 15 and 84 more"), "{many}");
+    }
+
+    #[test]
+    fn a_stall_names_step_layer_collective_group_and_bytes() {
+        let place = |layer| {
+            let (collective, group) = ("all_to_all_v", Arc::from("expert"));
+            Box::new(Place { collective, group, step: 12, layer, bytes: 4096 })
+        };
+        let stalled =
+            CollectiveError::Stalled { place: place(Some(3)), waited: Duration::from_secs(60), missing: vec![] };
+        assert_eq!(
+            stalled.to_string(),
+            "all_to_all_v of 4096 bytes at step 12, layer 3, in the expert group was not done within 60 s"
+        );
+        let reason = "lease expired".to_owned();
+        let given_up = CollectiveError::GivenUp { place: place(None), culprit: Some(Rank(1)), reason };
+        assert_eq!(
+            given_up.to_string(),
+            "all_to_all_v of 4096 bytes at step 12 in the expert group was given up because of rank 1: lease expired"
+        );
+        assert_eq!(given_up.exit_code(), ExitCode::Temporary);
     }
 
     #[test]

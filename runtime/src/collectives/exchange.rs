@@ -28,7 +28,7 @@ pub(super) enum Collective {
 }
 
 impl Collective {
-    const ALL: [Self; 10] = [
+    pub(super) const ALL: [Self; 10] = [
         Self::AllToAll,
         Self::AllToAllV,
         Self::AllReduce,
@@ -41,7 +41,7 @@ impl Collective {
         Self::Split,
     ];
 
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::AllToAll => "all_to_all",
             Self::AllToAllV => "all_to_all_v",

@@ -120,9 +120,9 @@ pub enum LaunchError {
         /// Its word.
         said: usize,
     },
-    /// Several CPU ranks without MPI.
+    /// Several ranks without MPI or a coordinator.
     #[error(
-        "rank {} of {} by {}: CPU ranks exchange their data over MPI, and none was started here; {}",
+        "rank {} of {} by {}: ranks that no MPI launcher started find each other at a coordinator, and none was named; {}",
         facts.rank, facts.size, facts.launcher, mend(facts)
     )]
     NeedsMpi {
@@ -133,9 +133,11 @@ pub enum LaunchError {
 
 fn mend(facts: &LauncherFacts) -> String {
     match facts.launcher {
-        Launcher::PlainSrun => "start it with srun --mpi=pmix".into(),
+        Launcher::PlainSrun => {
+            "start it with srun --mpi=pmix, or give all of them --coordinator HOST:PORT and a join token".into()
+        }
         _ => format!(
-            "start it with mpirun -n {} moe-worker or srun --mpi=pmix, or a single process with --rank 0 --world-size 1",
+            "start it with mpirun -n {} moe-worker or srun --mpi=pmix, or give all of them --coordinator HOST:PORT and a join token              (and --host-coordinator to rank 0), or a single process with --rank 0 --world-size 1",
             facts.size
         ),
     }

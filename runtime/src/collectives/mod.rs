@@ -1,7 +1,7 @@
 //! Collectives: what the ranks of a group do together, on device buffers, with bounded waits.
 //!
-//! Owns the [`Communicator`] trait, the groups of a grid, and the CPU's implementation over two transports: [`local`] (threads
-//! of one process) and `mpi` (processes; cargo feature `mpi`). It moves and adds numbers and never knows what they mean: no
+//! Owns the [`Communicator`] trait, the groups of a grid, the CPU's implementation over three transports, [`local`] (threads
+//! of one process), `mpi` (processes; cargo feature `mpi`) and [`tcp`] (processes without MPI), and the GPUs' (`nccl`; cargo feature `cuda`). It moves and adds numbers and never knows what they mean: no
 //! token, no parameter, no model.
 //!
 //! Rules that every implementation keeps:
@@ -22,13 +22,16 @@ mod launch;
 pub mod local;
 #[cfg(feature = "mpi")]
 pub mod mpi;
+#[cfg(feature = "cuda")]
+pub mod nccl;
+pub mod tcp;
 mod transport;
 pub mod volume;
 
 use moe_kernels::{Device, Element, View, ViewMut};
 
 pub use context::{AbortHandle, Context, DEFAULT_DEADLINE};
-pub use error::CollectiveError;
+pub use error::{CollectiveError, Place};
 pub use host::HostCommunicator;
 pub use launch::{LaunchError, Launcher, LauncherFacts, RankFlags, launcher, rank_facts};
 
@@ -171,6 +174,12 @@ pub trait Communicator<D: Device>: Send + Sync + Sized {
 
     /// Returns once every rank has called it. Says nothing about what is still queued on a device.
     fn barrier(&self) -> Result<(), CollectiveError>;
+
+    /// Whether what collectives have received so far can be trusted. A device's queue runs on after an aborted collective, with partial
+    /// data: to be asked after every wait for the queue, before what was read is used.
+    fn check(&self) -> Result<(), CollectiveError> {
+        self.context().aborted().map_or(Ok(()), Err)
+    }
 
     /// Bytes this rank has sent to the others of the group so far: (collective, bytes), of those that sent any.
     fn sent_bytes(&self) -> Vec<(&'static str, u64)>;

@@ -30,6 +30,12 @@ impl Parcel {
         self.len = self.len.min(len);
     }
 
+    /// Of bytes that came.
+    pub(super) fn of(storage: Vec<u8>) -> Self {
+        let len = storage.len();
+        Self { storage, len }
+    }
+
     fn set_len(&mut self, len: usize) {
         if self.storage.len() < len {
             // Not `resize`: it would copy what nobody reads.
@@ -110,7 +116,6 @@ impl Tag {
         Self((group * Self::ROUNDS + round % Self::ROUNDS) * Self::KINDS + kind)
     }
 
-    #[cfg_attr(not(feature = "mpi"), allow(dead_code, reason = "only MPI wants a number"))]
     pub(super) fn value(self) -> u32 {
         self.0
     }

@@ -87,7 +87,7 @@ pub(super) async fn meet(
     addr: String,
     mut request: v1::BarrierRequest,
     mut abort: watch::Receiver<Option<Abort>>,
-) -> Result<(), CoordinationError> {
+) -> Result<Vec<Vec<u8>>, CoordinationError> {
     let started = Instant::now();
     let timeout = Duration::from_millis(request.timeout_ms.into());
     let name = request.name.clone();
@@ -104,7 +104,7 @@ pub(super) async fn meet(
             },
         };
         let status = match answer {
-            Ok(Ok(_)) => return Ok(()),
+            Ok(Ok(response)) => return Ok(response.into_inner().payloads),
             Ok(Err(status)) => status,
             Err(_) => return Err(too_late(Vec::new())),
         };

@@ -3,6 +3,7 @@
 //! Plain values; no behaviour but their text.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Number of one attempt at running a job, from 1.
@@ -164,6 +165,8 @@ pub enum Event {
         generation: u64,
         /// How long it is willing to wait.
         timeout: Duration,
+        /// What it brings for all.
+        payload: Vec<u8>,
     },
     /// An operator wants the job to save and stop.
     DrainRequested {
@@ -289,6 +292,8 @@ pub enum Action {
         generation: u64,
         /// The rank.
         rank: u32,
+        /// What each rank brought, ascending.
+        payloads: Arc<[Vec<u8>]>,
     },
     /// The barrier fails for a rank; it counts as not arrived.
     BarrierFailed {

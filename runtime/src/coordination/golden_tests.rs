@@ -81,6 +81,7 @@ impl<'a> Line<'a> {
                 name: self.positional(2).to_owned(),
                 generation: self.number("generation", 1),
                 timeout: Duration::from_millis(self.number("timeout", 1000)),
+                payload: self.key("payload").unwrap_or_default().as_bytes().to_vec(),
             },
             "drain" => Event::DrainRequested { epoch: asked, reason: self.positional(1).to_owned() },
             "checkpoint" => Event::CheckpointRequested { epoch: asked, reason: self.positional(1).to_owned() },
@@ -112,7 +113,12 @@ fn render(action: &Action) -> String {
             Command::Drain { reason } => format!("send {rank} drain: {reason}"),
             Command::Checkpoint { order, reason } => format!("send {rank} checkpoint {order}: {reason}"),
         },
-        Action::BarrierPassed { name, generation, rank } => format!("barrier {name}#{generation} opens for {rank}"),
+        Action::BarrierPassed { name, generation, rank, payloads } => {
+            let brought = payloads.iter().map(|payload| String::from_utf8_lossy(payload)).collect::<Vec<_>>();
+            let with =
+                if brought.iter().all(|text| text.is_empty()) { String::new() } else { format!(" with {brought:?}") };
+            format!("barrier {name}#{generation} opens for {rank}{with}")
+        }
         Action::BarrierFailed { name, generation, rank, why } => {
             let why = match why {
                 BarrierFailure::Deadline { missing } => format!("missing {missing:?}"),

@@ -4,7 +4,7 @@
 //! happens under one short lock.
 
 use std::collections::HashMap;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use moe_proto::v1;
@@ -25,7 +25,9 @@ pub(super) type Down = Result<v1::CoordinatorMessage, Status>;
 /// A barrier's name, its generation and a rank that waits at it.
 type Waiting = (String, u64, u32);
 /// Who hears how a barrier ended; several callers when a rank asked again over a new connection.
-type Callers = Vec<oneshot::Sender<Result<(), BarrierFailure>>>;
+type Callers = Vec<oneshot::Sender<Met>>;
+/// How a barrier ended for a rank: with what each rank brought.
+pub(super) type Met = Result<Arc<[Vec<u8>]>, BarrierFailure>;
 
 /// The coordinator's shared state.
 pub(super) struct Shared {
@@ -126,17 +128,15 @@ impl Host {
     }
 
     /// Enters a barrier; the receiver hears when it opens or fails.
-    pub(super) fn enter_barrier(
-        &mut self,
-        request: v1::BarrierRequest,
-    ) -> Result<oneshot::Receiver<Result<(), BarrierFailure>>, Refusal> {
-        let v1::BarrierRequest { epoch, rank, name, generation, timeout_ms } = request;
+    pub(super) fn enter_barrier(&mut self, request: v1::BarrierRequest) -> Result<oneshot::Receiver<Met>, Refusal> {
+        let v1::BarrierRequest { epoch, rank, name, generation, timeout_ms, payload } = request;
         let actions = self.step(Event::BarrierArrived {
             rank,
             epoch: Epoch(epoch),
             name: name.clone(),
             generation,
             timeout: Duration::from_millis(timeout_ms.into()),
+            payload,
         })?;
         let (sender, receiver) = oneshot::channel();
         self.waiters.entry((name, generation, rank)).or_default().push(sender);
@@ -171,7 +171,9 @@ impl Host {
                         self.sessions.remove(&rank);
                     }
                 }
-                Action::BarrierPassed { name, generation, rank } => self.release(&(name, generation, rank), &Ok(())),
+                Action::BarrierPassed { name, generation, rank, payloads } => {
+                    self.release(&(name, generation, rank), &Ok(payloads));
+                }
                 Action::BarrierFailed { name, generation, rank, why } => {
                     self.release(&(name, generation, rank), &Err(why));
                 }
@@ -189,7 +191,7 @@ impl Host {
         answers
     }
 
-    fn release(&mut self, key: &Waiting, answer: &Result<(), BarrierFailure>) {
+    fn release(&mut self, key: &Waiting, answer: &Met) {
         for waiter in self.waiters.remove(key).unwrap_or_default() {
             // A caller that gave up meanwhile hears nothing.
             let _ = waiter.send(answer.clone());

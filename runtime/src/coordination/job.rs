@@ -33,7 +33,8 @@ impl Default for JobSpec {
             world_size: 1,
             ep_size: 1,
             config_fingerprint: None,
-            lease: Duration::from_secs(10),
+            // A lost rank's peers between GPUs learn of it here first, and are to be gone ten seconds after it.
+            lease: Duration::from_secs(8),
             heartbeat: Duration::from_secs(2),
             forming_deadline: Duration::from_secs(300),
         }

@@ -46,7 +46,8 @@ pub(super) enum Ask {
         name: String,
         generation: u64,
         timeout: Duration,
-        answer: std_mpsc::Sender<Result<(), CoordinationError>>,
+        payload: Vec<u8>,
+        answer: std_mpsc::Sender<Result<Vec<Vec<u8>>, CoordinationError>>,
     },
     /// Say good-bye and end.
     Leave { exit_code: i32 },
@@ -262,13 +263,14 @@ impl Link {
                 self.say(line, Up::Error(wire::report(report.clone())));
                 self.reports.push(report);
             }
-            Ask::Barrier { name, generation, timeout, answer } => {
+            Ask::Barrier { name, generation, timeout, payload, answer } => {
                 let request = v1::BarrierRequest {
                     epoch: self.epoch.map_or(0, |epoch| epoch.0),
                     rank: self.worker.identity.rank,
                     name,
                     generation,
                     timeout_ms: wire::millis(timeout),
+                    payload,
                 };
                 let meeting =
                     dial::meet(self.stub.clone(), self.worker.addr.clone(), request, self.shared.abort.subscribe());

@@ -47,6 +47,6 @@ pub use event::{
 };
 pub use job::{Grid, JobError, JobSpec};
 pub use server::CoordinatorHandle;
-pub use session::{Abort, AbortKind, Identity, OnAbort, Order, Peer, Session, SessionConfig};
+pub use session::{Abort, AbortKind, Identity, OnAbort, Order, Peer, Reporter, Session, SessionConfig};
 pub use status::{JobStatus, RankState, RankStatus};
 pub use token::{BadToken, JoinToken};

@@ -108,7 +108,7 @@ impl Coordinator for Service {
         let (epoch, name) = (request.epoch, request.name.clone());
         let entered = self.0.lock().enter_barrier(request);
         match entered.map_err(|refusal| wire::refusal(&refusal))?.await {
-            Ok(Ok(())) => Ok(Response::new(v1::BarrierResponse { epoch })),
+            Ok(Ok(payloads)) => Ok(Response::new(v1::BarrierResponse { epoch, payloads: payloads.to_vec() })),
             Ok(Err(BarrierFailure::Deadline { missing })) => Err(wire::barrier_deadline(&name, &missing)),
             Ok(Err(BarrierFailure::Aborted(verdict))) => Err(wire::aborted(&verdict)),
             Err(_) => Err(Status::unavailable("the coordinator is stopping")),

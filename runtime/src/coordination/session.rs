@@ -1,7 +1,7 @@
 //! A worker's session with the coordinator, for code that trains and does not wait.
 //!
 //! Owns the thread that keeps the lease while the caller computes. Nothing here blocks the training thread but [`Session::join`],
-//! [`Session::barrier`] and [`Session::leave`], each with a bound.
+//! [`Session::barrier`], [`Session::gather`] and [`Session::leave`], each with a bound.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::mpsc::{UnboundedSender, WeakUnboundedSender};
 
 use super::error::CoordinationError;
 use super::event::{Epoch, ErrorReport, Progress};
@@ -250,17 +250,31 @@ impl Session {
         self.ask(Ask::Report(report));
     }
 
+    /// Reports from other threads. It does not keep the session alive.
+    pub fn reporter(&self) -> Reporter {
+        Reporter(self.asks.as_ref().map(UnboundedSender::downgrade))
+    }
+
     /// Waits until every rank has entered the barrier of this name, at most `timeout`. A name may be used again: the n-th call
     /// meets the n-th call of the others. After a timeout the same meeting may be tried again.
     ///
     /// Errors: [`CoordinationError::BarrierTimeout`] naming the missing ranks; `Aborted` when the epoch ends meanwhile.
     pub fn barrier(&self, name: &str, timeout: Duration) -> Result<(), CoordinationError> {
+        self.gather(name, Vec::new(), timeout).map(drop)
+    }
+
+    /// As [`Session::barrier`], and brings `payload`: what each rank brought, by ascending rank. For the little that ranks must know of
+    /// each other before they can talk themselves; not more than some hundred bytes.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn gather(&self, name: &str, payload: Vec<u8>, timeout: Duration) -> Result<Vec<Vec<u8>>, CoordinationError> {
         let generation = {
             let generations = self.generations.lock().unwrap_or_else(PoisonError::into_inner);
             generations.get(name).map_or(1, |passed| passed + 1)
         };
         let (answer, answered) = mpsc::channel();
-        self.ask(Ask::Barrier { name: name.to_owned(), generation, timeout, answer });
+        self.ask(Ask::Barrier { name: name.to_owned(), generation, timeout, payload, answer });
         let outcome = match answered.recv_timeout(timeout.saturating_add(MARGIN)) {
             Ok(outcome) => outcome,
             Err(_) => Err(match self.aborted() {
@@ -296,6 +310,20 @@ impl Session {
         if let Some(asks) = &self.asks {
             // Fails only when the thread has ended; what is asked for then goes unanswered, and the wait for it ends at once.
             let _ = asks.send(ask);
+        }
+    }
+}
+
+/// See [`Session::reporter`].
+#[derive(Debug, Clone)]
+pub struct Reporter(Option<WeakUnboundedSender<Ask>>);
+
+impl Reporter {
+    /// As [`Session::report_error`]; after the session's end it does nothing.
+    pub fn report_error(&self, report: ErrorReport) {
+        if let Some(asks) = self.0.as_ref().and_then(WeakUnboundedSender::upgrade) {
+            // Fails only when the session's thread has ended.
+            let _ = asks.send(Ask::Report(report));
         }
     }
 }

@@ -125,9 +125,9 @@ impl State {
                 }
                 Ok(Vec::new())
             }
-            Event::BarrierArrived { rank, epoch, name, generation, timeout } => {
+            Event::BarrierArrived { rank, epoch, name, generation, timeout, payload } => {
                 self.heard(rank, epoch, now)?;
-                self.enter_barrier(rank, name, Entry { generation, deadline: now.saturating_add(timeout) })
+                self.enter_barrier(rank, name, Entry { generation, deadline: now.saturating_add(timeout), payload })
             }
             Event::DrainRequested { epoch, reason } => self.drain(epoch, reason),
             Event::CheckpointRequested { epoch, reason } => self.order_checkpoint(epoch, reason),

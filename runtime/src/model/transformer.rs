@@ -195,8 +195,10 @@ impl<B: Backend> Transformer<B> {
         clock.enter(Stage::Head);
         self.head_backward(tokens.targets, scale)?;
         for index in (0..self.blocks.len()).rev() {
+            groups.expert.context().set_layer(Some(index));
             self.block_backward(index, groups, clock, (tokens, route), batch)?;
         }
+        groups.expert.context().set_layer(None);
         clock.enter(Stage::Embedding);
         let (h, t) = (self.setup.model.hidden_size, route.tokens);
         let embedding = self.parameters.layout().embedding;
@@ -321,6 +323,7 @@ impl<B: Backend> Transformer<B> {
         let table = weights.get(parameters.layout().embedding);
         device.embedding(h, self.ids.view(t), table, self.stream[0].view_mut(t * h));
         for (index, block) in self.blocks.iter_mut().enumerate() {
+            groups.expert.context().set_layer(Some(index));
             let (before, after) = self.stream.split_at_mut(index + 1);
             let (x, y) = (before[index].view(t * h), after[0].view_mut(t * h));
             let context = BlockContext {
@@ -337,6 +340,7 @@ impl<B: Backend> Transformer<B> {
                 device.sum(moe.router.dropped(), self.totals.view_mut(2).slice(DROPPED));
             }
         }
+        groups.expert.context().set_layer(None);
         clock.enter(Stage::Head);
         let last = self.stream[self.blocks.len()].view(t * h);
         self.final_norm.forward(device, &setup.model, weights, last)?;

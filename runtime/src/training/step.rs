@@ -199,6 +199,7 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         // The norm first: reading it is where the host waits for the passes, and what is read after it is ready.
         let grad_norm = self.sharing.reduce(&self.groups, self.model.parameters_mut(), &mut self.optimizer)?;
         let (sums, requests) = self.reduce_sums(requests)?;
+        self.groups.world.check()?;
         let loss = sums.loss / valid.max(1.0);
         require_finite(step, "loss", loss)?;
         require_finite(step, "gradient norm", grad_norm)?;
@@ -211,6 +212,7 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         self.update_selection_biases(&sums.balance.loads)?;
         self.clock.leave();
         device.synchronize()?;
+        self.groups.world.check()?;
         self.clock.settle();
         let seconds = started.elapsed().as_secs_f64();
         let tokens = (self.config.train.global_batch * self.config.train.sequence_length) as f64;
@@ -329,6 +331,7 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         device.upload(values, self.sums.view_mut(n));
         device.wait(&self.groups.world.all_reduce(device, self.sums.view_mut(n), ReduceOp::Sum)?);
         device.read_to_host(self.sums.view(n), values)?;
+        self.groups.world.check()?;
         Ok(values)
     }
 

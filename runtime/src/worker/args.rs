@@ -26,8 +26,8 @@ Exit codes: 0 done, 64 wrong usage or configuration, 65 bad input data, 70 inter
 75 temporary failure (a lost peer, or stopped after a checkpoint): start the same command again, 77 refused.
 
 Places: mpirun and srun --mpi=pmix say which rank a process is. Without them --rank and --world-size do, or the variables
-SLURM_PROCID and SLURM_NTASKS (srun), JOB_COMPLETION_INDEX and WORLD_SIZE (Kubernetes), RANK and WORLD_SIZE. Several CPU ranks
-need MPI for their data.
+SLURM_PROCID and SLURM_NTASKS (srun), JOB_COMPLETION_INDEX and WORLD_SIZE (Kubernetes), RANK and WORLD_SIZE; several such ranks
+need a --coordinator to find each other.
 
 Signals: SIGUSR1 (and Ctrl-C where no mpirun stands between) finishes the step, writes a checkpoint and leaves with 75; a second
 one, or SIGTERM, gives up the step.";

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::lobby::Lobby;
 use super::settle::from_rank_0;
 use super::world::{World, host_name};
 use crate::collectives::{AbortHandle, CollectiveError};
@@ -92,16 +93,7 @@ impl Coordination {
         let contact = from_rank_0(&world.communicator, || {
             let (handle, addr, token) = match seat {
                 Seat::Elsewhere { addr, token } => (None, addr, token),
-                Seat::Rank0At { addr, port, token } => {
-                    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).map_err(|error| {
-                        let mend = "end what listens there, or give another port";
-                        Failure::new(
-                            ExitCode::Io,
-                            format!("--coordinator {addr}: cannot listen on port {port}: {error}; {mend}"),
-                        )
-                    })?;
-                    (Some(CoordinatorHandle::serve(listener, spec, token.clone())?), addr, token)
-                }
+                Seat::Rank0At { addr, port, token } => (Some(host_at(&addr, port, spec, token.clone())?), addr, token),
                 Seat::Rank0 => {
                     let one_machine = world.is_one_machine();
                     let listener = coordinator_listener(one_machine)?;
@@ -111,8 +103,7 @@ impl Coordination {
                 }
             };
             let contact = Contact { addr: addr.clone(), token: token.expose() };
-            let file = ContactFile { addr, token, pid: std::process::id() }.write(run_dir)?;
-            host = Some(Host { handle, contact: file });
+            host = Some(Host::open(handle, addr, token, run_dir)?);
             Ok(contact)
         })??;
         let token = contact.token.parse::<JoinToken>().map_err(|e| Failure::new(ExitCode::Internal, e.to_string()))?;
@@ -126,6 +117,14 @@ impl Coordination {
             }),
         })?;
         Ok(Self { addr: contact.addr, token, session, host })
+    }
+
+    /// Goes on from where ranks without MPI have met.
+    pub(super) fn go_on(lobby: Lobby, run_dir: &Path) -> Result<Self, Failure> {
+        let Lobby { addr, token, session, handle, .. } = lobby;
+        let hosts = session.rank() == 0;
+        let host = hosts.then(|| Host::open(handle, addr.clone(), token.clone(), run_dir)).transpose()?;
+        Ok(Self { addr, token, session, host })
     }
 
     /// Tells the coordinator that all ranks stop after `step`, through rank 0 and before any of them leaves: a rank that leaves
@@ -160,19 +159,19 @@ impl Coordination {
 
     /// Tells the coordinator of a collective that failed, so that the others learn who is missing.
     pub(super) fn report(&self, step: u64, error: &CollectiveError) {
-        let (collective, missing) = match error {
-            CollectiveError::Timeout { collective, missing, .. } => (*collective, missing.clone()),
-            CollectiveError::PeerLost { collective, rank, .. } => (*collective, vec![*rank]),
-            // Who aborted this rank knows already.
-            CollectiveError::Aborted { .. } => return,
-            _ => ("", Vec::new()),
-        };
-        self.session.report_error(ErrorReport {
-            step,
-            collective: collective.to_owned(),
-            message: error.to_string(),
-            missing: missing.into_iter().map(|rank| rank.0 as u32).collect(),
-        });
+        if let Some(report) = report_of(step, error) {
+            self.session.report_error(report);
+        }
+    }
+
+    /// As [`Coordination::report`], for a thread that may outlive the session.
+    pub(super) fn reporter(&self) -> impl Fn(u64, &CollectiveError) + Send + Sync + use<> {
+        let reporter = self.session.reporter();
+        move |step, error| {
+            if let Some(report) = report_of(step, error) {
+                reporter.report_error(report);
+            }
+        }
     }
 
     /// Says good-bye; the host waits for the others to do so.
@@ -188,6 +187,34 @@ impl Coordination {
             let _ = std::fs::remove_file(contact);
         }
     }
+}
+
+impl Host {
+    /// Writes down where the coordinator is.
+    fn open(
+        handle: Option<CoordinatorHandle>,
+        addr: String,
+        token: JoinToken,
+        run_dir: &Path,
+    ) -> Result<Self, Failure> {
+        let contact = ContactFile { addr, token, pid: std::process::id() }.write(run_dir)?;
+        Ok(Self { handle, contact })
+    }
+}
+
+/// Hosts a coordinator on the port of an address that is known beforehand.
+pub(super) fn host_at(addr: &str, port: u16, spec: JobSpec, token: JoinToken) -> Result<CoordinatorHandle, Failure> {
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).map_err(|error| {
+        let mend = "end what listens there, or give another port";
+        Failure::new(ExitCode::Io, format!("--coordinator {addr}: cannot listen on port {port}: {error}; {mend}"))
+    })?;
+    Ok(CoordinatorHandle::serve(listener, spec, token)?)
+}
+
+fn report_of(step: u64, error: &CollectiveError) -> Option<ErrorReport> {
+    let (collective, missing) = error.blames()?;
+    let missing = missing.into_iter().map(|rank| rank.0 as u32).collect();
+    Some(ErrorReport { step, collective, message: error.to_string(), missing })
 }
 
 impl Coordinated<'_> {

@@ -2,10 +2,11 @@
 //!
 //! Owns the choice and its reasons. Everything else is generic over the backend: it gets the device by [`Device::visit`].
 
-use moe_kernels::{Backend, Cpu, Device as _, DeviceError};
+use moe_kernels::{Cpu, Device as _, DeviceError};
 
 use super::World;
 use super::args::DeviceChoice;
+use super::ranked::Ranked;
 use crate::collectives::Communicator;
 use crate::config::{Config, Precision};
 use crate::exit::{ExitCode, Failure};
@@ -17,7 +18,7 @@ pub trait OnDevice {
     /// What comes of it.
     type Output;
     /// Does it on `device`.
-    fn run<B: Backend>(self, device: B) -> Self::Output;
+    fn run<B: Ranked>(self, device: B) -> Self::Output;
 }
 
 /// An opened device.
@@ -52,19 +53,20 @@ impl Device {
     pub fn choose(choice: DeviceChoice, precision: Precision, world: &World) -> Result<Self, Failure> {
         match choice {
             DeviceChoice::Cpu => Self::on_cpu(precision, None),
-            DeviceChoice::Cuda => open_gpu(precision, world.local_rank()).map_err(Refusal::into_failure),
-            DeviceChoice::Auto => {
-                let mine = open_gpu(precision, world.local_rank());
-                let refusal = mine.as_ref().err().map(Refusal::to_string).unwrap_or_default();
-                let all = Communicator::<Cpu>::all_gather_bytes(&world.communicator, refusal.as_bytes())?;
-                match (mine, all.iter().position(|refusal| !refusal.is_empty())) {
+            DeviceChoice::Cuda => {
+                let (mine, first) = opened_by_all(precision, world)?;
+                match (mine, first) {
                     (Ok(device), None) => Ok(device),
-                    (_, first) => {
-                        let text = String::from_utf8_lossy(&all[first.unwrap_or(0)]).into_owned();
-                        Self::on_cpu(precision, Some(text))
-                    }
+                    // One rank tells, the first that has none; what keeps it may keep the others.
+                    (Err(refusal), Some((rank, _))) if rank == world.place().0 => Err(refusal.into_failure()),
+                    (Err(refusal), _) => Err(Failure::of_another_rank(refusal.into_failure().exit_code().number())),
+                    (Ok(_), Some(_)) => Err(Failure::of_another_rank(ExitCode::Usage.number())),
                 }
             }
+            DeviceChoice::Auto => match opened_by_all(precision, world)? {
+                (Ok(device), None) => Ok(device),
+                (_, first) => Self::on_cpu(precision, first.map(|(_, refusal)| refusal)),
+            },
         }
     }
 
@@ -173,6 +175,19 @@ fn peak_bf16(name: &str) -> Option<f64> {
         () => return None,
     };
     Some(teraflops * 1e12)
+}
+
+/// This rank's GPU, and the first rank that has none, with the reason.
+#[allow(clippy::type_complexity, reason = "two answers to one question")]
+fn opened_by_all(
+    precision: Precision,
+    world: &World,
+) -> Result<(Result<Device, Refusal>, Option<(usize, String)>), Failure> {
+    let mine = open_gpu(precision, world.local_rank());
+    let refusal = mine.as_ref().err().map(Refusal::to_string).unwrap_or_default();
+    let all = Communicator::<Cpu>::all_gather_bytes(&world.communicator, refusal.as_bytes())?;
+    let first = all.iter().enumerate().find(|(_, refusal)| !refusal.is_empty());
+    Ok((mine, first.map(|(rank, text)| (rank, String::from_utf8_lossy(text).into_owned()))))
 }
 
 /// Why there is no GPU.

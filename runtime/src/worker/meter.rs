@@ -5,15 +5,14 @@
 
 use std::collections::BTreeMap;
 
-use moe_kernels::{Backend, Cpu};
-
-use crate::collectives::{Communicator, HostCommunicator};
+use super::ranked::Ranked;
+use crate::collectives::Communicator;
 use crate::data::Loader;
 use crate::dispatch::ShuffledRows;
 use crate::plan::{Sent, Usage, memory_now};
 use crate::training::Trainer;
 
-type WorkerTrainer<B> = Trainer<B, HostCommunicator, Loader>;
+type WorkerTrainer<B> = Trainer<B, <B as Ranked>::Group, Loader>;
 
 /// Counters at one moment, which only grow.
 #[derive(Clone, Default)]
@@ -23,12 +22,12 @@ struct Counters {
 }
 
 impl Counters {
-    fn read<B: Backend>(trainer: &WorkerTrainer<B>) -> Self {
+    fn read<B: Ranked>(trainer: &WorkerTrainer<B>) -> Self {
         let groups = trainer.groups();
         let mut sent = BTreeMap::new();
         for group in [&groups.world, &groups.expert, &groups.replica] {
-            for (collective, bytes) in Communicator::<Cpu>::sent_bytes(group) {
-                sent.insert((Communicator::<Cpu>::name(group).to_owned(), collective), bytes);
+            for (collective, bytes) in group.sent_bytes() {
+                sent.insert((group.name().to_owned(), collective), bytes);
             }
         }
         Self { rows: trainer.model.shuffled_rows(), sent }
@@ -51,12 +50,12 @@ impl Meter {
     }
 
     /// Counts from here.
-    pub(super) fn begin<B: Backend>(&mut self, trainer: &WorkerTrainer<B>) {
+    pub(super) fn begin<B: Ranked>(&mut self, trainer: &WorkerTrainer<B>) {
         self.began = Counters::read(trainer);
     }
 
     /// Counts up to here: one step.
-    pub(super) fn end<B: Backend>(&mut self, trainer: &WorkerTrainer<B>) {
+    pub(super) fn end<B: Ranked>(&mut self, trainer: &WorkerTrainer<B>) {
         let now = Counters::read(trainer);
         self.total.rows.sent += now.rows.sent - self.began.rows.sent;
         self.total.rows.received += now.rows.received - self.began.rows.received;
@@ -68,7 +67,7 @@ impl Meter {
     }
 
     /// The record so far.
-    pub(super) fn usage<B: Backend>(&self, trainer: &WorkerTrainer<B>) -> Usage {
+    pub(super) fn usage<B: Ranked>(&self, trainer: &WorkerTrainer<B>) -> Usage {
         let grid = trainer.model.setup().grid;
         let sent = |((group, collective), bytes): (&(String, &'static str), &u64)| Sent {
             group: group.clone(),
@@ -76,7 +75,7 @@ impl Meter {
             bytes: *bytes,
         };
         Usage {
-            rank: Communicator::<Cpu>::rank(&trainer.groups().world),
+            rank: trainer.groups().world.rank(),
             world: grid.world(),
             ep: grid.ep(),
             steps: self.steps,

@@ -6,7 +6,9 @@ mod args;
 mod coordinate;
 mod cores;
 mod device;
+mod lobby;
 mod meter;
+mod ranked;
 mod run_dir;
 mod run_loop;
 mod settle;
@@ -21,12 +23,13 @@ use moe_kernels::{Backend, Cpu};
 pub use args::{DeviceChoice, Resume, WorkerArgs};
 pub use coordinate::{coordinator_listener, reachable_addr};
 pub use device::{Device, OnDevice};
+pub use ranked::{Arrival, Gather, OnFailure, Ranked};
 pub use run_dir::{RunDir, RunDirError};
 pub use settle::{configured_corpus, read_corpus, resolved_config};
 pub use world::World;
 
 use crate::checkpoint::{Checkpoint, GO_BACK, HfFolder, Store, probe_shared};
-use crate::collectives::{Communicator, Groups, HostCommunicator, RankFlags};
+use crate::collectives::{Communicator, Groups, HostCommunicator, RankFlags, rank_facts};
 use crate::config::Config;
 use crate::data::{Corpus, Loader};
 use crate::exit::{Classified, ExitCode, Failure, caught};
@@ -37,6 +40,7 @@ use crate::telemetry::{Console, Progress, ProgressMode, ProgressSpec, TraceFile,
 use crate::topology::{Grid, Rank};
 use crate::training::{PersistError, StepError, Trainer};
 use coordinate::{Coordinated, Coordination};
+use lobby::Lobby;
 use meter::Meter;
 use run_loop::{DataState, Ending, Records, RunLoop, Surroundings};
 use settle::{Kept, Plan, decide, from_rank_0, share_corpus};
@@ -53,16 +57,15 @@ pub fn main() -> ! {
             std::process::exit(i32::from(code.number()));
         }
     };
-    let flags = RankFlags { rank: args.rank, world_size: args.world_size };
-    let world = match World::join_as(flags, args.start_timeout()) {
-        Ok(world) => world,
+    let (world, lobby) = match arrive(&args) {
+        Ok(arrived) => arrived,
         Err(failure) => {
             eprintln!("error: {failure}");
             std::process::exit(i32::from(failure.exit_code().number()));
         }
     };
     let (rank, size) = world.place();
-    match caught(|| train(&args, &world)) {
+    match caught(|| train(&args, &world, lobby)) {
         Ok(Ending::Done) => world.leave(ExitCode::Done),
         Ok(Ending::Stopped) => world.leave(ExitCode::Temporary),
         Err(failure) => {
@@ -77,8 +80,18 @@ pub fn main() -> ! {
     }
 }
 
+/// Joins the other ranks: over MPI where an MPI launcher started this process, else at the coordinator that it was given.
+fn arrive(args: &WorkerArgs) -> Result<(World, Option<Lobby>), Failure> {
+    let flags = RankFlags { rank: args.rank, world_size: args.world_size };
+    let facts = rank_facts(flags, |name| std::env::var(name).ok())?;
+    match facts.filter(|facts| facts.size > 1 && !facts.launcher.has_mpi()) {
+        Some(facts) => lobby::enter(args, facts).map(|(world, lobby)| (world, Some(lobby))),
+        None => Ok((World::join_as(flags, args.start_timeout())?, None)),
+    }
+}
+
 /// Everything between the start and the end of MPI.
-fn train(args: &WorkerArgs, world: &World) -> Result<Ending, Failure> {
+fn train(args: &WorkerArgs, world: &World, mut lobby: Option<Lobby>) -> Result<Ending, Failure> {
     let (rank, size) = world.place();
     // Before anything that takes long: a signal would end the process until then.
     let context = Communicator::<Cpu>::context(&world.communicator);
@@ -87,8 +100,9 @@ fn train(args: &WorkerArgs, world: &World) -> Result<Ending, Failure> {
     let console = Console::new();
     let rust_log = std::env::var("RUST_LOG").ok();
     let log_file = init_logs(rank, &log_filter(rank, args.verbose, rust_log.as_deref()), &console)?;
-    let mut kept = Kept::default();
-    let plan: Plan = from_rank_0(&world.communicator, || decide(args, size, &mut kept))??;
+    let mut kept = lobby.as_mut().map(|lobby| std::mem::take(&mut lobby.kept)).unwrap_or_default();
+    let settled = lobby.as_mut().and_then(|lobby| lobby.plan.take());
+    let plan: Plan = from_rank_0(&world.communicator, || settled.map_or_else(|| decide(args, size, &mut kept), Ok))??;
     let config = &plan.config;
     let run_dir = RunDir::at(&plan.run_dir);
     let grid = grid_of(config, size)?;
@@ -96,15 +110,20 @@ fn train(args: &WorkerArgs, world: &World) -> Result<Ending, Failure> {
     let device = Device::choose(args.device, config.train.precision, world)?;
     probe_shared::<Cpu, _>(&world.communicator, run_dir.path())?;
     log_file.write_to(&run_dir.logs().join(format!("rank-{rank:05}.log")))?;
-    let fingerprint = config.fingerprint()?;
-    let job = Coordinated {
-        grid: &grid,
-        fingerprint: &fingerprint,
-        run_dir: run_dir.path(),
-        seat: args.seat()?,
-        start_timeout: args.start_timeout(),
+    let coordination = match lobby {
+        Some(lobby) => Coordination::go_on(lobby, run_dir.path())?,
+        None => {
+            let fingerprint = config.fingerprint()?;
+            let job = Coordinated {
+                grid: &grid,
+                fingerprint: &fingerprint,
+                run_dir: run_dir.path(),
+                seat: args.seat()?,
+                start_timeout: args.start_timeout(),
+            };
+            Coordination::start(world, job, context.abort_handle())?
+        }
     };
-    let coordination = Coordination::start(world, job, context.abort_handle())?;
     let outside = Outside { console: &console, coordination: &coordination, stop: &stop };
     let part = Part { args, world, plan: &plan, grid: &grid, device: &device, outside };
     let ending = part.take(&mut kept);
@@ -139,7 +158,6 @@ impl Part<'_> {
         let corpus = share_corpus(&world.communicator, kept)?;
         Communicator::<Cpu>::context(&world.communicator).set_deadline(config.run.collective_timeout());
         let loader = Loader::new(&corpus, config.loader_spec(rank, size))?;
-        let groups = Groups::of_grid::<Cpu>(duplicate(&world.communicator)?, grid)?;
         let start = Start {
             args,
             plan,
@@ -150,7 +168,7 @@ impl Part<'_> {
             corpus: &corpus,
             start_bytes: memory_now().map_or(0, |(now, _)| now),
         };
-        device.visit(Training { start, outside, groups, loader })
+        device.visit(Training { start, outside, world, loader })
     }
 }
 
@@ -178,15 +196,35 @@ struct Outside<'a> {
 struct Training<'a> {
     start: Start<'a>,
     outside: Outside<'a>,
-    groups: Groups<HostCommunicator>,
+    world: &'a World,
     loader: Loader,
+}
+
+/// The name under which ranks tell the coordinator what they compute on.
+const MEETING: &str = "devices";
+
+impl Training<'_> {
+    /// The groups of this rank, and in words what carries their buffers. Ranks that cannot talk yet meet at the coordinator.
+    fn connect<B: Ranked>(&self, device: &B) -> Result<(Groups<B::Group>, Vec<String>), Failure> {
+        let Self { start, outside, world, .. } = self;
+        let coordination = outside.coordination;
+        let arrival = Arrival {
+            control: duplicate(&world.communicator)?,
+            local_rank: world.local_rank(),
+            gather: &|mine| Ok(coordination.session().gather(MEETING, mine, start.args.start_timeout())?),
+            on_failure: Box::new(coordination.reporter()),
+        };
+        let (all, carried) = device.connect(arrival)?;
+        Ok((Groups::of_grid(all, &start.grid)?, carried))
+    }
 }
 
 impl OnDevice for Training<'_> {
     type Output = Result<Ending, Failure>;
 
-    fn run<B: Backend>(self, device: B) -> Result<Ending, Failure> {
-        let Self { start, outside, groups, loader } = self;
+    fn run<B: Ranked>(self, device: B) -> Result<Ending, Failure> {
+        let (groups, carried) = self.connect(&device)?;
+        let Self { start, outside, loader, .. } = self;
         let Start { args, plan, run_dir, grid, corpus, .. } = start;
         let Outside { console, coordination, stop } = outside;
         let config = &plan.config;
@@ -198,7 +236,7 @@ impl OnDevice for Training<'_> {
         let mode = ProgressMode::choose(start.rank.0, args.json, on_terminal);
         let spec = ProgressSpec { mode, done, steps: config.train.steps, log_every: config.train.log_every };
         let mut progress = Progress::new(spec, Box::new(std::io::stdout()), console);
-        for line in introduction(&start, done) {
+        for line in introduction(&start, &carried, done) {
             // A reader that went away does not end a run.
             let _ = progress.message(&line);
         }
@@ -260,13 +298,13 @@ pub fn set_threads(config: &Config, world: &World) -> Result<(), Failure> {
 ///
 /// # Errors
 /// Too little memory, or a setting of training that cannot be: the same command fails again.
-pub fn build<B: Backend, D: crate::training::TrainingData>(
+pub fn build<B: Backend, C: Communicator<B>, D: crate::training::TrainingData>(
     device: B,
     config: &Config,
     (grid, rank): (&Grid, Rank),
-    groups: Groups<HostCommunicator>,
+    groups: Groups<C>,
     data: D,
-) -> Result<Trainer<B, HostCommunicator, D>, StepError> {
+) -> Result<Trainer<B, C, D>, StepError> {
     let setup = ModelSetup {
         model: config.model.clone(),
         router: config.router.clone(),
@@ -282,8 +320,8 @@ pub fn build<B: Backend, D: crate::training::TrainingData>(
 }
 
 /// Loads what the run starts from and returns the steps that are done.
-fn start_values<B: Backend, D: crate::training::TrainingData>(
-    trainer: &mut Trainer<B, HostCommunicator, D>,
+fn start_values<B: Backend, C: Communicator<B>, D: crate::training::TrainingData>(
+    trainer: &mut Trainer<B, C, D>,
     plan: &Plan,
     corpus: &Corpus,
 ) -> Result<u64, Failure> {
@@ -320,7 +358,7 @@ fn start_values<B: Backend, D: crate::training::TrainingData>(
 }
 
 /// What a reader should know before the first step.
-fn introduction(start: &Start<'_>, done: u64) -> Vec<String> {
+fn introduction(start: &Start<'_>, carried: &[String], done: u64) -> Vec<String> {
     let Start { plan, grid, corpus, device, .. } = start;
     let Config { model, router, train, .. } = &plan.config;
     let (all, active) = parameter_counts(model, router);
@@ -341,6 +379,10 @@ fn introduction(start: &Start<'_>, done: u64) -> Vec<String> {
             train.global_batch, train.sequence_length, train.steps
         ),
     ];
+    if let Some((by, places)) = carried.split_first() {
+        lines.push(format!("exchange       {by}"));
+        lines.extend(places.iter().map(|place| format!("               {place}")));
+    }
     if let Some(entropy) = corpus.entropy {
         lines.push(format!("entropy        {entropy:.4} nats per token: the loss cannot stay below"));
     }

@@ -4,16 +4,17 @@
 
 use std::path::{Path, PathBuf};
 
-use moe_kernels::{Backend, Cpu, DeviceError};
+use moe_kernels::DeviceError;
 use serde::{Deserialize, Serialize};
 
 use super::coordinate::Coordination;
 use super::device::Device;
 use super::meter::Meter;
+use super::ranked::Ranked;
 use super::run_dir::RunDir;
 use super::signals::StopRequest;
 use crate::checkpoint::Store;
-use crate::collectives::{CollectiveError, Communicator, HostCommunicator};
+use crate::collectives::{CollectiveError, Communicator};
 use crate::config::Config;
 use crate::coordination::{Activity, Progress as Reading};
 use crate::data::{Cursor, Loader};
@@ -74,18 +75,18 @@ pub(super) struct Records {
 }
 
 /// One run of steps.
-pub(super) struct RunLoop<'a, B: Backend> {
-    trainer: &'a mut Trainer<B, HostCommunicator, Loader>,
+pub(super) struct RunLoop<'a, B: Ranked> {
+    trainer: &'a mut Trainer<B, B::Group, Loader>,
     surroundings: Surroundings<'a>,
     progress: &'a mut Progress,
     records: Records,
     last_checkpoint: Option<PathBuf>,
 }
 
-impl<'a, B: Backend> RunLoop<'a, B> {
+impl<'a, B: Ranked> RunLoop<'a, B> {
     /// A run of `trainer`.
     pub(super) fn new(
-        trainer: &'a mut Trainer<B, HostCommunicator, Loader>,
+        trainer: &'a mut Trainer<B, B::Group, Loader>,
         surroundings: Surroundings<'a>,
         progress: &'a mut Progress,
         records: Records,
@@ -96,7 +97,7 @@ impl<'a, B: Backend> RunLoop<'a, B> {
     /// Takes the steps after `done`.
     pub(super) fn run(&mut self, done: u64) -> Result<Ending, Failure> {
         let run_dir = self.surroundings.run_dir;
-        if Communicator::<Cpu>::rank(&self.trainer.groups().world) == 0 {
+        if self.trainer.groups().world.rank() == 0 {
             // What an interrupted run wrote after its checkpoint will be written again.
             MetricsFile::truncate_after(&run_dir.metrics(), done)?;
             self.records.metrics = Some(MetricsFile::open(run_dir.metrics())?);
@@ -146,9 +147,9 @@ impl<'a, B: Backend> RunLoop<'a, B> {
         let (Some(path), Some(file)) = (trace, self.records.trace.take()) else { return Ok(()) };
         file.finish()?;
         let world = &self.trainer.groups().world;
-        Communicator::<Cpu>::barrier(world)?;
-        if Communicator::<Cpu>::rank(world) == 0 {
-            merge_traces(path, Communicator::<Cpu>::size(world))?;
+        world.barrier()?;
+        if world.rank() == 0 {
+            merge_traces(path, world.size())?;
         }
         Ok(())
     }
@@ -206,7 +207,9 @@ impl<'a, B: Backend> RunLoop<'a, B> {
             return Failure::new(code, format!("step {step}: {}; {remedy}", device.explain(error, config, grid)));
         }
         let message = match &error {
-            StepError::Collective(CollectiveError::Aborted { .. }) if self.surroundings.stop.immediate() => {
+            StepError::Collective(CollectiveError::Aborted { .. } | CollectiveError::GivenUp { .. })
+                if self.surroundings.stop.immediate() =>
+            {
                 format!("step {step} was given up: {error}; {remedy}")
             }
             _ => format!("{error}; {remedy}"),

@@ -55,6 +55,23 @@ impl World {
         }
     }
 
+    /// A world whose ranks have found each other without MPI; `spots` are theirs by rank.
+    pub(super) fn connected(
+        communicator: HostCommunicator,
+        facts: LauncherFacts,
+        spot: Spot,
+        spots: Vec<Spot>,
+    ) -> Self {
+        Self {
+            communicator,
+            facts: Some(facts),
+            spot,
+            spots,
+            #[cfg(feature = "mpi")]
+            mpi: None,
+        }
+    }
+
     #[cfg(feature = "mpi")]
     fn launched(facts: LauncherFacts, context: Context) -> Result<Self, Failure> {
         let arrival = Arrival::within(context.deadline(), &facts)?;
@@ -102,11 +119,10 @@ impl World {
     /// Ends the process where all ranks have agreed to leave. MPI is ended in order: mpirun ends the other ranks as soon as one
     /// leaves with another code than 0, and ending MPI waits until all of them have come this far.
     pub fn leave(self, code: ExitCode) -> ! {
+        // What was sent last is on its way when this returns.
+        drop(self.communicator);
         #[cfg(feature = "mpi")]
-        if let Some(mpi) = self.mpi {
-            drop(self.communicator);
-            drop(mpi);
-        }
+        drop(self.mpi);
         std::process::exit(i32::from(code.number()))
     }
 

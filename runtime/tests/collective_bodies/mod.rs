@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use moe_kernels::{Cpu, View, ViewMut};
+use moe_kernels::{Device, Element, View, ViewMut};
 use moe_runtime::collectives::{Communicator, Groups, ReduceOp, Reducible};
 use moe_runtime::topology::{Grid, Rank};
 
@@ -20,24 +20,39 @@ fn addend(rank: usize, index: usize) -> f64 {
     digits * 0.001 * 10_f64.powi((rank % 5) as i32)
 }
 
-/// Everything that works, on one world.
-pub(crate) fn every_collective(world: &impl Communicator<Cpu>) {
-    exchanges(world);
-    reductions(world);
-    copies(world);
+/// Everything that works, on one world whose ranks compute on `device`.
+pub(crate) fn every_collective<D: Device>(device: &D, world: &impl Communicator<D>) {
+    exchanges(device, world);
+    reductions(device, world);
+    copies(device, world);
     host_bytes(world);
-    splits(world);
+    splits(device, world);
     world.barrier().unwrap();
 }
 
-fn exchanges(world: &impl Communicator<Cpu>) {
+/// Elements on the device.
+fn on<D: Device, T: Element>(device: &D, host: &[T]) -> D::Buffer<T> {
+    let mut buffer = device.alloc(host.len(), "a test's buffer").unwrap();
+    device.upload(host, ViewMut::of(&mut buffer));
+    buffer
+}
+
+/// Elements from the device.
+fn back<D: Device, T: Element>(device: &D, buffer: &D::Buffer<T>) -> Vec<T> {
+    let view = View::of(buffer);
+    let mut host = vec![T::default(); view.len()];
+    device.read_to_host(view, &mut host).unwrap();
+    host
+}
+
+fn exchanges<D: Device>(device: &D, world: &impl Communicator<D>) {
     let (me, size) = (world.rank(), world.size());
     for block in [0, 1, 5, 3000] {
         let send = (0..size * block).map(|at| parcel(me, at / block, at % block)).collect::<Vec<_>>();
-        let mut recv = vec![f32::NAN; size * block];
-        world.all_to_all(&Cpu, View::of(&send), ViewMut::of(&mut recv)).unwrap();
+        let (send, mut recv) = (on(device, &send), on(device, &vec![f32::NAN; size * block]));
+        world.all_to_all(device, View::of(&send), ViewMut::of(&mut recv)).unwrap();
         let expected = (0..size * block).map(|at| parcel(at / block, me, at % block)).collect::<Vec<_>>();
-        assert_eq!(recv, expected, "all_to_all of {block} by {me}/{size}");
+        assert_eq!(back(device, &recv), expected, "all_to_all of {block} by {me}/{size}");
     }
 
     type Counts = fn(usize, usize, usize) -> usize;
@@ -59,10 +74,11 @@ fn exchanges(world: &impl Communicator<Cpu>) {
             let expected = (0..size).flat_map(|from| elements(from, me)).collect::<Vec<_>>();
             // Buffers are longer than what is counted, and nobody looks there.
             send.extend([f32::NAN; 2]);
-            let mut recv = vec![f32::NAN; expected.len() + 2 * width];
+            let (send, mut recv) = (on(device, &send), on(device, &vec![f32::NAN; expected.len() + 2 * width]));
+            let (send_counts, recv_counts) = (on(device, &send_counts), on(device, &recv_counts));
             world
                 .all_to_all_v(
-                    &Cpu,
+                    device,
                     width,
                     View::of(&send),
                     View::of(&send_counts),
@@ -70,6 +86,7 @@ fn exchanges(world: &impl Communicator<Cpu>) {
                     View::of(&recv_counts),
                 )
                 .unwrap();
+            let recv = back(device, &recv);
             let (counted, beyond) = recv.split_at(expected.len());
             assert_eq!(counted, expected, "all_to_all_v, {what}, width {width}, by {me}/{size}");
             assert!(beyond.iter().all(|value| value.is_nan()), "rows beyond the counted ones were written: {what}");
@@ -77,18 +94,23 @@ fn exchanges(world: &impl Communicator<Cpu>) {
     }
 }
 
-fn reductions(world: &impl Communicator<Cpu>) {
+fn reductions<D: Device>(device: &D, world: &impl Communicator<D>) {
     for op in [ReduceOp::Sum, ReduceOp::Max, ReduceOp::Min] {
         for len in [0, 1, 7, 1000, 6001] {
-            reduces::<f32>(world, op, len, |rank, index| addend(rank, index) as f32);
-            reduces::<f64>(world, op, len, addend);
-            reduces::<i32>(world, op, len, |rank, index| addend(rank, index) as i32);
+            reduces::<D, f32>(device, world, (op, len), |rank, index| addend(rank, index) as f32);
+            reduces::<D, f64>(device, world, (op, len), addend);
+            reduces::<D, i32>(device, world, (op, len), |rank, index| addend(rank, index) as i32);
         }
     }
 }
 
 /// The same bits as adding in ascending rank order, which each rank works out for itself: so all ranks have the same, too.
-fn reduces<T: Reducible>(world: &impl Communicator<Cpu>, op: ReduceOp, len: usize, value: impl Fn(usize, usize) -> T) {
+fn reduces<D: Device, T: Reducible>(
+    device: &D,
+    world: &impl Communicator<D>,
+    (op, len): (ReduceOp, usize),
+    value: impl Fn(usize, usize) -> T,
+) {
     let (me, size) = (world.rank(), world.size());
     let of_rank = |rank: usize, indices: Range<usize>| indices.map(|index| value(rank, index)).collect::<Vec<_>>();
     let reduced = |indices: Range<usize>| {
@@ -99,37 +121,36 @@ fn reduces<T: Reducible>(world: &impl Communicator<Cpu>, op: ReduceOp, len: usiz
         sum
     };
 
-    let mut buffer = of_rank(me, 0..len);
-    world.all_reduce(&Cpu, ViewMut::of(&mut buffer), op).unwrap();
-    let same = T::as_bytes(&buffer) == T::as_bytes(&reduced(0..len));
+    let mut buffer = on(device, &of_rank(me, 0..len));
+    world.all_reduce(device, ViewMut::of(&mut buffer), op).unwrap();
+    let same = T::as_bytes(&back(device, &buffer)) == T::as_bytes(&reduced(0..len));
     assert!(same, "all_reduce {op:?} of {len} {} by {me}/{size}", T::NAME);
 
-    let send = of_rank(me, 0..len * size);
-    let mut recv = vec![T::default(); len];
-    world.reduce_scatter(&Cpu, View::of(&send), ViewMut::of(&mut recv), op).unwrap();
-    let same = T::as_bytes(&recv) == T::as_bytes(&reduced(me * len..(me + 1) * len));
+    let (send, mut recv) = (on(device, &of_rank(me, 0..len * size)), on(device, &vec![T::default(); len]));
+    world.reduce_scatter(device, View::of(&send), ViewMut::of(&mut recv), op).unwrap();
+    let same = T::as_bytes(&back(device, &recv)) == T::as_bytes(&reduced(me * len..(me + 1) * len));
     assert!(same, "reduce_scatter {op:?} of {len} {} by {me}/{size}", T::NAME);
 }
 
-fn copies(world: &impl Communicator<Cpu>) {
+fn copies<D: Device>(device: &D, world: &impl Communicator<D>) {
     let (me, size) = (world.rank(), world.size());
     for len in [0, 1, 5, 5000] {
         let send = (0..len).map(|index| parcel(me, 0, index)).collect::<Vec<_>>();
-        let mut recv = vec![f32::NAN; len * size];
-        world.all_gather(&Cpu, View::of(&send), ViewMut::of(&mut recv)).unwrap();
+        let (send, mut recv) = (on(device, &send), on(device, &vec![f32::NAN; len * size]));
+        world.all_gather(device, View::of(&send), ViewMut::of(&mut recv)).unwrap();
         let expected = (0..len * size).map(|at| parcel(at / len, 0, at % len)).collect::<Vec<_>>();
-        assert_eq!(recv, expected, "all_gather of {len} by {me}/{size}");
+        assert_eq!(back(device, &recv), expected, "all_gather of {len} by {me}/{size}");
 
         for root in 0..size {
-            let mut buffer = (0..len).map(|index| parcel(me, root, index)).collect::<Vec<_>>();
-            world.broadcast(&Cpu, ViewMut::of(&mut buffer), root).unwrap();
+            let mut buffer = on(device, &(0..len).map(|index| parcel(me, root, index)).collect::<Vec<_>>());
+            world.broadcast(device, ViewMut::of(&mut buffer), root).unwrap();
             let expected = (0..len).map(|index| parcel(root, root, index)).collect::<Vec<_>>();
-            assert_eq!(buffer, expected, "broadcast of {len} from {root} by {me}/{size}");
+            assert_eq!(back(device, &buffer), expected, "broadcast of {len} from {root} by {me}/{size}");
         }
     }
 }
 
-fn host_bytes(world: &impl Communicator<Cpu>) {
+fn host_bytes<D: Device>(world: &impl Communicator<D>) {
     let (me, size) = (world.rank(), world.size());
     let text = |rank: usize| b"manifest".repeat(rank * rank * 50);
     assert_eq!(world.all_gather_bytes(&text(me)).unwrap(), (0..size).map(text).collect::<Vec<_>>());
@@ -140,7 +161,7 @@ fn host_bytes(world: &impl Communicator<Cpu>) {
     }
 }
 
-fn splits(world: &impl Communicator<Cpu>) {
+fn splits<D: Device>(device: &D, world: &impl Communicator<D>) {
     let (me, size) = (world.rank(), world.size());
     // Odd and even ranks, in descending order; then each of them halved again.
     let half = world.split("half", me % 2, size - me).unwrap();
@@ -148,10 +169,10 @@ fn splits(world: &impl Communicator<Cpu>) {
     members.reverse();
     assert_eq!(half.members(), members);
     assert_eq!((half.members()[half.rank()], half.name()), (Rank(me), "half"));
-    group_sum(&half);
+    group_sum(device, &half);
     let quarter = half.split("quarter", half.rank() % 2, 0).unwrap();
-    group_sum(&quarter);
-    group_sum(world);
+    group_sum(device, &quarter);
+    group_sum(device, world);
 
     for ep in (1..=size).filter(|ep| size % ep == 0) {
         let grid = Grid::new(size, ep, ep * 2).unwrap();
@@ -159,16 +180,16 @@ fn splits(world: &impl Communicator<Cpu>) {
         let groups = Groups::of_grid(whole, &grid).unwrap();
         assert_eq!(groups.expert.members(), grid.expert_group(Rank(me)));
         assert_eq!(groups.replica.members(), grid.replica_group(Rank(me)));
-        group_sum(&groups.replica);
-        group_sum(&groups.expert);
-        group_sum(&groups.world);
+        group_sum(device, &groups.replica);
+        group_sum(device, &groups.expert);
+        group_sum(device, &groups.world);
     }
 }
 
 /// Groups do not hear each other: the sum is that of the members alone.
-fn group_sum(group: &impl Communicator<Cpu>) {
-    let mut sum = vec![group.members()[group.rank()].0 as i32; 3];
-    group.all_reduce(&Cpu, ViewMut::of(&mut sum), ReduceOp::Sum).unwrap();
+fn group_sum<D: Device>(device: &D, group: &impl Communicator<D>) {
+    let mut sum = on(device, &[group.members()[group.rank()].0 as i32; 3]);
+    group.all_reduce(device, ViewMut::of(&mut sum), ReduceOp::Sum).unwrap();
     let expected = group.members().iter().map(|rank| rank.0 as i32).sum::<i32>();
-    assert_eq!(sum, [expected; 3], "sum over {:?}", group.members());
+    assert_eq!(back(device, &sum), [expected; 3], "sum over {:?}", group.members());
 }

@@ -52,17 +52,17 @@ pub(crate) fn trainer(config: &Config, corpus: &Corpus, world: HostCommunicator,
 }
 
 /// As [`trainer`], on any device.
-pub(crate) fn trainer_on<B: Backend>(
+pub(crate) fn trainer_on<B: Backend, C: Communicator<B>>(
     device: B,
     config: &Config,
     corpus: &Corpus,
-    world: HostCommunicator,
+    world: C,
     ep: usize,
-) -> Trainer<B, HostCommunicator, Loader> {
-    let (rank, size) = (Communicator::<Cpu>::rank(&world), Communicator::<Cpu>::size(&world));
+) -> Trainer<B, C, Loader> {
+    let (rank, size) = (world.rank(), world.size());
     let grid = Grid::new(size, ep, config.model.experts).unwrap();
     let loader = Loader::new(corpus, config.loader_spec(rank, size)).unwrap();
-    build(device, config, (&grid, Rank(rank)), Groups::of_grid::<Cpu>(world, &grid).unwrap(), loader).unwrap()
+    build(device, config, (&grid, Rank(rank)), Groups::of_grid(world, &grid).unwrap(), loader).unwrap()
 }
 
 /// Takes the steps in `steps`.
