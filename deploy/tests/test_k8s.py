@@ -316,12 +316,31 @@ class Commands(unittest.TestCase):
                 self.assertTrue(list((self.path / "runs").glob("*/checkpoints/step-*/manifest.json")))
                 shutil.rmtree(self.path / "runs")
 
-    def test_several_cpu_ranks_of_a_job_are_refused_with_the_mend(self):
+    def test_several_ranks_of_a_job_find_one_another_and_train(self):
         line, environment = self.command("job", 4)
+        ranks = []
+        for index in range(4):
+            out = open(self.path / f"out-{index}.txt", "w+")
+            self.addCleanup(out.close)
+            pod = environment | {"JOB_COMPLETION_INDEX": str(index)}
+            rank = subprocess.Popen(line, env=pod, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT)
+            self.addCleanup(rank.kill)
+            ranks.append((rank, out))
+        for rank, out in ranks:
+            code = rank.wait(120)
+            out.seek(0)
+            self.assertEqual(code, 0, out.read())
+        self.assertEqual(self.steps(), 3)
+
+    def test_several_ranks_without_a_coordinator_are_refused_with_the_mend(self):
+        line, environment = self.command("job", 4)
+        at = line.index("--coordinator")
+        # Its address and --host-coordinator go with it.
+        line = line[:at] + line[at + 3:]
         for index in range(4):
             result = run(line, env=environment | {"JOB_COMPLETION_INDEX": str(index)})
             self.assertEqual(result.returncode, 64, result.stdout)
-            self.assertRegex(result.stdout, f"rank {index} of 4 by JOB_COMPLETION_INDEX: CPU ranks exchange .* over MPI.*mpirun -n 4")
+            self.assertRegex(result.stdout, f"rank {index} of 4 by JOB_COMPLETION_INDEX: .* find each other at a coordinator.*mpirun -n 4")
         self.assertFalse(list((self.path / "runs").iterdir()), "nothing may be begun")
 
     def test_the_probe_of_a_job_says_why_it_finds_no_coordinator(self):
