@@ -45,8 +45,8 @@ impl fmt::Display for Difference {
 }
 
 impl Config {
-    /// The keys in which this configuration, that of a continuation, differs from `base`, that of the run, though only
-    /// `parallel.*`, `run.*` and [`FREE_KEYS`] may.
+    /// The keys in which this configuration, that of a continuation, differs from `base`, that of the run, though they must not. What may
+    /// differ is said in docs/configuration.md under "Resuming".
     pub fn differences_that_matter(&self, base: &Config) -> Result<Vec<Difference>, ConfigError> {
         let (now, base) = (self.flat()?, base.flat()?);
         let keys: std::collections::BTreeSet<_> = now.keys().chain(base.keys()).collect();
