@@ -6,11 +6,13 @@
 
 mod support;
 
+use std::path::{Path, PathBuf};
+
 use moe_kernels::cuda::{Cuda, CudaAct, OpenError};
 use moe_kernels::{Backend, Cpu};
 use moe_runtime::collectives::local;
 use moe_runtime::config::Config;
-use moe_runtime::data::{Corpus, generated_corpus};
+use moe_runtime::data::{Corpus, Tokens};
 use moe_runtime::model::Recompute;
 use moe_runtime::plan::{Job, MemoryPlan, Numbers};
 use moe_runtime::topology::Grid;
@@ -25,6 +27,20 @@ fn gpu<A: CudaAct>() -> Option<Cuda<A>> {
             None
         }
         Err(error) => panic!("{error}"),
+    }
+}
+
+/// The text that `MOE_TEXT` names, by default `shared/data/tinyshakespeare.txt` beside the workspace; none where there is no such file.
+fn real_text() -> Option<Corpus> {
+    let named = std::env::var_os("MOE_TEXT").map(PathBuf::from);
+    let path =
+        named.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/tinyshakespeare.txt"));
+    match std::fs::read(&path) {
+        Ok(bytes) => Some(Corpus::of_tokens(Tokens::U8(bytes), "text", "")),
+        Err(error) => {
+            eprintln!("notice: training on a real text was not tested: {}: {error}", path.display());
+            None
+        }
     }
 }
 
@@ -52,8 +68,8 @@ fn smoothed(run: &[(f64, f64)]) -> Vec<f64> {
 
 #[test]
 fn two_hundred_steps_in_bf16_follow_the_cpus_curve_within_a_hundredth() {
-    let Some(device) = gpu::<half::bf16>() else { return };
-    let (config, corpus) = (Config::preset("moe-15m").unwrap(), generated_corpus());
+    let (Some(device), Some(corpus)) = (gpu::<half::bf16>(), real_text()) else { return };
+    let config = Config::preset("moe-15m").unwrap();
     let on_gpu = losses(device, &config, &corpus, 200);
     let on_cpu = losses(Cpu, &config, &corpus, 200);
     let worst = largest_difference(&smoothed(&on_gpu), &smoothed(&on_cpu));

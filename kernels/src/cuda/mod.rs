@@ -150,6 +150,9 @@ impl<A: CudaAct> Device for Cuda<A> {
     fn read_to_host<T: Element>(&self, from: View<'_, Self, T>, host: &mut [T]) -> Result<(), DeviceError> {
         assert_eq!(host.len(), from.len(), "read_to_host: elements on the host, and on the device");
         if !host.is_empty() {
+            // A copy to ordinary memory waits for the queue inside the driver, where it keeps out every other thread: the one, too, that would
+            // abort a collective without which the queue gets no further.
+            self.synchronize()?;
             let at = pointer(from);
             self.gpu.bound("cuMemcpyDtoHAsync", || {
                 // SAFETY: the source holds as many elements as `host` (asserted); the wait below keeps the borrow of `host` until the

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use super::exchange::{Worker, lock};
+use super::post::{Letter, Posts};
 use super::transport::{Parcel, Pool, Tag, Ticket, Transport, TransportError};
 use super::{Context, DEFAULT_DEADLINE, HostCommunicator};
 use crate::topology::Rank;
@@ -81,12 +82,6 @@ struct Hub {
     first_panic: OnceLock<usize>,
 }
 
-struct Letter {
-    from: usize,
-    tag: Tag,
-    parcel: Arc<Parcel>,
-}
-
 impl Hub {
     fn new(contexts: Vec<Context>) -> Arc<Self> {
         let boxes = contexts.iter().map(|_| Mutex::default()).collect();
@@ -95,7 +90,7 @@ impl Hub {
     }
 
     fn join(hub: &Arc<Self>, rank: usize) -> HostCommunicator {
-        let mailbox = Mailbox { hub: Arc::clone(hub), rank, posted: Vec::new() };
+        let mailbox = Mailbox { hub: Arc::clone(hub), rank, posts: Posts::default() };
         let worker = Worker::new(Box::new(mailbox), hub.contexts[rank].clone());
         HostCommunicator::world(Arc::new(worker), rank, hub.contexts.len())
     }
@@ -113,64 +108,26 @@ impl Hub {
 struct Mailbox {
     hub: Arc<Hub>,
     rank: usize,
-    /// By ticket; none where it is free.
-    posted: Vec<Option<Posted>>,
-}
-
-enum Posted {
-    /// A letter is delivered as soon as it is posted.
-    Send(Arc<Parcel>),
-    Receive {
-        from: usize,
-        tag: Tag,
-    },
-}
-
-impl Mailbox {
-    fn post(&mut self, posted: Posted) -> Ticket {
-        let free = self.posted.iter().position(Option::is_none);
-        let index = free.unwrap_or_else(|| {
-            self.posted.push(None);
-            self.posted.len() - 1
-        });
-        self.posted[index] = Some(posted);
-        Ticket(index)
-    }
+    posts: Posts,
 }
 
 impl Transport for Mailbox {
     fn send(&mut self, to: usize, tag: Tag, parcel: Arc<Parcel>) -> Result<Ticket, TransportError> {
-        lock(&self.hub.boxes[to]).push(Letter { from: self.rank, tag, parcel: Arc::clone(&parcel) });
-        Ok(self.post(Posted::Send(parcel)))
+        lock(&self.hub.boxes[to]).push(Letter { from: self.rank, tag: tag.value(), parcel: Arc::clone(&parcel) });
+        Ok(self.posts.sent(parcel))
     }
 
     fn receive(&mut self, from: usize, tag: Tag, _: usize, _: &mut Pool) -> Result<Ticket, TransportError> {
-        Ok(self.post(Posted::Receive { from, tag }))
+        Ok(self.posts.awaited(from, tag))
     }
 
     fn poll(&mut self, ticket: Ticket) -> Result<Option<Arc<Parcel>>, TransportError> {
-        let Some(posted) = self.posted[ticket.0].take() else {
-            return Err(TransportError::Lost("the message was given up".into()));
-        };
-        let (from, tag) = match posted {
-            Posted::Send(parcel) => return Ok(Some(parcel)),
-            Posted::Receive { from, tag } => (from, tag),
-        };
-        // Read before the mailbox: a rank's letters are in it before it is gone.
-        let gone = self.hub.gone[from].load(Ordering::Acquire);
-        let mut letters = lock(&self.hub.boxes[self.rank]);
-        if let Some(index) = letters.iter().position(|letter| letter.from == from && letter.tag == tag) {
-            return Ok(Some(letters.remove(index).parcel));
-        }
-        if gone {
-            return Err(TransportError::Lost("its thread has ended".into()));
-        }
-        self.posted[ticket.0] = Some(posted);
-        Ok(None)
+        let gone = |from: usize| self.hub.gone[from].load(Ordering::Acquire);
+        self.posts.poll(ticket, &self.hub.boxes[self.rank], |from| gone(from).then(|| "its thread has ended".into()))
     }
 
     fn abandon(&mut self, ticket: Ticket) {
-        self.posted[ticket.0] = None;
+        self.posts.abandon(ticket);
     }
 }
 

@@ -24,6 +24,7 @@ pub mod local;
 pub mod mpi;
 #[cfg(feature = "cuda")]
 pub mod nccl;
+mod post;
 pub mod tcp;
 mod transport;
 pub mod volume;

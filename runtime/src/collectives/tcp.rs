@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::exchange::{Worker, lock};
+use super::post::{Letter, Posts};
 use super::transport::{Parcel, Pool, Tag, Ticket, Transport, TransportError};
 use super::{Context, HostCommunicator};
 use crate::exit::{Classified, ExitCode};
@@ -137,7 +138,7 @@ impl Door {
             let line = stream.map(|stream| Line::start(peer, stream, &inbox));
             lines.push(line.transpose().map_err(|reason| ConnectError::Setup { rank: peer, reason })?);
         }
-        let wire = Wire { rank, inbox, lines, posted: Vec::new() };
+        let wire = Wire { rank, inbox, lines, posts: Posts::default() };
         let worker = Worker::new(Box::new(wire), context);
         Ok(HostCommunicator::world(Arc::new(worker), rank, addrs.len()))
     }
@@ -185,12 +186,6 @@ fn greeted(mut stream: &TcpStream, secret: [u8; SECRET_BYTES]) -> Option<usize> 
     stream.read_exact(&mut rank).ok()?;
     stream.set_read_timeout(None).ok()?;
     (shown == secret).then_some(u32::from_le_bytes(rank) as usize)
-}
-
-struct Letter {
-    from: usize,
-    tag: u32,
-    parcel: Arc<Parcel>,
 }
 
 /// What readers have brought.
@@ -275,29 +270,7 @@ struct Wire {
     inbox: Arc<Inbox>,
     /// By rank; none for this one.
     lines: Vec<Option<Line>>,
-    /// By ticket; none where it is free.
-    posted: Vec<Option<Posted>>,
-}
-
-enum Posted {
-    /// A letter is under way as soon as its writer has it; the parcel is shared with it.
-    Send(Arc<Parcel>),
-    Receive {
-        from: usize,
-        tag: Tag,
-    },
-}
-
-impl Wire {
-    fn post(&mut self, posted: Posted) -> Ticket {
-        let free = self.posted.iter().position(Option::is_none);
-        let index = free.unwrap_or_else(|| {
-            self.posted.push(None);
-            self.posted.len() - 1
-        });
-        self.posted[index] = Some(posted);
-        Ticket(index)
-    }
+    posts: Posts,
 }
 
 impl Transport for Wire {
@@ -308,36 +281,19 @@ impl Transport for Wire {
             // A writer that has ended has said why; whoever waits for the peer hears it.
             let _ = outgoing.send((tag, Arc::clone(&parcel)));
         }
-        Ok(self.post(Posted::Send(parcel)))
+        Ok(self.posts.sent(parcel))
     }
 
     fn receive(&mut self, from: usize, tag: Tag, _: usize, _: &mut Pool) -> Result<Ticket, TransportError> {
-        Ok(self.post(Posted::Receive { from, tag }))
+        Ok(self.posts.awaited(from, tag))
     }
 
     fn poll(&mut self, ticket: Ticket) -> Result<Option<Arc<Parcel>>, TransportError> {
-        let Some(posted) = self.posted[ticket.0].take() else {
-            return Err(TransportError::Lost("the message was given up".into()));
-        };
-        let (from, tag) = match posted {
-            Posted::Send(parcel) => return Ok(Some(parcel)),
-            Posted::Receive { from, tag } => (from, tag),
-        };
-        // Read before the letters: a rank's letters are there before its end is.
-        let end = lock(&self.inbox.ends)[from].clone();
-        let mut letters = lock(&self.inbox.letters);
-        if let Some(index) = letters.iter().position(|letter| letter.from == from && letter.tag == tag.value()) {
-            return Ok(Some(letters.remove(index).parcel));
-        }
-        if let Some(reason) = end {
-            return Err(TransportError::Lost(reason));
-        }
-        self.posted[ticket.0] = Some(posted);
-        Ok(None)
+        self.posts.poll(ticket, &self.inbox.letters, |from| lock(&self.inbox.ends)[from].clone())
     }
 
     fn abandon(&mut self, ticket: Ticket) {
-        self.posted[ticket.0] = None;
+        self.posts.abandon(ticket);
     }
 }
 
