@@ -119,6 +119,22 @@ fn killed_after_a_checkpoint_a_run_ends_in_the_bits_of_an_undisturbed_one() {
 }
 
 #[test]
+fn killed_before_its_first_checkpoint_a_run_begins_again_with_its_own_settings() {
+    let place = Place::new();
+    let (killed, undisturbed) = (place.run("killed"), place.run("undisturbed"));
+    let mut first = Program::start(worker(&killed, FOR_EVER, &[]));
+    first.wait_until("a step", || (!killed.metrics().is_empty()).then_some(()));
+    first.signal(Signal::KILL);
+    first.wait();
+    let mut again = Command::new(env!("CARGO_BIN_EXE_moe-worker"));
+    again.args(["--steps", "3", "--run-dir"]).arg(&killed.dir);
+    Program::start(again).wait().expect(DONE).says("no checkpoint");
+    Program::start(worker(&undisturbed, 3, &[])).wait().expect(DONE);
+    killed.has_each_step_once(3);
+    assert_eq!(killed.losses(), undisturbed.losses());
+}
+
+#[test]
 fn a_graceful_stop_finishes_the_step_and_the_next_start_goes_on() {
     for signal in [Signal::USR1, Signal::INT] {
         let place = Place::new();

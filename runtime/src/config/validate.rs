@@ -27,8 +27,9 @@ impl Config {
         self.validate_selection()?;
         self.validate_parallel(world)?;
         self.validate_optimizer()?;
-        self.validate_schedule()?;
+        // First: where the schedule's length is left open it is the run's, and the fault is not its own.
         self.validate_train(world)?;
+        self.validate_schedule()?;
         let timeout = self.run.collective_timeout_s;
         if !(timeout > 0.0 && timeout <= LONGEST_TIMEOUT_S) {
             let reason = format!("must be a number of seconds above 0 and at most {LONGEST_TIMEOUT_S}");

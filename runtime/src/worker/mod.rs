@@ -390,6 +390,10 @@ fn introduction(start: &Start<'_>, carried: &[String], done: u64) -> Vec<String>
         lines.push(format!("nothing to do  {done} steps are done already; give a larger --steps to go on"));
     } else if done > 0 {
         lines.push(format!("resuming       after step {done}"));
+    } else if plan.again {
+        lines.push(
+            "again          from the start, with the settings of before: the run had left no checkpoint".to_owned(),
+        );
     }
     lines
 }

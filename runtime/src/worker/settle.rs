@@ -30,6 +30,8 @@ pub(super) struct Plan {
     pub resume: Option<PathBuf>,
     /// The Hugging Face folder whose weights a fresh run starts from.
     pub weights: Option<PathBuf>,
+    /// Whether the directory is that of a run which has left no checkpoint.
+    pub again: bool,
 }
 
 /// What a rank is told: a value, or that rank 0 was refused and with which exit code.
@@ -83,6 +85,8 @@ struct Resolution {
     newest: Option<PathBuf>,
     /// Directories that are newer and damaged.
     damaged: Vec<PathBuf>,
+    /// See [`Plan::again`].
+    again: bool,
 }
 
 /// Resolves and checks the configuration of `args` for `world` ranks, and finds what would be resumed. Reads only.
@@ -96,15 +100,14 @@ fn resolve(args: &WorkerArgs, world: usize) -> Result<Resolution, Failure> {
         Some(store) => LastGood { checkpoint: store.latest()?, damaged: Vec::new() },
         None => LastGood::default(),
     };
-    // A model that was brought in and not trained yet: nothing has been computed with the other settings.
-    let untrained = newest.as_ref().is_some_and(|checkpoint| checkpoint.manifest().progress.step == 0);
+    // A run that ended before its first checkpoint, or a model that was brought in and not trained yet: nothing is lost with other settings.
+    let untrained = newest.as_ref().is_none_or(|checkpoint| checkpoint.manifest().progress.step == 0);
     let newest = newest.map(|checkpoint| checkpoint.dir().to_owned());
     let occupied = given.as_ref().filter(|_| saved.is_some() && args.resume == Resume::Never);
     if let Some(dir) = occupied {
         return Err(RunDirError::Occupied { path: dir.path().into() }.into());
     }
-    // Without a checkpoint there is nothing to continue: the directory is used again from the start.
-    let mut base = saved.filter(|_| newest.is_some());
+    let mut base = saved;
     if let Some(base) = base.as_mut().filter(|base| untrained && base.schedule.steps == Some(base.train.steps)) {
         base.schedule.steps = None;
     }
@@ -128,7 +131,8 @@ fn resolve(args: &WorkerArgs, world: usize) -> Result<Resolution, Failure> {
     }
     let tokenizer = from_file.map_or_else(|| tokenizer(name), Ok)?;
     check_vocabulary(tokenizer.as_ref(), resolved.config.model.vocab_size)?;
-    Ok(Resolution { config: resolved.config, tokenizer, given, newest, damaged })
+    let again = base.is_some() && newest.is_none();
+    Ok(Resolution { config: resolved.config, tokenizer, given, newest, damaged, again })
 }
 
 /// The checkpoints of a run, all of which stay.
@@ -144,7 +148,11 @@ pub fn resolved_config(args: &WorkerArgs, world: usize) -> Result<Config, Failur
 /// Decides on rank 0: resolves and checks the configuration, reads the text, finds what to resume and, once nothing is left to
 /// refuse, claims the run directory.
 pub(super) fn decide(args: &WorkerArgs, world: usize, kept: &mut Kept) -> Result<Plan, Failure> {
-    let Resolution { config, tokenizer, given, newest, damaged } = resolve(args, world)?;
+    let Resolution { config, tokenizer, given, newest, damaged, again } = resolve(args, world)?;
+    if let Some(folder) = args.model.as_ref().filter(|_| newest.is_none() && !is_path(&config.data.tokenizer)) {
+        let (folder, name) = (folder.display(), &config.data.tokenizer);
+        tracing::warn!("{folder} has no {}: the text is cut by data.tokenizer = {name}", FileTokenizer::FILE);
+    }
     let corpus = configured_corpus(&config, tokenizer.as_ref())?;
     Loader::new(&corpus, config.loader_spec(0, world))?;
     kept.corpus = Some(corpus);
@@ -157,6 +165,7 @@ pub(super) fn decide(args: &WorkerArgs, world: usize, kept: &mut Kept) -> Result
         run_dir: run_dir.path().into(),
         weights: args.model.clone().filter(|_| newest.is_none()),
         resume: newest,
+        again,
     })
 }
 
