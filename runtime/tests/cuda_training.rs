@@ -36,7 +36,7 @@ fn real_text() -> Option<Corpus> {
     let path =
         named.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/tinyshakespeare.txt"));
     match std::fs::read(&path) {
-        Ok(bytes) => Some(Corpus::of_tokens(Tokens::U8(bytes), "text", "")),
+        Ok(bytes) => Some(Corpus::of_tokens(Tokens::U8(bytes.into()), "text", "")),
         Err(error) => {
             eprintln!("notice: training on a real text was not tested: {}: {error}", path.display());
             None

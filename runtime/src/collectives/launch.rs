@@ -137,7 +137,7 @@ fn mend(facts: &LauncherFacts) -> String {
             "start it with srun --mpi=pmix, or give all of them --coordinator HOST:PORT and a join token".into()
         }
         _ => format!(
-            "start it with mpirun -n {} moe-worker or srun --mpi=pmix, or give all of them --coordinator HOST:PORT and a join token              (and --host-coordinator to rank 0), or a single process with --rank 0 --world-size 1",
+            "start it with mpirun -n {} moe-worker or srun --mpi=pmix, or give all of them --coordinator HOST:PORT and a join token (and --host-coordinator to rank 0), or a single process with --rank 0 --world-size 1",
             facts.size
         ),
     }

@@ -108,7 +108,7 @@ pub enum ConfigError {
     },
     /// A resumed run was started with other settings.
     #[error(
-        "{}: the run was started with other settings: {}; only train.steps, parallel.*, run.* and how often things are \
+        "{}: the run was started with other settings: {}; only where the text lies, train.steps, train.precision, train.recompute, parallel.*, run.* and how often things are \
          logged, evaluated and saved may change", path.display(), list(differences)
     )]
     NotResumable {

@@ -13,9 +13,10 @@ use super::{Config, ConfigError};
 /// Sections whose every key a resumed run may change: they decide where and how the same is computed.
 const FREE_SECTIONS: [&str; 2] = ["parallel.", "run."];
 
-/// Further keys it may change: how long, in which numbers (checkpoints hold the f32 ones), what is kept in memory, and how often what is
-/// written.
-const FREE_KEYS: [&str; 8] = [
+/// Further keys it may change: where the text lies (that it is the same is seen by its hash), how long, in which numbers (checkpoints hold
+/// the f32 ones), what is kept in memory, and how often what is written.
+const FREE_KEYS: [&str; 9] = [
+    "data.paths",
     "train.steps",
     "train.precision",
     "train.recompute",
@@ -105,6 +106,7 @@ mod tests {
     fn a_continuation_may_change_length_layout_and_pace_only() {
         let base = tiny();
         let mut now = base.clone();
+        now.data.paths = vec!["elsewhere".into()];
         now.train.steps += 100;
         now.train.log_every = 7;
         now.train.eval_every = 7;

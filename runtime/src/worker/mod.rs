@@ -379,6 +379,9 @@ fn introduction(start: &Start<'_>, carried: &[String], done: u64) -> Vec<String>
             train.global_batch, train.sequence_length, train.steps
         ),
     ];
+    if let Some(idle) = grid.world().checked_sub(train.global_batch).filter(|idle| *idle > 0) {
+        lines.push(format!("idle           {idle} of {} ranks have no sequence of their own", grid.world()));
+    }
     if let Some((by, places)) = carried.split_first() {
         lines.push(format!("exchange       {by}"));
         lines.extend(places.iter().map(|place| format!("               {place}")));

@@ -20,17 +20,31 @@ use crate::topology::Rank;
 const LOOK: Duration = Duration::from_millis(10);
 /// How often it asks NCCL, whose answer takes a lock that issuing threads want.
 const ASK: Duration = Duration::from_millis(200);
+/// What communicators that were aborted are given to end.
+const FAREWELL: Duration = Duration::from_secs(3);
 
 /// The first failure of a worker, and the communicators that it ends.
 pub(super) struct Failures {
     context: Context,
     first: OnceLock<CollectiveError>,
     communicators: Mutex<Vec<Weak<nccl_rs::Communicator>>>,
+    /// The threads that abort them.
+    aborts: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Drop for Failures {
+    fn drop(&mut self) {
+        // The process must not end inside of NCCL; nor must it wait for ever to end.
+        let began = Instant::now();
+        while began.elapsed() < FAREWELL && lock(&self.aborts).iter().any(|abort| !abort.is_finished()) {
+            std::thread::sleep(LOOK);
+        }
+    }
 }
 
 impl Failures {
     pub(super) fn new(context: Context) -> Self {
-        Self { context, first: OnceLock::new(), communicators: Mutex::default() }
+        Self { context, first: OnceLock::new(), communicators: Mutex::default(), aborts: Mutex::default() }
     }
 
     pub(super) fn context(&self) -> &Context {
@@ -56,11 +70,23 @@ impl Failures {
         // What waits in host memory ends, too.
         self.context.abort_handle().abort(None, first.to_string());
         for communicator in self.alive() {
+            self.abort(communicator);
+        }
+        first
+    }
+
+    /// Aborts a communicator, on a thread of its own: NCCL frees memory as it aborts, for which CUDA waits until the GPU is idle, and what
+    /// keeps it busy may be the collective of a communicator that is yet to be aborted.
+    fn abort(&self, communicator: Arc<nccl_rs::Communicator>) {
+        let abort = move || {
             if let Err(error) = communicator.abort_handle().abort() {
                 tracing::warn!(%error, "a communicator could not be aborted");
             }
+        };
+        match std::thread::Builder::new().name("nccl-abort".into()).spawn(abort) {
+            Ok(thread) => lock(&self.aborts).push(thread),
+            Err(error) => tracing::warn!(%error, "no thread to abort a communicator"),
         }
-        first
     }
 
     fn alive(&self) -> Vec<Arc<nccl_rs::Communicator>> {
