@@ -61,8 +61,8 @@ test: setup ## Everything CI runs: format, lints, documentation, all tests, runs
 
 .PHONY: test-deploy
 test-deploy: ## Job files: Slurm on a cluster of one machine, Kubernetes' validated and their commands run, the Dockerfile linted.
-	@# The profile of the tests, so that after them nothing is built again.
-	cargo build --workspace --locked --profile test
+	@# The programs as the tests build them, so that after them nothing is built again.
+	cargo test --workspace --locked --no-run
 	@deploy/setup-tests.sh
 	@python=.local/deploy-venv/bin/python; [ -x "$$python" ] || python=python3; \
 	PYTHONDONTWRITEBYTECODE=1 "$$python" -m unittest discover -v -s deploy/tests
