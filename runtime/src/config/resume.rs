@@ -142,7 +142,7 @@ mod tests {
             ("train.seed", |c| c.train.seed = 9),
             ("train.global_batch", |c| c.train.global_batch = 9),
             ("train.micro_batch", |c| c.train.micro_batch = Some(1)),
-            ("data.paths", |c| c.data.paths = vec!["b.txt".into()]),
+            ("data.tokenizer", |c| c.data.tokenizer = "b.json".into()),
         ];
         for (key, change) in table {
             let mut now = tiny();

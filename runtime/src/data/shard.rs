@@ -222,17 +222,14 @@ impl Shard {
         &self.header
     }
 
-    /// Refuses a shard whose tokens a model with `vocab_size` tokens does not have, or that another tokenizer made.
+    /// Refuses a shard that another tokenizer made, or whose tokens a model with `vocab_size` tokens does not have.
     pub(super) fn check_fits(&self, tokenizer: (&str, [u8; 32]), vocab_size: usize) -> Result<(), DataError> {
-        let path = || self.file.path().to_owned();
-        if self.header.tokens > 0 && self.header.largest >= vocab_size as u64 {
-            self.tokens().check(vocab_size)?;
-        }
+        // First: with the right one, a token beyond the vocabulary has another reason.
         let (name, identity) = tokenizer;
         if self.header.tokenizer != identity {
             let (expected, found) = (hexadecimal(&identity), hexadecimal(&self.header.tokenizer));
             let fault = ShardFault::OtherTokenizer { tokenizer: format!("{name:?}"), expected, found };
-            return Err(DataError::Shard { path: path(), fault });
+            return Err(DataError::Shard { path: self.file.path().to_owned(), fault });
         }
         self.tokens().check(vocab_size)
     }
