@@ -59,31 +59,40 @@ fn steps_done(run_dir: &Path) -> Vec<u64> {
 const SMALL: [&str; 6] =
     ["--set", "train.sequence_length=16", "--set", "train.global_batch=2", "--set", "train.eval_every=0"];
 
+/// A job of two ranks without an end, in the midst of it, which may be started again twice.
+fn run_that_would_restart(dir: &Path) -> Child {
+    let mut args = vec!["run", "-n", "2", "--restarts", "2", "--", "--run-dir", dir.to_str().unwrap()];
+    args.extend(["--steps", "1000000"]);
+    args.extend(SMALL);
+    let mut child = launch(&args).spawn().unwrap();
+    wait_until(&mut child, "three steps", || steps_done(dir).len() > 3);
+    child
+}
+
+/// The last step that was done; it is saved.
+fn assert_ended_in_a_checkpoint(dir: &Path) -> u64 {
+    let last = *steps_done(dir).last().unwrap();
+    assert!(dir.join(format!("checkpoints/step-{last:08}/manifest.json")).exists());
+    last
+}
+
 #[test]
 fn an_interrupt_becomes_a_checkpoint_and_no_restart() {
     let folder = tempfile::tempdir().unwrap();
-    let dir = folder.path().to_str().unwrap();
-    let mut args = vec!["run", "-n", "2", "--restarts", "2", "--", "--run-dir", dir, "--steps", "1000000"];
-    args.extend(SMALL);
-    let mut child = launch(&args).spawn().unwrap();
-    wait_until(&mut child, "three steps", || steps_done(folder.path()).len() > 3);
+    let child = run_that_would_restart(folder.path());
     kill_process(Pid::from_child(&child), Signal::INT).unwrap();
     let output = child.wait_with_output().unwrap();
     let said = text(&output.stderr);
     assert_eq!(output.status.code(), Some(75), "{said}");
     assert!(said.contains("stopping after this step") && !said.contains("starting it again"), "{said}");
-    let last = *steps_done(folder.path()).last().unwrap();
-    assert!(folder.path().join(format!("checkpoints/step-{last:08}/manifest.json")).exists());
+    assert_ended_in_a_checkpoint(folder.path());
 }
 
 #[test]
 fn an_order_to_stop_becomes_a_checkpoint_and_no_restart() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().to_str().unwrap();
-    let mut args = vec!["run", "-n", "2", "--restarts", "2", "--", "--run-dir", dir, "--steps", "1000000"];
-    args.extend(SMALL);
-    let mut child = launch(&args).spawn().unwrap();
-    wait_until(&mut child, "three steps", || steps_done(folder.path()).len() > 3);
+    let child = run_that_would_restart(folder.path());
     let ordered = output(&["stop", "--run-dir", dir]);
     assert!(ordered.status.success(), "{}", text(&ordered.stderr));
     assert!(text(&ordered.stdout).contains("ordered at step"), "{}", text(&ordered.stdout));
@@ -91,8 +100,7 @@ fn an_order_to_stop_becomes_a_checkpoint_and_no_restart() {
     let said = text(&ended.stderr);
     assert_eq!(ended.status.code(), Some(75), "{said}");
     assert!(!said.contains("starting it again") && !said.contains("error:"), "{said}");
-    let last = *steps_done(folder.path()).last().unwrap();
-    assert!(folder.path().join(format!("checkpoints/step-{last:08}/manifest.json")).exists());
+    let last = assert_ended_in_a_checkpoint(folder.path());
 
     // What is left of it is told; there is nothing more to stop.
     let told = format!("the job has ended, after step {last} of 1000000");

@@ -1,3 +1,5 @@
+//! Communicators on a library of fakes: readiness, deadlines, abort and the end.
+
 use super::*;
 use crate::fake::{self, Call};
 

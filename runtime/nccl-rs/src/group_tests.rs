@@ -1,3 +1,5 @@
+//! Groups on a library of fakes: what is issued, in which order, and what an early end does.
+
 use super::*;
 use crate::fake::{self, Call};
 
