@@ -9,7 +9,7 @@ use moe_runtime::checkpoint::convert::{CheckpointModel, Companions, ModelTensors
 use moe_runtime::checkpoint::{Checkpoint, CheckpointError, HfFolder, Store};
 use moe_runtime::collectives::{Context, Groups, HostCommunicator, local};
 use moe_runtime::config::{Config, DataConfig};
-use moe_runtime::data::{ByteTokenizer, CorpusSpec, Tokenizer, tokenizer};
+use moe_runtime::data::{ByteTokenizer, CorpusSpec, FileTokenizer, Tokenizer, tokenizer};
 use moe_runtime::exit::{ExitCode, Failure};
 use moe_runtime::model::{ModelConfig, ModelSetup, Recompute, Transformer};
 use moe_runtime::routing::RouterConfig;
@@ -94,9 +94,9 @@ impl Place {
     }
 
     /// What goes beside its tensors in a Hugging Face folder.
-    pub(crate) fn companions(&self) -> Result<Companions, CheckpointError> {
+    pub(crate) fn companions(&self) -> Result<Companions, Failure> {
         let (run, checkpoint) = match self {
-            Self::Folder(folder) => return Companions::of_folder(folder.dir()),
+            Self::Folder(folder) => return Ok(Companions::of_folder(folder.dir())?),
             Self::Run { run: None, .. } => return Ok(Companions::default()),
             Self::Run { run: Some(run), checkpoint } => (run, checkpoint),
         };
@@ -106,10 +106,11 @@ impl Place {
             return Ok(brought);
         }
         // What it was trained with counts, not what it came with.
-        let name = &config.data.tokenizer;
-        let own = match name.as_str() {
-            ByteTokenizer::NAME => Companions::of_bytes(),
-            path if Path::new(path).is_file() => Companions::of_tokenizer(Path::new(path))?,
+        let own = match tokenizer_of_run(dir, config) {
+            name if name == ByteTokenizer::NAME => Companions::of_bytes(),
+            file if Path::new(&file).exists() => {
+                Companions::of_tokenizer(Path::new(&file), FileTokenizer::open(Path::new(&file))?.end())?
+            }
             _ => Companions::default(),
         };
         Ok(own.or(brought.without_tokenizer()))
@@ -118,7 +119,7 @@ impl Place {
     /// The tokenizer: the one `named`, else that of the run or of the folder.
     pub(crate) fn tokenizer(&self, named: Option<&str>) -> Result<Box<dyn Tokenizer>, Failure> {
         let of_place = match self {
-            Self::Run { run, .. } => run.as_ref().map(|(_, config)| config.data.tokenizer.clone()),
+            Self::Run { run, .. } => run.as_ref().map(|(dir, config)| tokenizer_of_run(dir, config)),
             Self::Folder(folder) => {
                 let path = folder.dir().join("tokenizer.json");
                 path.is_file().then(|| path.to_string_lossy().into_owned())
@@ -191,6 +192,12 @@ impl Place {
         let groups = Groups::of_grid::<Cpu>(world, &grid)?;
         Ok(Loaded { model, groups })
     }
+}
+
+/// The tokenizer that a run was trained with: the copy it keeps, or what its configuration names.
+fn tokenizer_of_run(dir: &Path, config: &Config) -> String {
+    let name = &config.data.tokenizer;
+    RunDir::at(dir).kept_tokenizer(name).map_or_else(|| name.clone(), |copy| copy.display().to_string())
 }
 
 fn run_at(dir: Option<&Path>) -> Result<Option<(PathBuf, Box<Config>)>, Failure> {

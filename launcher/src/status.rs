@@ -88,6 +88,11 @@ impl Ended {
         Ok(Some(Self { phase: "ended", run_dir: dir.to_owned(), step, steps, metrics }))
     }
 
+    /// Whether nothing is left to do.
+    fn is_done(&self) -> bool {
+        self.step.is_some() && self.step == self.steps
+    }
+
     fn told(&self) -> String {
         let dir = self.run_dir.display();
         let Some(step) = self.step else {
@@ -118,7 +123,7 @@ impl Classified for StatusError {
         match self {
             Self::Coordination(error) => error.exit_code(),
             Self::NoJob => ExitCode::Usage,
-            // As where nobody answers: probes ask until a job runs, perhaps for the next one in the same directory.
+            // As where nobody answers: probes ask until a job runs, and this one can be started again.
             Self::Ended(_) => ExitCode::Temporary,
             Self::Metrics(error) => error.exit_code(),
             Self::Output(_) => ExitCode::Io,
@@ -151,8 +156,16 @@ impl JobArgs {
 /// Asks the coordinator and writes its answer to `out`.
 pub(crate) fn run(args: &StatusArgs, out: &mut impl Write) -> Result<(), StatusError> {
     let operator = args.job.operator();
-    if let (Err(StatusError::Ended(ended)), true) = (&operator, args.json) {
-        write_json(ended, out)?;
+    if let Err(StatusError::Ended(ended)) = &operator {
+        if args.json {
+            write_json(ended, out)?;
+        }
+        if ended.is_done() {
+            if !args.json {
+                writeln!(out, "{ended}")?;
+            }
+            return Ok(out.flush()?);
+        }
     }
     let status = operator?.status()?;
     if args.json {

@@ -21,9 +21,13 @@ fn launch(place: &Place, args: &[&str]) -> Ended {
 
 /// moe-worker on `run` with `data` in place of its text.
 fn worker(place: &Place, run: &Run, data: &str, more: &[&str]) -> Ended {
+    worker_to(place, run, data, 3, more)
+}
+
+fn worker_to(place: &Place, run: &Run, data: &str, steps: u64, more: &[&str]) -> Ended {
     let worker = Path::new(LAUNCH).with_file_name("moe-worker");
     assert!(worker.exists(), "{} is missing: `cargo test --workspace` builds it", worker.display());
-    let mut args = run.args(3);
+    let mut args = run.args(steps);
     let text = args.iter().position(|arg| arg == "--data").unwrap() + 1;
     args[text] = data.into();
     let mut command = Command::new(worker);
@@ -52,6 +56,33 @@ fn a_trained_tokenizer_prepares_shards_that_train_like_their_text() {
     let config = fs::read_to_string(from_text.dir.join("config.toml")).unwrap();
     assert!(config.contains("vocab_size = 300"), "the vocabulary follows from the tokenizer\n{config}");
     launch(&place, &["generate", "--checkpoint", "from-text", "--prompt", "record", "--tokens", "4"]).says("record");
+}
+
+#[test]
+fn a_run_keeps_the_tokenizer_it_was_trained_with() {
+    let place = Place::new();
+    launch(&place, &["tokenizer", "train", "--data", "text.txt", "--vocab-size", "270", "--out", "own.json"]);
+    let (run, undisturbed) = (place.run("run"), place.run("undisturbed"));
+    let settings = ["--set", "data.tokenizer=own.json"];
+    worker(&place, &run, "text.txt", &settings);
+    worker_to(&place, &undisturbed, "text.txt", 5, &settings);
+    // Its file goes, and the run moves.
+    let file = fs::read(place.path().join("own.json")).unwrap();
+    fs::remove_file(place.path().join("own.json")).unwrap();
+    fs::rename(&run.dir, place.path().join("moved")).unwrap();
+    let moved = place.run("moved");
+    worker_to(&place, &moved, "text.txt", 5, &[]).says("resuming       after step 3");
+    assert_eq!(moved.losses(), undisturbed.losses());
+    launch(&place, &["status", "--run-dir", "moved"]).says("the job has ended, after step 5 of 5");
+    launch(&place, &["generate", "--checkpoint", "moved", "--prompt", "the", "--tokens", "4"]).says("the");
+
+    launch(&place, &["checkpoint", "export", "moved", "--to", "folder"]);
+    let exported = |name: &str| fs::read(place.path().join("folder").join(name)).unwrap();
+    let json = |name: &str| serde_json::from_slice::<serde_json::Value>(&exported(name)).unwrap();
+    assert_eq!(exported("tokenizer.json"), file);
+    assert_eq!(json("tokenizer_config.json")["tokenizer_class"], "PreTrainedTokenizerFast");
+    assert_eq!(json("tokenizer_config.json")["eos_token"], "<|endoftext|>");
+    assert_eq!(json("config.json")["eos_token_id"], 0);
 }
 
 #[test]

@@ -214,6 +214,22 @@ fn wrong_use_ends_before_any_rank_is_started() {
 }
 
 #[test]
+fn a_machine_that_nobody_knows_is_named_and_not_tried_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("run");
+    let output = output(
+        &[
+            &["run", "-n", "2", "--hosts", "no-such-host.invalid:2", "--restarts", "3"][..],
+            &["--", "--run-dir", dir.to_str().unwrap(), "--steps", "2"],
+        ]
+        .concat(),
+    );
+    let said = text(&output.stderr);
+    assert!(said.contains("error: --hosts no-such-host.invalid: mpirun ended with"), "{said}");
+    assert!(output.status.code() == Some(64) && !said.contains("starting it again"), "{said}");
+}
+
+#[test]
 fn the_doctor_lets_two_ranks_meet() {
     let output = output(&["doctor", "--json"]);
     let findings: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap();

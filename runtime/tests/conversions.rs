@@ -235,7 +235,11 @@ fn what_cannot_be_upcycled_is_refused_by_name() {
     let (_, model, router) = families().swap_remove(0);
     trained_folder(&config(&model, &router), &dir.path().join("moe"));
     let moe = HfFolder::open(&dir.path().join("moe")).unwrap();
-    assert!(Upcycled::new(&mut &moe, COPIES).is_err());
+    let error = Upcycled::new(&mut &moe, COPIES).err().unwrap().to_string();
+    assert_eq!(
+        error,
+        format!("is a {:?} with {} experts a layer; upcycling takes a dense Llama", model.family, model.experts)
+    );
 }
 
 /// Two models of one architecture that differ, as folders.
@@ -285,7 +289,8 @@ fn models_of_two_architectures_and_weights_that_are_none_are_not_merged() {
         let (mut a, mut b) = (&first, b);
         Merged::new(vec![&mut a, &mut b], weights).err().unwrap().to_string()
     };
-    assert!(refused(&other, &[1.0, 1.0]).contains("model.heads: 4 in the first, 2 in this one"));
+    let message = "is of another architecture than the first: model.heads: 4 in the first, 2 in this one";
+    assert_eq!(refused(&other, &[1.0, 1.0]), message);
     for weights in [&[1.0][..], &[0.0, 0.0], &[1.0, -1.0], &[f64::NAN, 1.0]] {
         assert!(refused(&second, weights).starts_with("weights = "), "{weights:?}");
     }

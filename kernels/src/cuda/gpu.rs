@@ -157,27 +157,35 @@ unsafe impl Send for Kernel {}
 // SAFETY: as above.
 unsafe impl Sync for Kernel {}
 
+/// GPUs that this process may see, at least one. Opens none.
+///
+/// # Errors
+/// No driver, one that is too old or fails, no GPU.
+pub fn gpu_count() -> Result<usize, OpenError> {
+    // SAFETY: it only looks for the library.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(OpenError::NoDriver);
+    }
+    match result::init() {
+        Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => return Err(OpenError::NoDevice),
+        other => other.map_err(OpenError::Driver)?,
+    }
+    let mut found = 0;
+    // SAFETY: the driver writes one number.
+    unsafe { sys::cuDriverGetVersion(&mut found) }.result().map_err(OpenError::Driver)?;
+    if found < DRIVER_NEEDED {
+        return Err(OpenError::DriverTooOld { found });
+    }
+    match CudaContext::device_count().map_err(OpenError::Driver)? {
+        0 => Err(OpenError::NoDevice),
+        count => Ok(count as usize),
+    }
+}
+
 impl Gpu {
     pub(super) fn open(ordinal: usize) -> Result<Self, OpenError> {
-        // SAFETY: it only looks for the library.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(OpenError::NoDriver);
-        }
-        match result::init() {
-            Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => return Err(OpenError::NoDevice),
-            other => other.map_err(OpenError::Driver)?,
-        }
-        let mut found = 0;
-        // SAFETY: the driver writes one number.
-        unsafe { sys::cuDriverGetVersion(&mut found) }.result().map_err(OpenError::Driver)?;
-        if found < DRIVER_NEEDED {
-            return Err(OpenError::DriverTooOld { found });
-        }
-        let count = CudaContext::device_count().map_err(OpenError::Driver)?;
-        if count == 0 {
-            return Err(OpenError::NoDevice);
-        }
-        if ordinal >= count as usize {
+        let count = gpu_count()?;
+        if ordinal >= count {
             return Err(OpenError::NoSuchDevice { ordinal, count });
         }
         Self::with_context(ordinal, CudaContext::new(ordinal).map_err(OpenError::Driver)?)

@@ -30,7 +30,7 @@ use std::time::Duration;
 use cudarc::driver::{CudaEvent, CudaStream, result, sys};
 use half::bf16;
 
-pub use gpu::{Facts, OpenError};
+pub use gpu::{Facts, OpenError, gpu_count};
 pub use memory::CudaBuffer;
 pub use transport::{Fold, Staging, address, address_mut};
 

@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use moe_runtime::checkpoint::convert::{Merged, ModelTensors, weights_from_losses};
+use moe_runtime::checkpoint::convert::{MergeError, Merged, ModelTensors, weights_from_losses};
 use moe_runtime::exit::{ExitCode, Failure};
 use serde_json::Value;
 
@@ -78,8 +78,14 @@ pub(super) fn run(args: &MergeArgs) -> Result<(), Failure> {
     let mut tensors = places.iter().map(Place::tensors).collect::<Result<Vec<_>, _>>()?;
     let models: Vec<&mut dyn ModelTensors> =
         tensors.iter_mut().map(|model| &mut **model as &mut dyn ModelTensors).collect();
-    let mut merged =
-        Merged::new(models, &weights).map_err(|error| Failure::new(ExitCode::Usage, format!("merge: {error}")))?;
+    let refused = |error: MergeError| {
+        let what = match &error {
+            MergeError::Differs { index, .. } => format!("{}: ", args.models[*index].display()),
+            MergeError::Weights(_) => "--".to_owned(),
+        };
+        Failure::new(ExitCode::Usage, format!("{what}{error}"))
+    };
+    let mut merged = Merged::new(models, &weights).map_err(refused)?;
     let moved = args.output.write("merging", &mut merged, None, places[0].companions()?)?;
     args.output.report(&moved, &notes)
 }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use moe_runtime::checkpoint::convert::{ExpertsFrom, ModelTensors, Slices, UpcycleOptions, Upcycled};
+use moe_runtime::checkpoint::convert::{ExpertsFrom, ModelTensors, Slices, UpcycleError, UpcycleOptions, Upcycled};
 use moe_runtime::exit::{ExitCode, Failure};
 use moe_runtime::model::layout::parameter_counts;
 use serde_json::Value;
@@ -64,7 +64,13 @@ pub(super) fn run(args: &UpcycleArgs) -> Result<(), Failure> {
     let &UpcycleArgs { experts, top_k, router_std, seed, .. } = args;
     let place = Place::find(&args.from)?;
     let mut dense = place.tensors()?;
-    let refused = |error| Failure::new(ExitCode::Usage, format!("{}: {error}", args.from.display()));
+    let refused = |error: UpcycleError| {
+        let what = match &error {
+            UpcycleError::NotDense { .. } => format!("{}: ", args.from.display()),
+            UpcycleError::Option(_) => "--".to_owned(),
+        };
+        Failure::new(ExitCode::Usage, format!("{what}{error}"))
+    };
     let mut model =
         Upcycled::new(dense.as_mut(), UpcycleOptions { experts, top_k, from, router_std, seed }).map_err(refused)?;
     let (before, _) = parameter_counts(place.configs().0, place.configs().1);

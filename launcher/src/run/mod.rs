@@ -106,6 +106,9 @@ impl Job<'_> {
             let left = u64::from(self.args.restarts) + 1 - epoch;
             let asked = ordered || stop.is_asked();
             let code = number_of(status, asked);
+            if !asked && !is_workers_own(status) {
+                self.explain(status)?;
+            }
             if left == 0 || asked || code != Code::Temporary.number() {
                 return Ok(code.into());
             }
@@ -135,6 +138,17 @@ impl Job<'_> {
         stop.unwatch();
         let failed = |error| Failure::new(Code::Io, format!("cannot wait for {}: {error}", self.starter.program()));
         Ok((status.map_err(failed)?, host.is_some_and(|(handle, _)| handle.is_asked_to_stop())))
+    }
+
+    /// A start that the same command line will not bring about either, in one line; what mpirun says of it is long.
+    fn explain(&self, status: ExitStatus) -> Result<(), Failure> {
+        let (Starter::Mpirun, Some((name, error))) = (self.starter, self.places.unknown_host()) else { return Ok(()) };
+        let message = format!(
+            "--hosts {name}: mpirun ended with {}, and this machine does not know that name ({error}); \
+             give names that `ssh NAME` reaches without a password, or addresses",
+            told(status)
+        );
+        Err(Failure::new(Code::Usage, message))
     }
 
     /// The coordinator of one attempt, and how ranks reach it.
@@ -168,11 +182,16 @@ fn signal_of(status: ExitStatus) -> Option<i32> {
     status.signal().or_else(|| status.code().filter(|code| (129..=192).contains(code)).map(|code| code - 128))
 }
 
+/// Whether the exit code is one that ranks leave with, and neither the starter's nor a signal.
+fn is_workers_own(status: ExitStatus) -> bool {
+    signal_of(status).is_none() && matches!(status.code(), Some(0 | 64..=78))
+}
+
 /// The exit code of a job: its workers' own. A rank that was killed is lost to its peers, which is temporary, unless it fell by a
 /// fault of the program; so are a machine that mpirun cannot reach (205, 255) and whatever becomes of ranks that were `asked` to stop.
 fn number_of(status: ExitStatus, asked: bool) -> u8 {
     match (signal_of(status), status.code()) {
-        (None, Some(code @ (0 | 64..=78))) => code as u8,
+        (None, Some(code)) if is_workers_own(status) => code as u8,
         _ if asked => Code::Temporary.number(),
         (Some(signal), _) if FAULTS.contains(&signal) => Code::Internal.number(),
         (None, Some(code @ 1..=128)) => code as u8,

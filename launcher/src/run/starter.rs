@@ -3,6 +3,7 @@
 //! Owns the command lines and the places ranks go to. It starts nothing itself.
 
 use std::ffi::OsString;
+use std::net::ToSocketAddrs;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -40,6 +41,14 @@ impl Places {
             return usage(format!("--hosts {}: has room for {room} ranks of -n {ranks}", hosts.join(",")));
         }
         Ok(Self { ranks, hosts: places })
+    }
+
+    /// The first machine whose name this one cannot resolve, with the system's reason. What only ssh knows by that name is one too, so
+    /// that this explains a failure and is none by itself.
+    pub(super) fn unknown_host(&self) -> Option<(&str, std::io::Error)> {
+        self.hosts
+            .iter()
+            .find_map(|(name, _)| (name.as_str(), 0).to_socket_addrs().err().map(|error| (name.as_str(), error)))
     }
 
     /// Whether no other machine is named.

@@ -56,7 +56,15 @@ fn settings_that_cannot_be_are_refused_with_key_value_and_mend() {
     in_one_line(
         wait(worker_with(&run, "--steps", "0")).expect(USAGE).says("--steps: train.steps = 0: must be at least 1"),
     );
+    // A device that is not there, and numbers that it has not.
+    wait(worker(&run, 2, &["--set", "train.precision=bf16"])).expect(USAGE).says("accepted: auto, f32");
+    if !cfg!(feature = "cuda") {
+        in_one_line(wait(worker(&run, 2, &["--device", "cuda"])).expect(USAGE).says("build with `make cuda`"));
+    }
     assert!(!run.dir.exists(), "nothing was begun");
+    let file = place.path().join("text.txt");
+    let message = "text.txt: is a file; a run needs a directory";
+    in_one_line(wait(worker_with(&run, "--run-dir", file.to_str().unwrap())).expect(IO).says(message));
 }
 
 #[test]

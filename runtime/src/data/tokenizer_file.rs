@@ -24,7 +24,7 @@ pub struct FileTokenizer {
     inner: Inner,
     vocab_size: usize,
     identity: [u8; 32],
-    end_of_document: Option<u32>,
+    end: Option<(String, u32)>,
 }
 
 impl FileTokenizer {
@@ -44,30 +44,36 @@ impl FileTokenizer {
         let inner = Inner::from_bytes(&bytes).map_err(|error| wrong(error.to_string()))?;
         // Ids may have gaps: what counts for a model is the largest.
         let largest = inner.get_vocab(true).into_values().max().ok_or_else(|| wrong("it has no tokens".into()))?;
-        let end_of_document = end_token(&file, &inner)?;
+        let end = end_token(&file, &inner)?;
         Ok(Self {
             name: path.display().to_string(),
             inner,
             vocab_size: largest as usize + 1,
             identity: Sha256::digest(&bytes).into(),
-            end_of_document,
+            end,
         })
+    }
+
+    /// The token after a document, and its id.
+    pub fn end(&self) -> Option<(&str, u32)> {
+        self.end.as_ref().map(|(token, id)| (token.as_str(), *id))
     }
 }
 
 /// The token after a document: what `tokenizer_config.json` beside `file` calls `eos_token`, else a well-known name.
-fn end_token(file: &Path, inner: &Inner) -> Result<Option<u32>, DataError> {
+fn end_token(file: &Path, inner: &Inner) -> Result<Option<(String, u32)>, DataError> {
+    let with_id = |token: &str| inner.token_to_id(token).map(|id| (token.to_owned(), id));
     let config = file.with_file_name(CONFIG);
     if config.exists() {
         let bytes = std::fs::read(&config).map_err(DataError::unreadable(&config))?;
         let value: Value = serde_json::from_slice(&bytes)
             .map_err(|error| DataError::NotATokenizer { path: config, reason: error.to_string() })?;
         let token = &value["eos_token"];
-        if let Some(id) = token.as_str().or(token["content"].as_str()).and_then(|token| inner.token_to_id(token)) {
-            return Ok(Some(id));
+        if let Some(end) = token.as_str().or(token["content"].as_str()).and_then(with_id) {
+            return Ok(Some(end));
         }
     }
-    Ok(END_TOKENS.iter().find_map(|token| inner.token_to_id(token)))
+    Ok(END_TOKENS.iter().find_map(|token| with_id(token)))
 }
 
 impl Tokenizer for FileTokenizer {
@@ -107,7 +113,7 @@ impl Tokenizer for FileTokenizer {
     }
 
     fn end_of_document(&self) -> Option<u32> {
-        self.end_of_document
+        self.end().map(|(_, id)| id)
     }
 
     fn ends_files(&self) -> bool {

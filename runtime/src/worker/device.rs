@@ -163,6 +163,17 @@ impl Device {
     }
 }
 
+/// Refuses what [`Device::choose`] would on every rank, before anything is made: numbers that the CPU does not compute in, no GPU at all.
+pub(super) fn check_device(choice: DeviceChoice, precision: Precision) -> Result<(), Failure> {
+    match choice {
+        DeviceChoice::Cpu => Device::on_cpu(precision, None).map(drop),
+        DeviceChoice::Cuda => any_gpu().map_err(Refusal::into_failure),
+        DeviceChoice::Auto => {
+            any_gpu().or_else(|refusal| Device::on_cpu(precision, Some(refusal.to_string())).map(drop))
+        }
+    }
+}
+
 /// Dense bf16 with f32 sums, without sparsity: NVIDIA's data sheets of H100 SXM, H200, H100 NVL and H100 PCIe, A100.
 #[cfg_attr(not(any(feature = "cuda", test)), allow(dead_code))]
 fn peak_bf16(name: &str) -> Option<f64> {
@@ -227,6 +238,17 @@ impl Refusal {
             }
         }
     }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn any_gpu() -> Result<(), Refusal> {
+    Err(Refusal::Build)
+}
+
+/// Whether this process sees a GPU at all.
+#[cfg(feature = "cuda")]
+fn any_gpu() -> Result<(), Refusal> {
+    moe_kernels::cuda::gpu_count().map(drop).map_err(Refusal::Open)
 }
 
 #[cfg(not(feature = "cuda"))]

@@ -1,13 +1,14 @@
 //! The run directory: where it is, whose it is, what is in it.
 //!
-//! Owns its layout and its lock: `config.toml` as resolved, `metrics.jsonl`, `checkpoints/`, `logs/`, `coordinator.json`. Rank 0
-//! makes it; the others are told its path.
+//! Owns its layout and its lock: `config.toml` as resolved, `metrics.jsonl`, `checkpoints/`, `logs/`, `tokenizer/`, `coordinator.json`.
+//! Rank 0 makes it; the others are told its path.
 
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::config::{Config, ConfigBuilder, ConfigError};
+use crate::data::{FileTokenizer, is_path};
 use crate::exit::{Classified, ExitCode};
 
 /// A run directory that cannot be used.
@@ -23,6 +24,12 @@ pub enum RunDirError {
         /// The system's reason.
         #[source]
         reason: io::Error,
+    },
+    /// There is something else by that name.
+    #[error("{}: is a file; a run needs a directory, which may not exist yet", path.display())]
+    NotADirectory {
+        /// What was named.
+        path: PathBuf,
     },
     /// Another job holds the lock.
     #[error("{}: in use by another job; wait for it, stop it, or give another --run-dir", path.display())]
@@ -41,7 +48,7 @@ pub enum RunDirError {
 impl Classified for RunDirError {
     fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Io { .. } => ExitCode::Io,
+            Self::Io { .. } | Self::NotADirectory { .. } => ExitCode::Io,
             Self::InUse { .. } => ExitCode::Temporary,
             Self::Occupied { .. } => ExitCode::Usage,
         }
@@ -117,6 +124,17 @@ impl RunDir {
         self.path.join("checkpoints")
     }
 
+    /// A copy of the tokenizer's files, where the run was not trained on bytes.
+    pub fn tokenizer(&self) -> PathBuf {
+        self.path.join("tokenizer")
+    }
+
+    /// Where the tokenizer called `name` is kept, which the run was configured with: None where there is no copy.
+    pub fn kept_tokenizer(&self, name: &str) -> Option<PathBuf> {
+        let copy = self.tokenizer().join(FileTokenizer::FILE);
+        (is_path(name) && copy.is_file()).then_some(copy)
+    }
+
     /// Event files, where `run.tensorboard` asks for them.
     pub fn tensorboard(&self) -> PathBuf {
         self.path.join("tensorboard")
@@ -171,5 +189,8 @@ impl Classified for SaveError {
 }
 
 fn make(path: &Path) -> Result<(), RunDirError> {
+    if path.is_file() {
+        return Err(RunDirError::NotADirectory { path: path.into() });
+    }
     fs::create_dir_all(path).map_err(|reason| RunDirError::Io { path: path.into(), action: "made", reason })
 }

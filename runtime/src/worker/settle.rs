@@ -10,7 +10,9 @@ use moe_kernels::Cpu;
 use serde::{Deserialize, Serialize};
 
 use super::args::{Resume, WorkerArgs};
+use super::device::check_device;
 use super::run_dir::{RunDir, RunDirError};
+use crate::checkpoint::convert::Companions;
 use crate::checkpoint::{HfFolder, LastGood, Store};
 use crate::collectives::{Communicator, HostCommunicator};
 use crate::config::{Config, ConfigBuilder};
@@ -87,6 +89,8 @@ struct Resolution {
     damaged: Vec<PathBuf>,
     /// See [`Plan::again`].
     again: bool,
+    /// Whether no step of it is saved.
+    untrained: bool,
 }
 
 /// Resolves and checks the configuration of `args` for `world` ranks, and finds what would be resumed. Reads only.
@@ -94,6 +98,9 @@ fn resolve(args: &WorkerArgs, world: usize) -> Result<Resolution, Failure> {
     // Only checked here: rank 0 alone speaks, and nothing is made yet.
     args.seat()?;
     let given = args.run_dir.as_ref().map(RunDir::at);
+    if let Some(path) = args.run_dir.as_ref().filter(|path| path.is_file()) {
+        return Err(RunDirError::NotADirectory { path: path.clone() }.into());
+    }
     let saved = given.as_ref().map(RunDir::saved_config).transpose()?.flatten();
     let LastGood { checkpoint: newest, damaged } = match given.as_ref().map(checkpoints) {
         Some(store) if args.resume == Resume::LastGood => store.last_good()?,
@@ -108,6 +115,9 @@ fn resolve(args: &WorkerArgs, world: usize) -> Result<Resolution, Failure> {
         return Err(RunDirError::Occupied { path: dir.path().into() }.into());
     }
     let mut base = saved;
+    if let (Some(base), Some(dir)) = (&mut base, &given) {
+        use_kept_tokenizer(base, dir);
+    }
     if let Some(base) = base.as_mut().filter(|base| untrained && base.schedule.steps == Some(base.train.steps)) {
         base.schedule.steps = None;
     }
@@ -132,7 +142,25 @@ fn resolve(args: &WorkerArgs, world: usize) -> Result<Resolution, Failure> {
     let tokenizer = from_file.map_or_else(|| tokenizer(name), Ok)?;
     check_vocabulary(tokenizer.as_ref(), resolved.config.model.vocab_size)?;
     let again = base.is_some() && newest.is_none();
-    Ok(Resolution { config: resolved.config, tokenizer, given, newest, damaged, again })
+    Ok(Resolution { config: resolved.config, tokenizer, given, newest, damaged, again, untrained })
+}
+
+/// Where the tokenizer's file is no more where it was, the copy in the run directory takes its place.
+fn use_kept_tokenizer(base: &mut Config, dir: &RunDir) {
+    let name = &mut base.data.tokenizer;
+    if let Some(copy) = dir.kept_tokenizer(name).filter(|_| !Path::new(&*name).exists()) {
+        *name = copy.display().to_string();
+    }
+}
+
+/// Copies the tokenizer's files into the run directory, which is then whole by itself: other commands and later starts need them.
+fn keep_tokenizer(config: &Config, dir: &RunDir) -> Result<(), Failure> {
+    let name = &config.data.tokenizer;
+    if is_path(name) {
+        let path = Path::new(name);
+        Companions::of_tokenizer(path, FileTokenizer::open(path)?.end())?.keep(&dir.tokenizer())?;
+    }
+    Ok(())
 }
 
 /// The checkpoints of a run, all of which stay.
@@ -148,7 +176,7 @@ pub fn resolved_config(args: &WorkerArgs, world: usize) -> Result<Config, Failur
 /// Decides on rank 0: resolves and checks the configuration, reads the text, finds what to resume and, once nothing is left to
 /// refuse, claims the run directory.
 pub(super) fn decide(args: &WorkerArgs, world: usize, kept: &mut Kept) -> Result<Plan, Failure> {
-    let Resolution { config, tokenizer, given, newest, damaged, again } = resolve(args, world)?;
+    let Resolution { config, tokenizer, given, newest, damaged, again, untrained } = resolve(args, world)?;
     if let Some(folder) = args.model.as_ref().filter(|_| newest.is_none() && !is_path(&config.data.tokenizer)) {
         let (folder, name) = (folder.display(), &config.data.tokenizer);
         tracing::warn!("{folder} has no {}: the text is cut by data.tokenizer = {name}", FileTokenizer::FILE);
@@ -156,9 +184,14 @@ pub(super) fn decide(args: &WorkerArgs, world: usize, kept: &mut Kept) -> Result
     let corpus = configured_corpus(&config, tokenizer.as_ref())?;
     Loader::new(&corpus, config.loader_spec(0, world))?;
     kept.corpus = Some(corpus);
+    check_device(args.device, config.train.precision)?;
     let run_dir = given.map_or_else(RunDir::fresh, Ok)?;
     kept.lock = Some(run_dir.claim()?);
     checkpoints(&run_dir).set_aside(&damaged)?;
+    // A later start with another text, which is refused when it resumes, must not have replaced it.
+    if untrained || run_dir.kept_tokenizer(&config.data.tokenizer).is_none() {
+        keep_tokenizer(&config, &run_dir)?;
+    }
     run_dir.save_config(&config)?;
     Ok(Plan {
         config,

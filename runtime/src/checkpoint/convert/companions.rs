@@ -9,16 +9,19 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::CheckpointError;
+use crate::data::FileTokenizer;
 
 /// The tokenizer as the `tokenizers` library has it.
-const TOKENIZER: &str = "tokenizer.json";
+const TOKENIZER: &str = FileTokenizer::FILE;
+/// What transformers wants to know of it beside.
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 const GENERATION: &str = "generation_config.json";
 const CONFIG: &str = "config.json";
 
 /// Files that are carried as they are.
 const FILES: [&str; 10] = [
     TOKENIZER,
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -78,23 +81,30 @@ impl Companions {
             "decoder": byte_level,
             "model": {"type": "BPE", "vocab": vocab, "merges": []},
         });
-        let config = json!({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": false});
-        let files = [(TOKENIZER, tokenizer), ("tokenizer_config.json", config)];
-        let files = files.map(|(name, value)| (name.to_owned(), format!("{value:#}\n").into_bytes()));
+        let files = [(TOKENIZER, tokenizer), (TOKENIZER_CONFIG, tokenizer_config(None))].map(as_file);
         Self { files: files.into(), special: Map::new() }
     }
 
-    /// A tokenizer file, with its settings where they lie beside it.
+    /// A tokenizer file, or the one in a folder, with its settings where they lie beside it; else with those that follow from the token
+    /// after documents, `end`.
     ///
     /// # Errors
     /// It cannot be read.
-    pub fn of_tokenizer(path: &Path) -> Result<Self, CheckpointError> {
-        let bytes = fs::read(path).map_err(CheckpointError::io("read", path))?;
-        let mut companions = match path.parent() {
-            Some(dir) if path.file_name().is_some_and(|name| name == TOKENIZER) => Self::of_folder(dir)?,
+    pub fn of_tokenizer(path: &Path, end: Option<(&str, u32)>) -> Result<Self, CheckpointError> {
+        let file = if path.is_dir() { path.join(TOKENIZER) } else { path.to_owned() };
+        let bytes = fs::read(&file).map_err(CheckpointError::io("read", &file))?;
+        let mut companions = match file.parent() {
+            Some(dir) if file.file_name().is_some_and(|name| name == TOKENIZER) => Self::of_folder(dir)?,
             _ => Self::default(),
         };
         companions.files.insert(TOKENIZER.to_owned(), bytes);
+        if !companions.files.contains_key(TOKENIZER_CONFIG) {
+            let (name, config) = as_file((TOKENIZER_CONFIG, tokenizer_config(end.map(|(token, _)| token))));
+            companions.files.insert(name, config);
+        }
+        if let Some((_, id)) = end {
+            companions.special.entry("eos_token_id").or_insert(json!(id));
+        }
         Ok(companions)
     }
 
@@ -157,6 +167,19 @@ impl Companions {
     pub(super) fn special_token(&self, key: &str) -> Value {
         self.special.get(key).cloned().unwrap_or(Value::Null)
     }
+}
+
+/// What transformers needs to open a tokenizer.json by itself.
+fn tokenizer_config(end: Option<&str>) -> Value {
+    let mut config = json!({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": false});
+    if let Some(token) = end {
+        config["eos_token"] = json!(token);
+    }
+    config
+}
+
+fn as_file((name, value): (&str, Value)) -> (String, Vec<u8>) {
+    (name.to_owned(), format!("{value:#}\n").into_bytes())
 }
 
 /// The character that stands for a byte in the vocabulary of a byte-level BPE: itself where it is printable Latin-1, else one of

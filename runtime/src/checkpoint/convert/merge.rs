@@ -10,6 +10,22 @@ use crate::model::ModelConfig;
 use crate::model::layout::Part;
 use crate::routing::RouterConfig;
 
+/// Why models are not merged.
+#[derive(Debug, thiserror::Error)]
+pub enum MergeError {
+    /// One computes something else than the first.
+    #[error("is of another architecture than the first: {}", differences.join("; "))]
+    Differs {
+        /// Which one, from 0.
+        index: usize,
+        /// Keys, and both values of each.
+        differences: Vec<String>,
+    },
+    /// The weights are none for these models.
+    #[error(transparent)]
+    Weights(#[from] InvalidValue),
+}
+
 /// Models seen as their average.
 pub struct Merged<'a> {
     models: Vec<&'a mut dyn ModelTensors>,
@@ -22,22 +38,21 @@ impl<'a> Merged<'a> {
     /// # Errors
     /// There are none, a model differs from the first in what it computes, or the weights are not one a model or not numbers
     /// of at least 0 with a sum above.
-    pub fn new(models: Vec<&'a mut dyn ModelTensors>, weights: &[f64]) -> Result<Self, InvalidValue> {
+    pub fn new(models: Vec<&'a mut dyn ModelTensors>, weights: &[f64]) -> Result<Self, MergeError> {
         let shown = format!("{weights:?}");
         if models.is_empty() || models.len() != weights.len() {
             let reason = format!("must be one for each of the {} models, of which there is at least one", models.len());
-            return Err(InvalidValue::new("weights", shown, reason));
+            return Err(InvalidValue::new("weights", shown, reason).into());
         }
         let sum: f64 = weights.iter().sum();
         if !(weights.iter().all(|weight| weight.is_finite() && *weight >= 0.0) && sum > 0.0 && sum.is_finite()) {
-            return Err(InvalidValue::new("weights", shown, "must be numbers of at least 0 that are not all 0"));
+            return Err(InvalidValue::new("weights", shown, "must be numbers of at least 0 that are not all 0").into());
         }
-        for (number, other) in models.iter().enumerate().skip(1) {
+        for (index, other) in models.iter().enumerate().skip(1) {
             let first = (models[0].model(), models[0].router());
             let differences = model_differences(first, (other.model(), other.router()), ("the first", "this one"));
             if !differences.is_empty() {
-                let reason = format!("is of another architecture than the first: {}", differences.join("; "));
-                return Err(InvalidValue::new("model", number + 1, reason));
+                return Err(MergeError::Differs { index, differences });
             }
         }
         Ok(Self { models, weights: weights.iter().map(|weight| weight / sum).collect() })

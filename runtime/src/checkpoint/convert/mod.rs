@@ -16,9 +16,9 @@ pub use account::Transfer;
 pub use companions::Companions;
 pub use export::{ExportOptions, Precision, export};
 pub use hf_form::{families_for, reasons_against};
-pub use merge::{Merged, weights_from_losses};
+pub use merge::{MergeError, Merged, weights_from_losses};
 pub use native::write_checkpoint;
-pub use upcycle::{ExpertsFrom, Slices, UpcycleOptions, Upcycled};
+pub use upcycle::{ExpertsFrom, Slices, UpcycleError, UpcycleOptions, Upcycled};
 
 use super::{Checkpoint, CheckpointError, HfFolder};
 use crate::checkpoint::load::Reader;

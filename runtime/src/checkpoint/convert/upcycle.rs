@@ -52,6 +52,22 @@ pub struct UpcycleOptions {
     pub seed: u64,
 }
 
+/// Why a model is not upcycled.
+#[derive(Debug, thiserror::Error)]
+pub enum UpcycleError {
+    /// It is not a dense Llama.
+    #[error("is a {family:?} with {experts} experts a layer; upcycling takes a dense Llama")]
+    NotDense {
+        /// What it is.
+        family: Family,
+        /// What it has already.
+        experts: usize,
+    },
+    /// An option cannot be, with this model.
+    #[error(transparent)]
+    Option(#[from] InvalidValue),
+}
+
 /// A dense model seen as a Mixture-of-Experts model.
 pub struct Upcycled<'a> {
     dense: &'a mut dyn ModelTensors,
@@ -65,21 +81,20 @@ impl<'a> Upcycled<'a> {
     ///
     /// # Errors
     /// The model has experts already, is not a Llama, or its feed-forward cannot be cut so.
-    pub fn new(dense: &'a mut dyn ModelTensors, options: UpcycleOptions) -> Result<Self, InvalidValue> {
+    pub fn new(dense: &'a mut dyn ModelTensors, options: UpcycleOptions) -> Result<Self, UpcycleError> {
         let from = dense.model();
         if from.family != Family::Llama || from.moe_layers().next().is_some() {
-            let found = format!("{:?} with {} experts", from.family, from.experts);
-            return Err(InvalidValue::new("the dense model", found, "must be a dense Llama"));
+            return Err(UpcycleError::NotDense { family: from.family, experts: from.experts });
         }
         let UpcycleOptions { experts, top_k, from: made_from, router_std, .. } = options;
         if experts == 0 {
-            return Err(InvalidValue::new("experts", experts, "must be at least 1"));
+            return Err(InvalidValue::new("experts", experts, "must be at least 1").into());
         }
         if top_k == 0 || top_k > experts {
-            return Err(InvalidValue::new("top-k", top_k, format!("a token can choose 1 to {experts} experts")));
+            return Err(InvalidValue::new("top-k", top_k, format!("a token can choose 1 to {experts} experts")).into());
         }
         if !(router_std.is_finite() && router_std >= 0.0) {
-            return Err(InvalidValue::new("router-std", router_std, "must be a number of at least 0"));
+            return Err(InvalidValue::new("router-std", router_std, "must be a number of at least 0").into());
         }
         let expert_ffn_size = match made_from {
             ExpertsFrom::Copies => from.ffn_size,
@@ -92,7 +107,7 @@ impl<'a> Upcycled<'a> {
                     "a feed-forward of {} neurons cannot be cut into so many; nearest that work: {nearest:?}",
                     from.ffn_size
                 );
-                return Err(InvalidValue::new("experts", experts, reason));
+                return Err(InvalidValue::new("experts", experts, reason).into());
             }
         };
         let model = ModelConfig {
