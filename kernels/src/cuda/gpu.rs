@@ -55,7 +55,7 @@ pub enum OpenError {
         /// Asked for.
         ordinal: usize,
         /// Seen.
-        count: i32,
+        count: usize,
     },
     /// The kernels are not compiled for such a GPU.
     #[error("GPU {ordinal} ({name}) has compute capability {}.{}; kernels are compiled for {}.{} and later", found.0, found.1, CAPABILITY_NEEDED.0, CAPABILITY_NEEDED.1)]

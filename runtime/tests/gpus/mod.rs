@@ -18,7 +18,7 @@ static TURN: Mutex<()> = Mutex::new(());
 /// GPUs of this machine: asking for one that cannot be opens none.
 fn count() -> usize {
     match Cuda::<f32>::open(usize::MAX) {
-        Err(OpenError::NoSuchDevice { count, .. }) => count as usize,
+        Err(OpenError::NoSuchDevice { count, .. }) => count,
         Err(OpenError::NoDriver | OpenError::NoDevice) => 0,
         Err(error) => panic!("{error}"),
         Ok(_) => unreachable!("no machine has as many"),
