@@ -15,13 +15,12 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Tests of one binary run at once, and two that wait for each other's multiprocessors would wait for ever.
 static TURN: Mutex<()> = Mutex::new(());
 
-/// GPUs of this machine: asking for one that cannot be opens none.
+/// GPUs of this machine.
 fn count() -> usize {
-    match Cuda::<f32>::open(usize::MAX) {
-        Err(OpenError::NoSuchDevice { count, .. }) => count,
+    match gpu_count() {
+        Ok(count) => count,
         Err(OpenError::NoDriver | OpenError::NoDevice) => 0,
         Err(error) => panic!("{error}"),
-        Ok(_) => unreachable!("no machine has as many"),
     }
 }
 
