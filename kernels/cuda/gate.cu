@@ -1,7 +1,10 @@
 // The gate: scores, top-k choice and weights; its backward pass; its balance statistics.                     (ops/routing.rs)
 //
-// gate: logits [T, E] f32, bias [E] f32 or none → scores [T, E], ids [T, k] i32 descending by score + bias, ties to the lower id, NaN
-//   last; weights [T, k]: the scores, scaled, and first divided by their sum if asked.
+// gate: logits [T, E] f32, bias [E] f32 or none → scores [T, E], ids [T, k] i32 descending by score or logit + bias, ties to the lower id,
+//   NaN last, of the highest groups only and −1 after those that are enough, if asked; weights [T, k]: the scores, scaled, and first
+//   divided by their sum if asked.
+// sinkhorn_sums: logits [T, E], bias [E] → per stretch of 32 tokens, Σ softmax(logits + bias) [·, E] f64, for sum_stretches; sinkhorn_step
+//   moves the bias by what they lack of an even share.
 // gate_grad: scores, ids, dweights [T, k], coefficients [G, E] or none, logits for the z-loss → dlogits [T, E].
 // gate_statistics: per stretch of 32 tokens of a group, counts [·, E], probabilities [·, E] and Σ lse² as f64, which
 //   sum_stretches (statistics.cu) adds up in order.
@@ -34,13 +37,46 @@ template <int P> __device__ __forceinline__ void sigmoid(float (&x)[P], int expe
     for (int i = 0; i < P; i++) x[i] = i * WARP + lane_id() < experts ? 1.0f / (1.0f + expf(-x[i])) : 0.0f;
 }
 
+// Takes out the experts of all groups but the `chosen` ones with the highest sum of their highest, or two highest, ranks.
 template <int P>
-__device__ void gate(int tokens, int experts, int top_k, int is_sigmoid, int renormalize, float scale, const float* logits,
-                     const float* bias, float* scores, int* ids, float* weights) {
+__device__ __forceinline__ void limit_groups(int experts, int groups, int chosen, int two_highest, const float (&ranks)[P],
+                                             unsigned (&keys)[P]) {
+    const int lane = lane_id(), size = experts / groups;
+    unsigned mine = NO_KEY;
+    for (int g = 0; g < groups; g++) {
+        unsigned of_group[P];
+#pragma unroll
+        for (int i = 0; i < P; i++) of_group[i] = (i * WARP + lane) / size == g ? keys[i] : NO_KEY;
+        float rank = value_of(ranks, take_best(of_group));
+        if (two_highest && size > 1) rank += value_of(ranks, take_best(of_group));
+        if (lane == g) mine = order_key(rank);
+    }
+    unsigned allowed = 0;
+    for (int i = 0; i < chosen; i++) {
+        const unsigned best = __reduce_max_sync(ALL, mine);
+        const int group = __ffs(__ballot_sync(ALL, mine == best)) - 1;
+        allowed |= 1u << group;
+        if (lane == group) mine = NO_KEY;
+    }
+#pragma unroll
+    for (int i = 0; i < P; i++) {
+        const int e = i * WARP + lane;
+        if (e < experts && !(allowed >> e / size & 1)) keys[i] = NO_KEY;
+    }
+}
+
+template <int P>
+__device__ void gate(int tokens, int experts, int top_k, int is_sigmoid, int renormalize, float scale, int by_logit, int groups,
+                     int groups_chosen, int two_highest, float enough, int least, const float* logits, const float* bias,
+                     float* scores, int* ids, float* weights) {
     const int t = blockIdx.x * WARPS + warp_id(), lane = lane_id();
     if (t >= tokens) return;
     float x[P];
     load_row(logits + long(t) * experts, experts, -INFINITY, x);
+    float ranks[P];
+    if (by_logit)
+#pragma unroll
+        for (int i = 0; i < P; i++) ranks[i] = x[i];
     if (is_sigmoid) sigmoid(x, experts);
     else softmax(x, experts);
     store_row(scores + long(t) * experts, experts, x);
@@ -49,11 +85,16 @@ __device__ void gate(int tokens, int experts, int top_k, int is_sigmoid, int ren
 #pragma unroll
     for (int i = 0; i < P; i++) {
         const int e = i * WARP + lane;
-        keys[i] = e < experts ? order_key(bias ? x[i] + bias[e] : x[i]) : NO_KEY;
+        if (!by_logit) ranks[i] = x[i];
+        if (bias && e < experts) ranks[i] += bias[e];
+        keys[i] = e < experts ? order_key(ranks[i]) : NO_KEY;
     }
-    int id = 0;
+    if (groups > 1) limit_groups(experts, groups, groups_chosen, two_highest, ranks, keys);
+    const float probability = is_sigmoid && least < top_k ? 1.0f / (row_sum(x) + TINY) : 1.0f;
+    int id = -1;
     float weight = 0.0f, sum = 0.0f;
     for (int j = 0; j < top_k; j++) {
+        if (j >= least && sum * probability >= enough) break;
         const int chosen = take_best(keys);
         const float score = value_of(x, chosen);
         sum += score;
@@ -185,6 +226,38 @@ __device__ void gate_statistics(int tokens, int experts, int top_k, int is_sigmo
     }
 }
 
+// Block `stretch` sums softmax(logits + bias) over its tokens.
+template <int P> __device__ void sinkhorn_sums(int tokens, int experts, const float* logits, const float* bias, double* sums) {
+    __shared__ float of_warps[WARPS][P * WARP];
+    const int lane = lane_id(), warp = warp_id();
+    const int first = blockIdx.x * STRETCH, length = min(STRETCH, tokens - first);
+    float b[P], sum[P] = {};
+    load_row(bias, experts, 0.0f, b);
+    for (int i = warp; i < length; i += WARPS) {
+        float x[P];
+        load_row(logits + long(first + i) * experts, experts, -INFINITY, x);
+#pragma unroll
+        for (int p = 0; p < P; p++) x[p] += b[p];
+        softmax(x, experts);
+#pragma unroll
+        for (int p = 0; p < P; p++) sum[p] += x[p];
+    }
+#pragma unroll
+    for (int p = 0; p < P; p++) of_warps[warp][p * WARP + lane] = sum[p];
+    __syncthreads();
+    for (int e = threadIdx.x; e < experts; e += THREADS) {
+        double total = 0.0;
+        for (int w = 0; w < WARPS; w++) total += of_warps[w][e];
+        sums[long(blockIdx.x) * experts + e] = total;
+    }
+}
+
+// bias += ln(share / sum); an expert of no token at all keeps its own.
+extern "C" __global__ void __launch_bounds__(THREADS) sinkhorn_step(int experts, float share, const float* sums, float* bias) {
+    const int e = blockIdx.x * THREADS + threadIdx.x;
+    if (e < experts && sums[e] > 0.0f) bias[e] += logf(share / sums[e]);
+}
+
 #define SIZED(NAME, P, PARAMS, ARGS)                                                                                       \
     extern "C" __global__ void __launch_bounds__(THREADS) NAME##_##P PARAMS { NAME<P> ARGS; }
 #define ALL_SIZES(NAME, PARAMS, ARGS)                                                                                      \
@@ -195,9 +268,13 @@ __device__ void gate_statistics(int tokens, int experts, int top_k, int is_sigmo
     SIZED(NAME, 16, PARAMS, ARGS)
 
 ALL_SIZES(gate,
-          (int tokens, int experts, int top_k, int is_sigmoid, int renormalize, float scale, const float* logits,
-           const float* bias, float* scores, int* ids, float* weights),
-          (tokens, experts, top_k, is_sigmoid, renormalize, scale, logits, bias, scores, ids, weights))
+          (int tokens, int experts, int top_k, int is_sigmoid, int renormalize, float scale, int by_logit, int groups,
+           int groups_chosen, int two_highest, float enough, int least, const float* logits, const float* bias, float* scores,
+           int* ids, float* weights),
+          (tokens, experts, top_k, is_sigmoid, renormalize, scale, by_logit, groups, groups_chosen, two_highest, enough, least,
+           logits, bias, scores, ids, weights))
+ALL_SIZES(sinkhorn_sums, (int tokens, int experts, const float* logits, const float* bias, double* sums),
+          (tokens, experts, logits, bias, sums))
 ALL_SIZES(gate_grad,
           (int tokens, int experts, int top_k, int is_sigmoid, int renormalize, float scale, float z_scale,
            int tokens_per_group, const float* logits, const float* scores, const int* ids, const float* dweights,

@@ -26,6 +26,7 @@ pub use cpu::Cpu;
 pub use device::{Activation, Buffer, Device, DeviceError, Element, View, ViewMut};
 pub use ops::{
     Accumulate, AdamW, AttentionDims, AttentionOps, Backend, BalanceGrad, BalanceSpec, Capacity, CapacityPolicy,
-    CombineDims, DenseOps, ExpandPlan, ExpertOps, GateDims, GateSpec, GemmDims, GroupedDims, LossOps, NormDims,
-    OptimizerOps, RotaryDirection, RoutingOps, Rows, Score, ShuffleDims, ShufflePlan,
+    Choice, CombineDims, DenseOps, Enough, ExpandPlan, ExpertOps, GateDims, GateSpec, GemmDims, GroupLimit, GroupRank,
+    GroupedDims, LossOps, NormDims, OptimizerOps, RankedBy, RotaryDirection, RoutingOps, Rows, Score, ShuffleDims,
+    ShufflePlan,
 };

@@ -7,8 +7,8 @@ use cuda_support::{assert_matches, download, filled, gpu, random_below, random_w
 use half::bf16;
 use moe_kernels::cuda::{Cuda, CudaBuffer};
 use moe_kernels::{
-    BalanceGrad, BalanceSpec, Buffer, Capacity, CapacityPolicy, Cpu, GateDims, GateSpec, RoutingOps, Score, View,
-    ViewMut,
+    BalanceGrad, BalanceSpec, Buffer, Capacity, CapacityPolicy, Choice, Cpu, Enough, GateDims, GateSpec, GroupLimit,
+    GroupRank, RankedBy, RoutingOps, Score, View, ViewMut,
 };
 
 /// (T, E, k): none, one, k = E, off the warp, each length of row that there is a kernel for, many blocks.
@@ -34,7 +34,13 @@ fn dims((tokens, experts, top_k): (usize, usize, usize)) -> GateDims {
 
 fn specs(size: (usize, usize, usize)) -> impl Iterator<Item = GateSpec> {
     let kinds = [Score::Softmax, Score::Sigmoid].into_iter().flat_map(|score| [(score, false), (score, true)]);
-    kinds.map(move |(score, renormalize)| GateSpec { dims: dims(size), score, renormalize, scale: 2.5 })
+    kinds.map(move |(score, renormalize)| GateSpec {
+        dims: dims(size),
+        score,
+        renormalize,
+        scale: 2.5,
+        choice: Choice::default(),
+    })
 }
 
 /// Numbers on a coarse grid: those that are not equal are far apart, so that rounding decides no choice, and many are equal.
@@ -95,6 +101,53 @@ fn scores_choices_and_weights_are_the_cpus() {
     }
 }
 
+/// Limits by few and by many groups, and sums that are enough.
+fn limited((_, experts, top_k): (usize, usize, usize)) -> Vec<Choice> {
+    let counts: Vec<usize> = (2..=GroupLimit::MOST).filter(|n| experts.is_multiple_of(*n)).collect();
+    let limits = [counts.first(), counts.last()].into_iter().flatten().flat_map(|&groups| {
+        let chosen = top_k.div_ceil(experts / groups);
+        [GroupRank::Highest, GroupRank::TwoHighest].map(|by| Some(GroupLimit { groups, chosen, by }))
+    });
+    let enough = [None, Some(Enough { mass: 0.3, least: 1 })];
+    limits
+        .chain([None])
+        .flat_map(|groups| enough.map(|enough| Choice { by: RankedBy::Logit, groups, enough }))
+        .collect()
+}
+
+#[test]
+fn limited_groups_and_enough_choices_are_the_cpus() {
+    let Some(gpu) = gpu() else { return };
+    for size in SIZES {
+        let logits = random_within(7, size.0 * size.1, 3.0);
+        let bias = random_within(8, size.1, 0.5);
+        for (spec, choice) in specs(size).flat_map(|spec| limited(size).into_iter().map(move |choice| (spec, choice))) {
+            let spec = GateSpec { choice, ..spec };
+            for bias in [None, Some(&bias)] {
+                let (got, want) = (gate_on_gpu(&gpu, spec, &logits, bias), gate_on_cpu(spec, &logits, bias));
+                assert!(got.ids == want.ids, "ids, {spec:?}");
+                assert_matches(&format!("weights, {spec:?}"), &got.weights, &want.weights, tolerance::<f32>(32, 2.5));
+            }
+        }
+    }
+}
+
+#[test]
+fn sinkhorns_bias_is_the_cpus() {
+    let Some(gpu) = gpu::<f32>() else { return };
+    for size in SIZES {
+        let logits = random_within(9, size.0 * size.1, 3.0);
+        for iterations in [0, 1, 10] {
+            let mut want = vec![f32::NAN; size.1];
+            Cpu.sinkhorn_bias(dims(size), iterations, View::of(&logits), ViewMut::of(&mut want));
+            let (on_gpu, mut got) = (upload(&gpu, &logits), filled(&gpu, size.1, f32::NAN));
+            gpu.sinkhorn_bias(dims(size), iterations, View::of(&on_gpu), ViewMut::of(&mut got));
+            let what = format!("bias of {size:?} after {iterations}");
+            assert_matches(&what, &download(&gpu, &got), &want, tolerance::<f32>(64, 4.0));
+        }
+    }
+}
+
 #[test]
 fn nan_and_infinite_logits_give_the_cpus_choices() {
     let Some(gpu) = gpu() else { return };
@@ -105,14 +158,26 @@ fn nan_and_infinite_logits_give_the_cpus_choices() {
         assert_eq!(got.ids, want.ids, "{spec:?}");
         assert_matches("scores", &got.scores, &want.scores, tolerance::<f32>(4, 1.0));
     }
-    let vanishing = GateSpec { dims: dims((1, 3, 2)), score: Score::Sigmoid, renormalize: true, scale: 1.0 };
+    let vanishing = GateSpec {
+        dims: dims((1, 3, 2)),
+        score: Score::Sigmoid,
+        renormalize: true,
+        scale: 1.0,
+        choice: Choice::default(),
+    };
     assert_eq!(gate_on_gpu(&gpu, vanishing, &[-300.0; 3], None).weights, [0.0, 0.0]);
 }
 
 #[test]
 fn the_activation_type_decides_nothing() {
     let (Some(narrow), Some(wide)) = (gpu::<bf16>(), gpu::<f32>()) else { return };
-    let spec = GateSpec { dims: dims((20, 16, 2)), score: Score::Softmax, renormalize: true, scale: 1.0 };
+    let spec = GateSpec {
+        dims: dims((20, 16, 2)),
+        score: Score::Softmax,
+        renormalize: true,
+        scale: 1.0,
+        choice: Choice::default(),
+    };
     let logits = random_within(1, 320, 3.0);
     let on_gpu = upload(&narrow, &logits);
     let (mut scores, mut ids, mut weights) =
@@ -220,7 +285,13 @@ fn capacity_drops_what_the_cpu_drops() {
     let Some(gpu) = gpu::<f32>() else { return };
     for size in SIZES {
         let (tokens, experts, top_k) = size;
-        let spec = GateSpec { dims: dims(size), score: Score::Softmax, renormalize: false, scale: 1.0 };
+        let spec = GateSpec {
+            dims: dims(size),
+            score: Score::Softmax,
+            renormalize: false,
+            scale: 1.0,
+            choice: Choice::default(),
+        };
         let mut gated = gate_on_cpu(spec, &on_grid(9, tokens * experts), None);
         gated.ids.iter_mut().skip(2).step_by(13).for_each(|id| *id = -1);
         // Equal, negative and missing numbers among the weights.

@@ -14,7 +14,9 @@ mod sites;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use moe_kernels::{Accumulate, Backend, Cpu, DenseOps, GateDims, GateSpec, GemmDims, RoutingOps, Score, View, ViewMut};
+use moe_kernels::{
+    Accumulate, Backend, Choice, Cpu, DenseOps, GateDims, GateSpec, GemmDims, RoutingOps, Score, View, ViewMut,
+};
 use moe_runtime::checkpoint::HfFolder;
 use moe_runtime::checkpoint::names::tensor_name;
 use moe_runtime::collectives::{Communicator, Groups};
@@ -459,7 +461,7 @@ impl NoisyGate {
         let (clean, raw) = (View::of(&clean), View::of(&raw));
         Cpu.noisy_logits(dims, clean, raw, noise, ViewMut::of(&mut noisy), ViewMut::of(&mut load));
         let noisy = View::of(&noisy);
-        let spec = GateSpec { dims, score: Score::Softmax, renormalize: true, scale: 1.0 };
+        let spec = GateSpec { dims, score: Score::Softmax, renormalize: true, scale: 1.0, choice: Choice::default() };
         let (mut scores, mut ids, mut weights, mut importance) = (zeros(te), vec![0; tk], zeros(tk), zeros(e));
         let (scores_out, ids_out) = (ViewMut::of(&mut scores), ViewMut::of(&mut ids));
         Cpu.gate(spec, noisy, None, scores_out, ids_out, ViewMut::of(&mut weights));

@@ -7,6 +7,7 @@ mod columns;
 mod gate;
 mod noisy;
 mod normal;
+mod sinkhorn;
 mod statistics;
 
 #[cfg(test)]
@@ -28,7 +29,7 @@ impl RoutingOps for Cpu {
         ids: ViewMut<'_, Self, i32>,
         weights: ViewMut<'_, Self, f32>,
     ) {
-        check_len("logits", logits.len(), spec.dims.logits_len());
+        check_len("logits", logits.len(), spec.logits_len());
         check_len("scores", scores.len(), logits.len());
         check_len("ids", ids.len(), spec.dims.choices_len());
         check_len("weights", weights.len(), ids.len());
@@ -36,6 +37,18 @@ impl RoutingOps for Cpu {
             check_len("bias", bias.len(), spec.dims.experts);
         }
         gate::gate(spec, slice(logits), bias.map(slice), slice_mut(scores), slice_mut(ids), slice_mut(weights));
+    }
+
+    fn sinkhorn_bias(
+        &self,
+        dims: GateDims,
+        iterations: usize,
+        logits: View<'_, Self, f32>,
+        bias: ViewMut<'_, Self, f32>,
+    ) {
+        check_len("logits", logits.len(), dims.logits_len());
+        check_len("bias", bias.len(), dims.experts);
+        sinkhorn::bias(dims, iterations, slice(logits), slice_mut(bias));
     }
 
     fn gate_grad(
@@ -49,7 +62,7 @@ impl RoutingOps for Cpu {
         z_scale: f32,
         dlogits: ViewMut<'_, Self, f32>,
     ) {
-        check_len("logits", logits.len(), spec.dims.logits_len());
+        check_len("logits", logits.len(), spec.logits_len());
         check_len("scores", scores.len(), logits.len());
         check_len("dlogits", dlogits.len(), logits.len());
         check_len("ids", ids.len(), spec.dims.choices_len());
@@ -83,7 +96,7 @@ impl RoutingOps for Cpu {
         prob_sums: ViewMut<'_, Self, f32>,
         z_sum: ViewMut<'_, Self, f32>,
     ) {
-        check_len("logits", logits.len(), spec.dims.logits_len());
+        check_len("logits", logits.len(), spec.logits_len());
         check_len("scores", scores.len(), logits.len());
         check_len("ids", ids.len(), spec.dims.choices_len());
         check_len("prob_sums", prob_sums.len(), counts.len());

@@ -6,7 +6,8 @@ use super::launch::{Grid, launch};
 use super::{Cuda, CudaAct, pointer, pointer_mut, pointer_or_null};
 use crate::ops::check_len;
 use crate::{
-    BalanceGrad, BalanceSpec, Capacity, CapacityPolicy, Device, GateDims, GateSpec, RoutingOps, Score, View, ViewMut,
+    BalanceGrad, BalanceSpec, Capacity, CapacityPolicy, Choice, Device, GateDims, GateSpec, GroupRank, RankedBy,
+    RoutingOps, Score, View, ViewMut,
 };
 
 /// Threads of a block, and tokens of it where each warp has one.
@@ -73,7 +74,7 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
         ids: ViewMut<'_, Self, i32>,
         weights: ViewMut<'_, Self, f32>,
     ) {
-        check_len("logits", logits.len(), logits_len(spec.dims));
+        check_len("logits", logits.len(), logits_len(spec.dims).max(spec.logits_len()));
         check_len("scores", scores.len(), logits.len());
         check_len("ids", ids.len(), spec.dims.choices_len());
         check_len("weights", weights.len(), ids.len());
@@ -81,11 +82,42 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
             check_len("bias", bias.len(), spec.dims.experts);
         }
         let (tokens, experts, top_k) = sizes(spec.dims);
+        let Choice { by, groups, enough } = spec.choice;
+        let (groups, groups_chosen, by_two) =
+            groups.map_or((1, 1, false), |limit| (limit.groups, limit.chosen, limit.by == GroupRank::TwoHighest));
+        let (mass, least) = enough.map_or((0.0, top_k), |enough| (enough.mass, enough.least as i32));
         launch!(
             self, sized!("gate", spec.dims.experts), warp_a_token(spec.dims);
             tokens, experts, top_k, is_sigmoid(spec), i32::from(spec.renormalize), spec.scale,
+            i32::from(by == RankedBy::Logit), groups as i32, groups_chosen as i32, i32::from(by_two), mass, least,
             pointer(logits), pointer_or_null(bias), pointer_mut(scores), pointer_mut(ids), pointer_mut(weights)
         );
+    }
+
+    fn sinkhorn_bias(
+        &self,
+        dims: GateDims,
+        iterations: usize,
+        logits: View<'_, Self, f32>,
+        mut bias: ViewMut<'_, Self, f32>,
+    ) {
+        check_len("logits", logits.len(), logits_len(dims));
+        check_len("bias", bias.len(), dims.experts);
+        self.fill(bias.reborrow(), 0.0);
+        let (e, stretches) = (dims.experts, dims.tokens.div_ceil(STRETCH));
+        let table = stretches * e * size_of::<f64>();
+        let Some(scratch) = self.scratch(table + e * size_of::<f32>()) else { return };
+        let (partial, sums) = (scratch.at(0), scratch.at(table));
+        let bias = pointer_mut(bias);
+        for _ in 0..iterations {
+            launch!(
+                self, sized!("sinkhorn_sums", e), Grid::new(stretches, THREADS);
+                dims.tokens as i32, e as i32, pointer(logits), bias, partial
+            );
+            self.sum_stretches([1, stretches, e], partial, sums);
+            let share = dims.tokens as f32 / e as f32;
+            launch!(self, "sinkhorn_step", Grid::new(e.div_ceil(THREADS as usize), THREADS); e as i32, share, sums, bias);
+        }
     }
 
     fn gate_grad(

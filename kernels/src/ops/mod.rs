@@ -15,7 +15,10 @@ pub use expert::{CombineDims, ExpandPlan, ExpertOps, GroupedDims, ShuffleDims, S
 pub use loss::LossOps;
 pub(crate) use optimizer::AdamWFactors;
 pub use optimizer::{AdamW, OptimizerOps};
-pub use routing::{BalanceGrad, BalanceSpec, Capacity, CapacityPolicy, GateDims, GateSpec, RoutingOps, Score};
+pub use routing::{
+    BalanceGrad, BalanceSpec, Capacity, CapacityPolicy, Choice, Enough, GateDims, GateSpec, GroupLimit, GroupRank,
+    RankedBy, RoutingOps, Score,
+};
 
 use crate::Device;
 

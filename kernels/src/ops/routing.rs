@@ -39,6 +39,61 @@ pub enum Score {
     Sigmoid,
 }
 
+/// By what a group of experts is ranked: the ranks of its experts, summed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GroupRank {
+    /// The highest one (DeepSeek-V2).
+    Highest,
+    /// The two highest (DeepSeek-V3).
+    TwoHighest,
+}
+
+/// A bound on the groups of experts that a token's choices may come from: `groups` of E / `groups` consecutive experts each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupLimit {
+    /// Groups there are, a divisor of E.
+    pub groups: usize,
+    /// Groups a token may use, at least k experts in all.
+    pub chosen: usize,
+    /// What ranks them; ties go to the lower group.
+    pub by: GroupRank,
+}
+
+impl GroupLimit {
+    /// The most groups there can be.
+    pub const MOST: usize = 32;
+}
+
+/// A token's choices end where their probabilities sum to `mass`, after at least `least` of them (top-p routing, Huang et al. 2024).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Enough {
+    /// Summed probability.
+    pub mass: f32,
+    /// Choices every token has.
+    pub least: usize,
+}
+
+/// What ranks a token's experts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RankedBy {
+    /// Their scores.
+    #[default]
+    Score,
+    /// Their logits.
+    Logit,
+}
+
+/// Which experts are a token's choices: the k highest ranked, of some groups only, and only as many as are enough.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Choice {
+    /// What ranks them; a bias that is given to the gate is added to it.
+    pub by: RankedBy,
+    /// The groups they come from.
+    pub groups: Option<GroupLimit>,
+    /// How many there are.
+    pub enough: Option<Enough>,
+}
+
 /// How a token's experts and weights follow from its logits.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GateSpec {
@@ -50,6 +105,27 @@ pub struct GateSpec {
     pub renormalize: bool,
     /// Factor on the weights after that (DeepSeek's routed scaling factor).
     pub scale: f32,
+    /// Which experts are chosen.
+    pub choice: Choice,
+}
+
+impl GateSpec {
+    /// T·E, after a check that k and the groups fit.
+    pub(crate) fn logits_len(self) -> usize {
+        let GateDims { experts, top_k, .. } = self.dims;
+        if let Some(GroupLimit { groups, chosen, .. }) = self.choice.groups {
+            assert!(
+                (1..=GroupLimit::MOST).contains(&groups) && experts.is_multiple_of(groups),
+                "{groups} groups of {experts} experts: must divide them and be at most {}",
+                GroupLimit::MOST
+            );
+            assert!(
+                chosen <= groups && chosen * (experts / groups) >= top_k,
+                "{chosen} of {groups} groups, top-{top_k}"
+            );
+        }
+        self.dims.logits_len()
+    }
 }
 
 /// What a full expert does with the choices that do not fit.
@@ -100,9 +176,9 @@ pub struct BalanceSpec {
 
 /// Routing operations and their backward passes.
 pub trait RoutingOps: Device {
-    /// Scores of all experts, the k highest of them (plus `bias`, where given: it decides the choice and never enters a
-    /// weight), and their weights. Ties go to the lower expert id; ids are in descending order of choice.
-    /// `scores[T, E]`, `ids[T, k]`, `weights[T, k]`.
+    /// Scores of all experts, the choices by [`GateSpec::choice`] (`bias[E]`, where given, decides the choice and never enters a
+    /// weight), and their weights. Ties go to the lower expert id; ids are in descending order of choice, −1 with weight 0 where
+    /// fewer are enough. `scores[T, E]`, `ids[T, k]`, `weights[T, k]`.
     fn gate(
         &self,
         spec: GateSpec,
@@ -111,6 +187,15 @@ pub trait RoutingOps: Device {
         scores: ViewMut<'_, Self, f32>,
         ids: ViewMut<'_, Self, i32>,
         weights: ViewMut<'_, Self, f32>,
+    );
+    /// The bias of a balanced assignment: `bias[E]` (overwritten) such that Σ_t softmax(logits_t + bias) nears T / E for every expert,
+    /// by `iterations` of Sinkhorn's algorithm from 0 (Clark et al. 2022, Megatron-LM; BASE, Lewis et al. 2021, solves the limit).
+    fn sinkhorn_bias(
+        &self,
+        dims: GateDims,
+        iterations: usize,
+        logits: View<'_, Self, f32>,
+        bias: ViewMut<'_, Self, f32>,
     );
     /// Backward of [`RoutingOps::gate`]: `dlogits[T, E]` (overwritten) from the weights' gradient, the balance loss's gradient
     /// through the probabilities (scores; for sigmoid, scores divided by their sum), and the z-loss `z_scale · Σ_t lse_t²`

@@ -1,6 +1,6 @@
 //! What a user can say about routing.
 
-use moe_kernels::CapacityPolicy;
+use moe_kernels::{CapacityPolicy, GroupLimit};
 use serde::{Deserialize, Serialize};
 
 use crate::invalid::InvalidValue;
@@ -22,6 +22,17 @@ pub enum RouterKind {
     NoisyTopk,
     /// Sigmoid scores, selection corrected by a bias that balances the load (DeepSeek-V3).
     SigmoidBias,
+    /// As many experts as it takes for their probabilities to sum to a threshold (Huang et al. 2024).
+    TopP,
+    /// A balanced assignment of the pass's tokens by Sinkhorn's algorithm (Clark et al. 2022).
+    Sinkhorn,
+}
+
+impl RouterKind {
+    /// Whether the gate chooses among all experts alike, so that groups can limit it.
+    fn takes_groups(self) -> bool {
+        matches!(self, Self::SoftmaxTopk | Self::TopkSoftmax | Self::SigmoidBias | Self::TopP)
+    }
 }
 
 /// Over which tokens the balance loss is formed.
@@ -63,7 +74,7 @@ impl From<Overflow> for CapacityPolicy {
 pub struct RouterConfig {
     /// The gate.
     pub kind: RouterKind,
-    /// Whether the chosen weights are divided by their sum; only `softmax-topk` and `sigmoid-bias` leave the choice.
+    /// Whether the chosen weights are divided by their sum; `softmax-topk`, `sigmoid-bias`, `top-p` and `sinkhorn` leave the choice.
     pub renormalize: bool,
     /// Factor on the weights (`sigmoid-bias`).
     pub weight_scale: f32,
@@ -81,6 +92,16 @@ pub struct RouterConfig {
     pub load_coefficient: f32,
     /// Step of the selection bias after each optimizer step (`sigmoid-bias`).
     pub bias_update_rate: f32,
+    /// Groups of neighbouring experts (DeepSeek-V2, -V3: one a node); 1: none.
+    pub expert_groups: usize,
+    /// Groups that a token's experts may come from.
+    pub groups_per_token: usize,
+    /// Summed probability after which a token takes no more experts (`top-p`).
+    pub top_p: f32,
+    /// Experts that every token takes (`top-p`).
+    pub least_choices: usize,
+    /// Iterations of the balanced assignment (`sinkhorn`).
+    pub sinkhorn_iterations: usize,
     /// Capacity of an expert over its fair share of this rank's choices; absent: dropless.
     pub capacity_factor: Option<f32>,
     /// What overflows.
@@ -100,6 +121,11 @@ impl Default for RouterConfig {
             importance_coefficient: 0.01,
             load_coefficient: 0.01,
             bias_update_rate: 0.001,
+            expert_groups: 1,
+            groups_per_token: 1,
+            top_p: 0.8,
+            least_choices: 1,
+            sinkhorn_iterations: 10,
             capacity_factor: None,
             overflow: Overflow::Position,
         }
@@ -129,6 +155,18 @@ impl RouterConfig {
             let reason = "must be a positive number; leave the key out for dropless routing";
             return Err(InvalidValue::new("router.capacity_factor", factor, reason));
         }
+        self.validate_groups(experts, top_k)?;
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return Err(InvalidValue::new("router.top_p", self.top_p, "must be above 0 and at most 1"));
+        }
+        if self.kind == RouterKind::TopP && !(1..=top_k).contains(&self.least_choices) {
+            let reason = format!("a token takes 1 to model.top_k = {top_k} experts");
+            return Err(InvalidValue::new("router.least_choices", self.least_choices, reason));
+        }
+        if self.sinkhorn_iterations == 0 {
+            let reason = "must be at least 1; another router.kind assigns without";
+            return Err(InvalidValue::new("router.sinkhorn_iterations", 0, reason));
+        }
         let needed = match self.kind {
             RouterKind::Switch => Some((1, "switch sends a token to one expert")),
             RouterKind::Gshard => Some((2, "gshard sends a token to two experts")),
@@ -143,6 +181,32 @@ impl RouterConfig {
                 Ok(())
             }
         }
+    }
+
+    fn validate_groups(&self, experts: usize, top_k: usize) -> Result<(), InvalidValue> {
+        let (groups, chosen) = (self.expert_groups, self.groups_per_token);
+        if groups == 1 && chosen == 1 {
+            return Ok(());
+        }
+        if !self.kind.takes_groups() {
+            let accepted = "accepted: 1, or router.kind softmax-topk, topk-softmax, sigmoid-bias or top-p";
+            let reason = format!("this router.kind chooses among all experts; {accepted}");
+            return Err(InvalidValue::new("router.expert_groups", groups, reason));
+        }
+        if groups == 0 || groups > GroupLimit::MOST || !experts.is_multiple_of(groups) {
+            let fit: Vec<usize> = (1..=GroupLimit::MOST).filter(|n| experts.is_multiple_of(*n)).collect();
+            let reason = format!("must divide model.experts = {experts}; those that do: {fit:?}");
+            return Err(InvalidValue::new("router.expert_groups", groups, reason));
+        }
+        let least = top_k.div_ceil(experts / groups);
+        if !(least..=groups).contains(&chosen) {
+            let reason = format!(
+                "model.top_k = {top_k} experts come from {least} to {groups} groups of {} experts",
+                experts / groups
+            );
+            return Err(InvalidValue::new("router.groups_per_token", chosen, reason));
+        }
+        Ok(())
     }
 
     /// C of `tokens` tokens on a rank: `ceil(capacity_factor · k · T / E)`; None: dropless.

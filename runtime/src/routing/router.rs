@@ -99,6 +99,7 @@ pub struct Router<B: Backend> {
     dclean: Slot<B, f32>,
     draw: Slot<B, f32>,
     dropped: Slot<B, i32>,
+    /// `[E]`: what follows the load from step to step, or evens out one pass.
     selection_bias: Slot<B, f32>,
     host_noise: Vec<f32>,
     /// What the balance losses and metrics are formed from.
@@ -197,8 +198,8 @@ impl<B: Backend> Router<B> {
     }
 
     fn spec(&self, tokens: usize) -> GateSpec {
-        let GateForm { score, renormalize, scale, .. } = self.form;
-        GateSpec { dims: self.dims(tokens), score, renormalize, scale }
+        let GateForm { score, renormalize, scale, choice, .. } = self.form;
+        GateSpec { dims: self.dims(tokens), score, renormalize, scale, choice }
     }
 
     fn gemm(&self, tokens: usize) -> GemmDims {
@@ -245,7 +246,11 @@ impl<B: Backend> Router<B> {
             device.noisy_logits(dims, clean, raw, noise, self.noisy.view_mut(te), load);
         }
         let logits = if self.form.noisy { self.noisy.view(te) } else { self.clean.view(te) };
-        let bias = self.form.selection_bias.then(|| self.selection_bias.view(e));
+        let evened = self.form.sinkhorn_iterations > 0 && pass.training;
+        if evened {
+            device.sinkhorn_bias(dims, self.form.sinkhorn_iterations, logits, self.selection_bias.view_mut(e));
+        }
+        let bias = (self.form.selection_bias || evened).then(|| self.selection_bias.view(e));
         let (scores, chosen) = (self.scores.view_mut(te), self.chosen.view_mut(tk));
         device.gate(spec, logits, bias, scores, chosen, self.weights.view_mut(tk));
         if self.form.noisy {
@@ -360,7 +365,7 @@ impl<B: Backend> Router<B> {
         self.dropped.view(1)
     }
 
-    /// The selection bias, `[E]`, where the gate has one.
+    /// The selection bias that lasts from step to step, `[E]`, where the gate has one.
     pub fn selection_bias(&self) -> Option<View<'_, B, f32>> {
         self.form.selection_bias.then(|| self.selection_bias.view(self.shape.experts))
     }

@@ -4,7 +4,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use moe_kernels::cuda::{Cuda, CudaAct, OpenError};
+use moe_kernels::cuda::{Cuda, CudaAct, OpenError, gpu_count};
 use moe_runtime::collectives::nccl::{Meeting, NcclCommunicator};
 use moe_runtime::collectives::{CollectiveError, HostCommunicator, local};
 use moe_runtime::exit::Failure;

@@ -5,7 +5,7 @@
 
 use rayon::prelude::*;
 
-use crate::{GateSpec, Score};
+use crate::{Enough, GateSpec, GroupLimit, GroupRank, RankedBy, Score};
 
 /// Added to a sum of scores before dividing by it. Nothing to any ordinary sum; when all chosen scores underflow to 0 the
 /// weights are 0 and the gradients finite instead of NaN.
@@ -41,10 +41,27 @@ pub(super) fn gate(
                 Score::Softmax => softmax(logits, scores),
                 Score::Sigmoid => sigmoid(logits, scores),
             }
-            choose(|e| scores[e] + bias.map_or(0.0, |bias| bias[e]), experts, ids, weights);
+            let ranked = match spec.choice.by {
+                RankedBy::Score => &*scores,
+                RankedBy::Logit => logits,
+            };
+            let rank = |e: usize| ranked[e] + bias.map_or(0.0, |bias| bias[e]);
+            match spec.choice.groups {
+                None => choose(rank, 0..experts, ids, weights),
+                Some(limit) => choose(rank, within_groups(limit, experts, rank), ids, weights),
+            }
+            if let Some(enough) = spec.choice.enough {
+                end_choices(spec.score, enough, scores, ids);
+            }
             weigh(spec, scores, ids, weights);
         }
     });
+}
+
+/// The highest logit, and Σ exp(logit − highest).
+pub(super) fn softmax_sum(logits: impl Iterator<Item = f32> + Clone) -> (f32, f32) {
+    let most = logits.clone().fold(f32::NEG_INFINITY, f32::max);
+    (most, logits.map(|logit| (logit - most).exp()).sum())
 }
 
 fn softmax(logits: &[f32], scores: &mut [f32]) {
@@ -69,12 +86,12 @@ pub(super) fn beats(a: f32, b: f32) -> bool {
     a > b || (b.is_nan() && !a.is_nan())
 }
 
-/// The `ids.len()` highest of `value(0 .. experts)`, descending, ties to the lower id. `best` receives their values: the ranking is
-/// kept in the outputs themselves, so that nothing is allocated.
-fn choose(value: impl Fn(usize) -> f32, experts: usize, ids: &mut [i32], best: &mut [f32]) {
+/// The `ids.len()` of `experts`, which ascend, with the highest values, descending, ties to the lower id. `best` receives their values:
+/// the ranking is kept in the outputs themselves, so that nothing is allocated.
+fn choose(value: impl Fn(usize) -> f32, experts: impl Iterator<Item = usize>, ids: &mut [i32], best: &mut [f32]) {
     let k = ids.len();
     let mut filled = 0;
-    for e in 0..experts {
+    for e in experts {
         let v = value(e);
         if filled == k && !beats(v, best[k - 1]) {
             continue;
@@ -91,11 +108,44 @@ fn choose(value: impl Fn(usize) -> f32, experts: usize, ids: &mut [i32], best: &
     }
 }
 
+/// The experts of the groups that a token may use.
+fn within_groups(limit: GroupLimit, experts: usize, rank: impl Fn(usize) -> f32) -> impl Iterator<Item = usize> {
+    let size = experts / limit.groups;
+    let of_group = |group: usize| {
+        let (mut ids, mut best) = ([0; 2], [0.0; 2]);
+        let n = match limit.by {
+            GroupRank::Highest => 1,
+            GroupRank::TwoHighest => size.min(2),
+        };
+        choose(&rank, group * size..(group + 1) * size, &mut ids[..n], &mut best[..n]);
+        best[..n].iter().sum()
+    };
+    let mut ranks = [0.0f32; GroupLimit::MOST];
+    ranks[..limit.groups].iter_mut().enumerate().for_each(|(group, rank)| *rank = of_group(group));
+    let (mut ids, mut best) = ([0; GroupLimit::MOST], [0.0; GroupLimit::MOST]);
+    choose(|group| ranks[group], 0..limit.groups, &mut ids[..limit.chosen], &mut best[..limit.chosen]);
+    let allowed = ids[..limit.chosen].iter().fold(0u32, |mask, &group| mask | 1 << group);
+    (0..experts).filter(move |e| allowed >> (e / size) & 1 == 1)
+}
+
+/// Takes back the choices after those that are enough.
+fn end_choices(score: Score, enough: Enough, scores: &[f32], ids: &mut [i32]) {
+    let factor = probability_factor(score, scores);
+    let mut sum = 0.0;
+    for (j, id) in ids.iter_mut().enumerate() {
+        if j >= enough.least && sum * factor >= enough.mass {
+            *id = -1;
+        } else {
+            sum += scores[*id as usize];
+        }
+    }
+}
+
 /// Weights from the chosen scores: scaled, and first divided by their sum where the spec says so.
 fn weigh(spec: GateSpec, scores: &[f32], ids: &[i32], weights: &mut [f32]) {
     let factor = if spec.renormalize { spec.scale / chosen_sum(scores, ids) } else { spec.scale };
     for (weight, &id) in weights.iter_mut().zip(ids) {
-        *weight = scores[id as usize] * factor;
+        *weight = usize::try_from(id).map_or(0.0, |e| scores[e] * factor);
     }
 }
 
@@ -119,10 +169,15 @@ pub(super) fn probability_factor(score: Score, scores: &[f32]) -> f32 {
 
 /// `ln Σ_e exp(logits[e])`. The softmax scores already hold it: the highest one is exp(max − lse).
 pub(super) fn log_sum_exp(score: Score, logits: &[f32], scores: &[f32]) -> f32 {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     match score {
-        Score::Softmax => max - scores.iter().copied().fold(0.0, f32::max).ln(),
-        Score::Sigmoid => max + logits.iter().map(|logit| (logit - max).exp()).sum::<f32>().ln(),
+        Score::Softmax => {
+            let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            max - scores.iter().copied().fold(0.0, f32::max).ln()
+        }
+        Score::Sigmoid => {
+            let (max, sum) = softmax_sum(logits.iter().copied());
+            max + sum.ln()
+        }
     }
 }
 

@@ -1,7 +1,10 @@
 //! The gate against a reference in f64 that follows the definitions word by word, and its gradients against finite differences.
 
 use crate::cpu::testkit::{assert_close, finite_differences, on_threads, rng, uniform};
-use crate::{BalanceGrad, BalanceSpec, Cpu, GateDims, GateSpec, RoutingOps, Score, View, ViewMut};
+use crate::{
+    BalanceGrad, BalanceSpec, Choice, Cpu, Enough, GateDims, GateSpec, GroupLimit, GroupRank, RankedBy, RoutingOps,
+    Score, View, ViewMut,
+};
 
 /// f32 relative error of a chain of exp, a sum over up to 128 experts and a few products, with room for the library's exp.
 const TOLERANCE: f64 = 64.0 * f32::EPSILON as f64;
@@ -31,7 +34,7 @@ fn gate(spec: GateSpec, logits: &[f32], bias: Option<&[f32]>) -> Output {
 
 fn specs(dims: GateDims) -> impl Iterator<Item = GateSpec> {
     let kinds = [Score::Softmax, Score::Sigmoid].into_iter().flat_map(|score| [(score, false), (score, true)]);
-    kinds.map(move |(score, renormalize)| GateSpec { dims, score, renormalize, scale: 2.5 })
+    kinds.map(move |(score, renormalize)| GateSpec { dims, score, renormalize, scale: 2.5, choice: Choice::default() })
 }
 
 fn log_sum_exp(logits: &[f64]) -> f64 {
@@ -49,7 +52,7 @@ fn reference_scores(score: Score, logits: &[f64]) -> Vec<f64> {
 }
 
 fn reference_weights(spec: GateSpec, scores: &[f64], ids: &[i32]) -> Vec<f64> {
-    let chosen: Vec<f64> = ids.iter().map(|&id| scores[id as usize]).collect();
+    let chosen: Vec<f64> = ids.iter().map(|&id| usize::try_from(id).map_or(0.0, |e| scores[e])).collect();
     let sum = if spec.renormalize { chosen.iter().sum() } else { 1.0 };
     chosen.iter().map(|s| s / sum * f64::from(spec.scale)).collect()
 }
@@ -94,10 +97,122 @@ fn scores_choices_and_weights_follow_the_definition() {
     }
 }
 
+/// The experts a token may choose, by the definition of [`GroupLimit`].
+fn reference_allowed(limit: GroupLimit, ranks: &[f32]) -> Vec<usize> {
+    let size = ranks.len() / limit.groups;
+    let of_group = |group: usize| {
+        let mut of_group = ranks[group * size..(group + 1) * size].to_vec();
+        of_group.sort_by(|a, b| b.total_cmp(a));
+        match limit.by {
+            GroupRank::Highest => of_group[0],
+            GroupRank::TwoHighest => of_group.iter().take(2).sum(),
+        }
+    };
+    let mut groups: Vec<usize> = (0..limit.groups).collect();
+    groups.sort_by(|&a, &b| of_group(b).total_cmp(&of_group(a)));
+    groups.truncate(limit.chosen);
+    (0..ranks.len()).filter(|e| groups.contains(&(e / size))).collect()
+}
+
+/// Group limits and sums that are enough, for 12 experts and 3 choices.
+fn choices() -> Vec<Choice> {
+    let limit = |groups, chosen, by| Some(GroupLimit { groups, chosen, by });
+    let limits = [
+        None,
+        limit(1, 1, GroupRank::Highest),
+        limit(4, 1, GroupRank::Highest),
+        limit(4, 2, GroupRank::TwoHighest),
+        limit(12, 3, GroupRank::TwoHighest),
+    ];
+    let enough = [None, Some(Enough { mass: 0.35, least: 1 }), Some(Enough { mass: 0.0, least: 2 })];
+    let by = [RankedBy::Score, RankedBy::Logit];
+    let all = limits.iter().flat_map(|&groups| enough.map(|enough| (groups, enough)));
+    all.flat_map(|(groups, enough)| by.map(|by| Choice { by, groups, enough })).collect()
+}
+
+#[test]
+fn limited_groups_and_enough_choices_follow_the_definition() {
+    let dims = GateDims { tokens: 200, experts: 12, top_k: 3 };
+    let mut rng = rng(17);
+    let logits = uniform(&mut rng, 200 * 12, 3.0);
+    let bias = uniform(&mut rng, 12, 0.5);
+    let mut ended = 0;
+    for (spec, choice) in specs(dims).flat_map(|spec| choices().into_iter().map(move |choice| (spec, choice))) {
+        let spec = GateSpec { choice, ..spec };
+        for bias in [None, Some(bias.as_slice())] {
+            let got = gate(spec, &logits, bias);
+            for t in 0..200 {
+                let row = t * 12..(t + 1) * 12;
+                let scores = &got.scores[row.clone()];
+                let ranked = if choice.by == RankedBy::Score { scores } else { &logits[row] };
+                let ranks: Vec<f32> = (0..12).map(|e| ranked[e] + bias.map_or(0.0, |bias| bias[e])).collect();
+                let mut order = match choice.groups {
+                    None => (0..12).collect(),
+                    Some(limit) => reference_allowed(limit, &ranks),
+                };
+                order.sort_by(|&a, &b| ranks[b].total_cmp(&ranks[a]));
+                let mut want: Vec<i32> = order[..3].iter().map(|&e| e as i32).collect();
+                if let Some(Enough { mass, least }) = choice.enough {
+                    let all: f32 = if spec.score == Score::Softmax { 1.0 } else { scores.iter().sum() };
+                    let before = |j: usize| order[..j].iter().map(|&e| scores[e] / all).sum::<f32>();
+                    let end = (least..3).find(|&j| before(j) >= mass).unwrap_or(3);
+                    want[end..].fill(-1);
+                    ended += 3 - end;
+                }
+                let choices = t * 3..(t + 1) * 3;
+                assert_eq!(got.ids[choices.clone()], want, "{spec:?}, token {t}");
+                let weights = reference_weights(spec, &to_f64(scores), &want);
+                assert_close("weights", &got.weights[choices], &weights, 2.5 * TOLERANCE);
+            }
+        }
+    }
+    assert!(ended > 1000, "{ended} choices were not needed");
+}
+
+#[test]
+fn sinkhorns_bias_gives_every_expert_an_even_share_and_two_tokens_of_one_mind_part() {
+    let dims = GateDims { tokens: 400, experts: 8, top_k: 1 };
+    let mut logits = uniform(&mut rng(23), 400 * 8, 2.0);
+    logits.iter_mut().step_by(8).for_each(|logit| *logit += 4.0);
+    let bias_after = |iterations: usize| {
+        let mut bias = vec![f32::NAN; 8];
+        Cpu.sinkhorn_bias(dims, iterations, View::of(&logits), ViewMut::of(&mut bias));
+        bias
+    };
+    assert_eq!(bias_after(0), [0.0; 8]);
+    // The same iteration in f64.
+    let mut want = [0.0f64; 8];
+    for _ in 0..20 {
+        let mut sums = [0.0; 8];
+        for row in to_f64(&logits).chunks(8) {
+            let ranked: Vec<f64> = row.iter().zip(want).map(|(l, b)| l + b).collect();
+            let lse = log_sum_exp(&ranked);
+            ranked.iter().zip(&mut sums).for_each(|(l, sum)| *sum += (l - lse).exp());
+        }
+        want.iter_mut().zip(sums).for_each(|(bias, sum)| *bias += (50.0 / sum).ln());
+    }
+    assert_close("bias", &bias_after(20), &want, 400.0 * TOLERANCE);
+    let spec = GateSpec { dims, score: Score::Softmax, renormalize: false, scale: 1.0, choice: Choice::default() };
+    let busiest = |by, bias: Option<&[f32]>| {
+        let got = gate(GateSpec { choice: Choice { by, ..Choice::default() }, ..spec }, &logits, bias);
+        (0..8).map(|e| got.ids.iter().filter(|&&id| id == e).count()).max().unwrap()
+    };
+    let (plain, balanced) = (busiest(RankedBy::Score, None), busiest(RankedBy::Logit, Some(&bias_after(20))));
+    assert!(plain > 300 && balanced < 80, "{plain} of 400 tokens without, {balanced} with the bias");
+    // No tokens, and an expert that nothing reaches.
+    let mut bias = vec![f32::NAN; 2];
+    let none = GateDims { tokens: 0, experts: 2, top_k: 1 };
+    Cpu.sinkhorn_bias(none, 3, View::of(&Vec::new()), ViewMut::of(&mut bias));
+    assert_eq!(bias, [0.0; 2]);
+    let one = GateDims { tokens: 1, experts: 2, top_k: 1 };
+    Cpu.sinkhorn_bias(one, 3, View::of(&vec![0.0, f32::NEG_INFINITY]), ViewMut::of(&mut bias));
+    assert!(bias.iter().all(|b| b.is_finite()), "{bias:?}");
+}
+
 #[test]
 fn ties_go_to_the_lower_id_and_a_bias_decides_without_entering_a_weight() {
     let dims = GateDims { tokens: 1, experts: 5, top_k: 3 };
-    let spec = GateSpec { dims, score: Score::Sigmoid, renormalize: false, scale: 1.0 };
+    let spec = GateSpec { dims, score: Score::Sigmoid, renormalize: false, scale: 1.0, choice: Choice::default() };
     assert_eq!(gate(spec, &[0.0, 1.0, 0.0, 1.0, 0.0], None).ids, [1, 3, 0]);
     let biased = gate(spec, &[0.0; 5], Some(&[0.0, 0.0, 0.0, 0.0, 9.0]));
     assert_eq!((biased.ids, biased.weights), (vec![4, 0, 1], vec![0.5; 3]));
@@ -123,7 +238,7 @@ fn nan_and_infinite_logits_still_give_valid_distinct_choices() {
 #[test]
 fn vanishing_scores_give_zero_weights_not_nan() {
     let dims = GateDims { tokens: 1, experts: 3, top_k: 2 };
-    let spec = GateSpec { dims, score: Score::Sigmoid, renormalize: true, scale: 1.0 };
+    let spec = GateSpec { dims, score: Score::Sigmoid, renormalize: true, scale: 1.0, choice: Choice::default() };
     assert_eq!(gate(spec, &[-300.0; 3], None).weights, [0.0, 0.0]);
 }
 
@@ -180,10 +295,11 @@ impl Losses {
 #[test]
 fn gradients_agree_with_finite_differences() {
     let dims = GateDims { tokens: 7, experts: 6, top_k: 3 };
+    let enough = Choice { enough: Some(Enough { mass: 0.5, least: 1 }), ..Choice::default() };
     let mut rng = rng(11);
     let logits = uniform(&mut rng, 42, 2.0);
     let coefficients = uniform(&mut rng, 4 * 6, 1.0);
-    for spec in specs(dims) {
+    for spec in specs(dims).flat_map(|spec| [spec, GateSpec { choice: enough, ..spec }]) {
         for (balance, z_scale) in [(false, 0.0), (true, 0.0), (false, 0.1), (true, 0.1)] {
             let forward = gate(spec, &logits, None);
             let losses = Losses {
@@ -204,7 +320,7 @@ fn gradients_agree_with_finite_differences() {
 #[test]
 fn a_dropped_second_expert_gets_no_gradient_of_its_own() {
     let dims = GateDims { tokens: 1, experts: 3, top_k: 2 };
-    let spec = GateSpec { dims, score: Score::Softmax, renormalize: false, scale: 1.0 };
+    let spec = GateSpec { dims, score: Score::Softmax, renormalize: false, scale: 1.0, choice: Choice::default() };
     let forward = gate(spec, &[2.0, 1.0, 0.0], None);
     let mut losses = Losses {
         spec,

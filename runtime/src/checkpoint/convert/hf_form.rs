@@ -81,6 +81,9 @@ pub fn reasons_against(family: Family, model: &ModelConfig, router: &RouterConfi
     if moe_layers > 0 && family != Family::Llama {
         let kind = format!("{:?}", router.kind);
         match divides_by_sum(router) {
+            None if router.expert_groups > 1 => {
+                require(false, "router.expert_groups", router.expert_groups.to_string(), "no groups of experts");
+            }
             None => require(false, "router.kind", kind, "softmax and top-k only"),
             Some(divides) => {
                 let has = "weights divided by their sum";
@@ -93,11 +96,18 @@ pub fn reasons_against(family: Family, model: &ModelConfig, router: &RouterConfi
 
 /// Whether the chosen weights sum to 1; None: the gate is none of transformers'.
 fn divides_by_sum(router: &RouterConfig) -> Option<bool> {
+    if router.expert_groups > 1 {
+        return None;
+    }
     match router.kind {
         RouterKind::TopkSoftmax => Some(true),
         RouterKind::SoftmaxTopk => Some(router.renormalize),
         RouterKind::Switch => Some(false),
-        RouterKind::Gshard | RouterKind::NoisyTopk | RouterKind::SigmoidBias => None,
+        RouterKind::Gshard
+        | RouterKind::NoisyTopk
+        | RouterKind::SigmoidBias
+        | RouterKind::TopP
+        | RouterKind::Sinkhorn => None,
     }
 }
 
