@@ -6,8 +6,8 @@
 // sinkhorn_sums: logits [T, E], bias [E] → per stretch of 32 tokens, Σ softmax(logits + bias) [·, E] f64, for sum_stretches; sinkhorn_step
 //   moves the bias by what they lack of an even share.
 // gate_grad: scores, ids, dweights [T, k], coefficients [G, E] or none, logits for the z-loss → dlogits [T, E].
-// gate_statistics: per stretch of 32 tokens of a group, counts [·, E], probabilities [·, E] and Σ lse² as f64, which
-//   sum_stretches (statistics.cu) adds up in order.
+// gate_statistics: per stretch of 32 tokens of a group, counts [·, E], probabilities [·, E], and Σ lse² and Σ entropy [·, 2] as f64,
+//   which sum_stretches (statistics.cu) adds up in order.
 // Everything f32. E ≤ 512, k ≤ 32. Sums over E: each lane its places ascending, then a butterfly; over k: ascending (gate), butterfly
 //   (gate_grad); over tokens: a warp's 4 in f32, then warps ascending and stretches in f64.
 // Bound: memory. Bytes = 8·T·E, 8·T·E (12 with z-loss), 8·T·E. One warp a token, its row in registers; the k rounds of the choice are two
@@ -179,14 +179,27 @@ __device__ void gate_grad(int tokens, int experts, int top_k, int is_sigmoid, in
     store_row(dlogits + long(t) * experts, experts, grad);
 }
 
+// −Σ p ln p of a token's probabilities; for softmax scores lse − Σ p·logit, without a logarithm an expert.
+template <int P>
+__device__ __forceinline__ float entropy(const float (&logits)[P], const float (&scores)[P], float lse, float factor,
+                                         int is_sigmoid) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < P; i++) {
+        const float p = scores[i] * factor;
+        if (p > 0.0f) sum -= p * (is_sigmoid ? logf(p) : logits[i]);
+    }
+    return warp_sum(sum) + (is_sigmoid ? 0.0f : lse);
+}
+
 // Block (group, stretch of it) sums its tokens; a stretch beyond the last token is zero.
 template <int P>
 __device__ void gate_statistics(int tokens, int experts, int top_k, int is_sigmoid, int tokens_per_group, int stretches,
                                 const float* logits, const float* scores, const int* ids, double* counts, double* probs,
-                                double* z) {
+                                double* totals) {
     __shared__ float sums[WARPS][P * WARP];
     __shared__ int chosen[P * WARP];
-    __shared__ double z_sums[WARPS];
+    __shared__ double z_sums[WARPS], entropies[WARPS];
     const int lane = lane_id(), warp = warp_id();
     const long group = blockIdx.x / stretches, stretch = blockIdx.x % stretches;
     const long first = group * tokens_per_group + stretch * STRETCH;
@@ -198,7 +211,7 @@ __device__ void gate_statistics(int tokens, int experts, int top_k, int is_sigmo
         if (e >= 0 && e < experts) atomicAdd(&chosen[e], 1);
     }
     float sum[P] = {};
-    double z_sum = 0.0;
+    double z_sum = 0.0, entropy_sum = 0.0;
     for (int i = warp; i < length; i += WARPS) {
         float l[P], s[P];
         load_row(logits + (first + i) * experts, experts, -INFINITY, l);
@@ -206,12 +219,13 @@ __device__ void gate_statistics(int tokens, int experts, int top_k, int is_sigmo
         const float factor = is_sigmoid ? 1.0f / (row_sum(s) + TINY) : 1.0f;
 #pragma unroll
         for (int p = 0; p < P; p++) sum[p] += s[p] * factor;
-        const double lse = log_sum_exp(l, s, is_sigmoid);
-        z_sum += lse * lse;
+        const float lse = log_sum_exp(l, s, is_sigmoid);
+        z_sum += double(lse) * lse;
+        entropy_sum += entropy(l, s, lse, factor, is_sigmoid);
     }
 #pragma unroll
     for (int p = 0; p < P; p++) sums[warp][p * WARP + lane] = sum[p];
-    if (lane == 0) z_sums[warp] = z_sum;
+    if (lane == 0) z_sums[warp] = z_sum, entropies[warp] = entropy_sum;
     __syncthreads();
     for (int e = threadIdx.x; e < experts; e += THREADS) {
         double total = 0.0;
@@ -220,9 +234,9 @@ __device__ void gate_statistics(int tokens, int experts, int top_k, int is_sigmo
         probs[long(blockIdx.x) * experts + e] = total;
     }
     if (threadIdx.x == 0) {
-        double total = 0.0;
-        for (int w = 0; w < WARPS; w++) total += z_sums[w];
-        z[blockIdx.x] = total;
+        double z = 0.0, entropy = 0.0;
+        for (int w = 0; w < WARPS; w++) z += z_sums[w], entropy += entropies[w];
+        totals[2 * blockIdx.x] = z, totals[2 * blockIdx.x + 1] = entropy;
     }
 }
 
@@ -283,5 +297,6 @@ ALL_SIZES(gate_grad,
            coefficients, dlogits))
 ALL_SIZES(gate_statistics,
           (int tokens, int experts, int top_k, int is_sigmoid, int tokens_per_group, int stretches, const float* logits,
-           const float* scores, const int* ids, double* counts, double* probs, double* z),
-          (tokens, experts, top_k, is_sigmoid, tokens_per_group, stretches, logits, scores, ids, counts, probs, z))
+           const float* scores, const int* ids, double* counts, double* probs, double* totals),
+          (tokens, experts, top_k, is_sigmoid, tokens_per_group, stretches, logits, scores, ids, counts, probs,
+           totals))

@@ -4,7 +4,7 @@
 // balance_loss: counts, prob_sums [L, G, E] → loss += Σ E·f·P, coefficients [L, G, E]; in f64, one block.
 // importance: ids, weights [T, k] → per stretch of 32 tokens [·, E] f64, for sum_stretches. importance_grad: dweights += dimportance[id].
 // cv_squared: x [E] → loss += var/(mean² + 1e-10), dx [E]; in f64, one block.
-// apply_capacity: ids, weights [T, k] → kept [T, k], *dropped (zero before). One block an expert reads all ids: by weight, a radix selection
+// apply_capacity: ids, weights [T, k] → kept [T, k], dropped [E]. One block an expert reads all ids: by weight, a radix selection
 //   of the lowest kept key, 8 bits a pass; then in order of tokens, keys above it are kept and as many equal ones as fit.
 // drop_second: ids[t, 1] = −1 where 2·weights[t, 1] ≤ uniform[t].
 // Bound: latency; small tensors, or rarely used. apply_capacity reads T·k ids E times, from the second-level cache.
@@ -110,7 +110,7 @@ __device__ __forceinline__ unsigned weight_key(float weight) {
 }
 
 extern "C" __global__ void __launch_bounds__(WIDE)
-    apply_capacity(int choices, int per_expert, int by_weight, const int* ids, const float* weights, int* kept, int* dropped) {
+    apply_capacity(int choices, int per_expert, int by_weight, const int* ids, const float* weights, int* kept, float* dropped) {
     __shared__ int held[WARP], histogram[256], next_digit, next_room;
     const int expert = blockIdx.x, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     int mine = 0;
@@ -119,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(WIDE)
         if (expert == 0 && ids[i] < 0) kept[i] = ids[i];
     }
     const int wanted = block_sum(mine, held);
-    if (threadIdx.x == 0 && wanted > per_expert) atomicAdd(dropped, wanted - per_expert);
+    if (threadIdx.x == 0) dropped[expert] = float(max(0, wanted - per_expert));
 
     // Keys above `lowest` are kept, and `room` of those that equal it. Unranked, all keys are 0.
     const bool ranked = by_weight && per_expert > 0 && wanted > per_expert;

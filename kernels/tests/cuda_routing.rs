@@ -232,27 +232,27 @@ fn statistics_are_the_cpus_and_repeat_to_the_bit() {
             for tokens_per_group in [ONE_GROUP, 100, 7] {
                 let groups = tokens.div_ceil(tokens_per_group) + 1;
                 let nan = |len: usize| vec![f32::NAN; len];
-                let (mut counts, mut sums, mut z) = (nan(groups * experts), nan(groups * experts), nan(1));
+                let (mut counts, mut probs, mut sums) = (nan(groups * experts), nan(groups * experts), nan(2));
                 let (l, s, i) = (View::of(&logits), View::of(&gated.scores), View::of(&gated.ids));
-                let (c, p, z_view) = (ViewMut::of(&mut counts), ViewMut::of(&mut sums), ViewMut::of(&mut z));
-                Cpu.gate_statistics(spec, tokens_per_group, l, s, i, c, p, z_view);
+                let (c, p, all) = (ViewMut::of(&mut counts), ViewMut::of(&mut probs), ViewMut::of(&mut sums));
+                Cpu.gate_statistics(spec, tokens_per_group, l, s, i, c, p, all);
 
                 let (l, s, i) = (upload(&gpu, &logits), upload(&gpu, &gated.scores), upload(&gpu, &gated.ids));
                 let run = || {
                     let nan = |len: usize| filled(&gpu, len, f32::NAN);
-                    let (mut counts, mut sums, mut z) = (nan(groups * experts), nan(groups * experts), nan(1));
+                    let (mut counts, mut probs, mut sums) = (nan(groups * experts), nan(groups * experts), nan(2));
                     let (l, s, i) = (View::of(&l), View::of(&s), View::of(&i));
-                    let (c, p, z_view) = (ViewMut::of(&mut counts), ViewMut::of(&mut sums), ViewMut::of(&mut z));
-                    gpu.gate_statistics(spec, tokens_per_group, l, s, i, c, p, z_view);
-                    [counts, sums, z].map(|buffer| download(&gpu, &buffer))
+                    let (c, p, all) = (ViewMut::of(&mut counts), ViewMut::of(&mut probs), ViewMut::of(&mut sums));
+                    gpu.gate_statistics(spec, tokens_per_group, l, s, i, c, p, all);
+                    [counts, probs, sums].map(|buffer| download(&gpu, &buffer))
                 };
                 let got = run();
                 assert!(got == run(), "{spec:?}, groups of {tokens_per_group}: not the same twice");
                 let what = |name: &str| format!("{name}, {spec:?}, groups of {tokens_per_group}");
                 assert!(got[0] == counts, "{}", what("counts"));
                 let members = tokens.min(tokens_per_group) as f32;
-                assert_matches(&what("probabilities"), &got[1], &sums, tolerance::<f32>(24, members));
-                assert_matches(&what("z"), &got[2], &z, tolerance::<f32>(24, 128.0 * tokens as f32));
+                assert_matches(&what("probabilities"), &got[1], &probs, tolerance::<f32>(24, members));
+                assert_matches(&what("z and entropy"), &got[2], &sums, tolerance::<f32>(24, 128.0 * tokens as f32));
             }
         }
     }
@@ -301,12 +301,12 @@ fn capacity_drops_what_the_cpu_drops() {
         for policy in [CapacityPolicy::Position, CapacityPolicy::Probability] {
             for per_expert in [0, 1, even, even * 2, usize::MAX] {
                 let capacity = Capacity { per_expert, policy };
-                let (mut kept, mut dropped) = (vec![-7; gated.ids.len()], vec![-7]);
+                let (mut kept, mut dropped) = (vec![-7; gated.ids.len()], vec![f32::NAN; spec.dims.experts]);
                 let (k, d) = (ViewMut::of(&mut kept), ViewMut::of(&mut dropped));
                 Cpu.apply_capacity(spec.dims, capacity, View::of(&gated.ids), View::of(&gated.weights), k, d);
 
                 let (ids, weights) = (upload(&gpu, &gated.ids), upload(&gpu, &gated.weights));
-                let (mut got, mut got_dropped) = (filled(&gpu, kept.len(), -7), filled(&gpu, 1, -7));
+                let (mut got, mut got_dropped) = (filled(&gpu, kept.len(), -7), filled(&gpu, dropped.len(), f32::NAN));
                 let (k, d) = (ViewMut::of(&mut got), ViewMut::of(&mut got_dropped));
                 gpu.apply_capacity(spec.dims, capacity, View::of(&ids), View::of(&weights), k, d);
                 assert_eq!(download(&gpu, &got_dropped), dropped, "{capacity:?} of {:?}", spec.dims);

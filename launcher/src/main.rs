@@ -1,6 +1,7 @@
 //! `moe-launch`: starts, watches and inspects training runs.
 #![forbid(unsafe_code)]
 
+mod balance;
 mod bench;
 mod checkpoint;
 mod data;
@@ -62,6 +63,8 @@ enum Command {
     Run(run::RunArgs),
     /// Show the ranks, step and loss of a running job.
     Status(status::StatusArgs),
+    /// Show how evenly a run uses its experts.
+    Balance(balance::BalanceArgs),
     /// Have a running job write a checkpoint now and go on.
     Save(save::SaveArgs),
     /// Have a running job write a checkpoint and end.
@@ -102,6 +105,9 @@ fn main() -> ExitCode {
         Cli { command: Command::Run(args) } => run::run(&args),
         Cli { command: Command::Status(args) } => {
             status::run(&args, &mut out::stdout()).map(|()| ExitCode::SUCCESS).map_err(Failure::from)
+        }
+        Cli { command: Command::Balance(args) } => {
+            balance::run(&args, &mut out::stdout()).map(|()| ExitCode::SUCCESS).map_err(Failure::from)
         }
         Cli { command: Command::Save(args) } => {
             save::run(&args, &mut out::stdout()).map(|()| ExitCode::SUCCESS).map_err(Failure::from)

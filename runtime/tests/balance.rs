@@ -70,8 +70,8 @@ fn report(world: &HostCommunicator, config: &RouterConfig, top_k: usize) -> Bala
             router.forward(&Cpu, at, View::of(&x), &weights, counts, probabilities).unwrap();
         }
         balance.form(&Cpu, world, at, share).unwrap();
-        for router in &routers {
-            balance.add_z(&Cpu, &router.statistics);
+        for (layer, router) in routers.iter().enumerate() {
+            balance.add(&Cpu, layer, &router.statistics);
         }
     }
     balance.report(&Cpu).unwrap()
@@ -208,7 +208,7 @@ fn balance_losses_are_those_of_the_formula() {
 }
 
 #[test]
-fn loads_and_z_are_sums_over_all_tokens() {
+fn loads_mass_entropy_and_z_are_sums_over_all_tokens() {
     for scope in [BalanceScope::Sequence, BalanceScope::MicroBatch, BalanceScope::Global] {
         let router = RouterConfig { balance_scope: scope, ..RouterConfig::default() };
         let reports = local::run(2, |world| report(&world, &router, 2));
@@ -221,6 +221,17 @@ fn loads_and_z_are_sums_over_all_tokens() {
         let z: f64 = all.iter().flatten().map(|token| token.lse_squared).sum();
         let found: f64 = reports.iter().map(|report| report.z_sum).sum();
         assert!(near(found, z), "{scope:?}: {found}, expected {z}");
+        for (layer, tokens) in all.iter().enumerate() {
+            let [_, mass] = statistics(tokens.iter());
+            for (e, mass) in mass.into_iter().enumerate() {
+                let found: f64 = reports.iter().map(|report| report.mass[layer * EXPERTS + e]).sum();
+                assert!(near(found, mass), "{scope:?}, layer {layer}, expert {e}: mass {found}, expected {mass}");
+            }
+            let of = |token: &Token| token.probabilities.iter().map(|p| -p * p.ln()).sum::<f64>();
+            let (found, entropy): (f64, f64) =
+                (reports.iter().map(|report| report.entropy[layer]).sum(), tokens.iter().map(of).sum());
+            assert!(near(found, entropy), "{scope:?}, layer {layer}: entropy {found}, expected {entropy}");
+        }
         let loads: Vec<f64> = all.iter().flat_map(|layer| statistics(layer.iter())[0].clone()).collect();
         let global = scope == BalanceScope::Global;
         let sum = |i: usize| reports.iter().map(|report| report.loads[i]).sum::<f64>() / if global { 2.0 } else { 1.0 };

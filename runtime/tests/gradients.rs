@@ -152,7 +152,7 @@ impl Probe {
             + f64::from(router.z_coefficient) * sums.balance.z_sum / all as f64
             + f64::from(router.importance_coefficient) * noisy;
         assert_eq!(router.importance_coefficient, router.load_coefficient, "both are in one sum");
-        Reading { objective, loads: sums.balance.loads, dropped: sums.dropped }
+        Reading { objective, loads: sums.balance.loads, dropped: sums.balance.dropped.iter().sum() }
     }
 
     /// The objective with element `index` of `part` moved by `by`, and where it then is.

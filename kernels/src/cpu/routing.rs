@@ -94,17 +94,18 @@ impl RoutingOps for Cpu {
         ids: View<'_, Self, i32>,
         counts: ViewMut<'_, Self, f32>,
         prob_sums: ViewMut<'_, Self, f32>,
-        z_sum: ViewMut<'_, Self, f32>,
+        sums: ViewMut<'_, Self, f32>,
     ) {
         check_len("logits", logits.len(), spec.logits_len());
         check_len("scores", scores.len(), logits.len());
         check_len("ids", ids.len(), spec.dims.choices_len());
         check_len("prob_sums", prob_sums.len(), counts.len());
-        check_len("z_sum", z_sum.len(), 1);
+        check_len("sums", sums.len(), 2);
         let routed = statistics::Routed { spec, logits: slice(logits), scores: slice(scores), ids: slice(ids) };
         let (counts, prob_sums) = (slice_mut(counts), slice_mut(prob_sums));
         statistics::group_sums(&routed, tokens_per_group, counts, prob_sums);
-        slice_mut(z_sum)[0] = statistics::z_sum(&routed);
+        let sums = slice_mut(sums);
+        [sums[0], sums[1]] = [statistics::z_sum(&routed), statistics::entropy_sum(&routed)];
     }
 
     fn balance_loss(
@@ -128,13 +129,13 @@ impl RoutingOps for Cpu {
         ids: View<'_, Self, i32>,
         weights: View<'_, Self, f32>,
         kept: ViewMut<'_, Self, i32>,
-        dropped: ViewMut<'_, Self, i32>,
+        dropped: ViewMut<'_, Self, f32>,
     ) {
         check_len("ids", ids.len(), dims.choices_len());
         check_len("weights", weights.len(), ids.len());
         check_len("kept", kept.len(), ids.len());
-        let count = capacity::apply(dims, capacity, slice(ids), slice(weights), slice_mut(kept));
-        slice_mut(dropped)[0] = count as i32;
+        check_len("dropped", dropped.len(), dims.experts);
+        capacity::apply(dims, capacity, slice(ids), slice(weights), slice_mut(kept), slice_mut(dropped));
     }
 
     fn drop_second(

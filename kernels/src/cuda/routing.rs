@@ -161,14 +161,14 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
         ids: View<'_, Self, i32>,
         counts: ViewMut<'_, Self, f32>,
         prob_sums: ViewMut<'_, Self, f32>,
-        z_sum: ViewMut<'_, Self, f32>,
+        sums: ViewMut<'_, Self, f32>,
     ) {
         let GateDims { tokens, experts, .. } = spec.dims;
         check_len("logits", logits.len(), logits_len(spec.dims));
         check_len("scores", scores.len(), logits.len());
         check_len("ids", ids.len(), spec.dims.choices_len());
         check_len("prob_sums", prob_sums.len(), counts.len());
-        check_len("z_sum", z_sum.len(), 1);
+        check_len("sums", sums.len(), 2);
         let length = tokens_per_group.clamp(1, tokens.max(1));
         let groups = counts.len() / experts;
         assert!(
@@ -179,17 +179,17 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
         let stretches = length.div_ceil(STRETCH);
         let blocks = groups * stretches;
         let table = blocks * experts * size_of::<f64>();
-        let Some(scratch) = self.scratch(2 * table + blocks * size_of::<f64>()) else { return };
-        let [count_sums, sums, z_sums] = [0, table, 2 * table].map(|offset| scratch.at(offset));
+        let Some(scratch) = self.scratch(2 * table + 2 * blocks * size_of::<f64>()) else { return };
+        let [count_parts, prob_parts, parts] = [0, table, 2 * table].map(|offset| scratch.at(offset));
         let (tokens, width, top_k) = sizes(spec.dims);
         launch!(
             self, sized!("gate_statistics", experts), Grid::new(blocks, THREADS);
             tokens, width, top_k, is_sigmoid(spec), length as i32, stretches as i32,
-            pointer(logits), pointer(scores), pointer(ids), count_sums, sums, z_sums
+            pointer(logits), pointer(scores), pointer(ids), count_parts, prob_parts, parts
         );
-        self.sum_stretches([groups, stretches, experts], count_sums, pointer_mut(counts));
-        self.sum_stretches([groups, stretches, experts], sums, pointer_mut(prob_sums));
-        self.sum_stretches([1, blocks, 1], z_sums, pointer_mut(z_sum));
+        self.sum_stretches([groups, stretches, experts], count_parts, pointer_mut(counts));
+        self.sum_stretches([groups, stretches, experts], prob_parts, pointer_mut(prob_sums));
+        self.sum_stretches([1, blocks, 2], parts, pointer_mut(sums));
     }
 
     fn balance_loss(
@@ -218,12 +218,12 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
         ids: View<'_, Self, i32>,
         weights: View<'_, Self, f32>,
         kept: ViewMut<'_, Self, i32>,
-        mut dropped: ViewMut<'_, Self, i32>,
+        dropped: ViewMut<'_, Self, f32>,
     ) {
         check_len("ids", ids.len(), dims.choices_len());
         check_len("weights", weights.len(), ids.len());
         check_len("kept", kept.len(), ids.len());
-        self.fill(dropped.reborrow().slice(0..1), 0);
+        check_len("dropped", dropped.len(), dims.experts);
         let per_expert = capacity.per_expert.min(i32::MAX as usize) as i32;
         launch!(
             self, "apply_capacity", Grid::new(dims.experts, WIDE);

@@ -214,7 +214,8 @@ pub trait RoutingOps: Device {
         dlogits: ViewMut<'_, Self, f32>,
     );
     /// Balance statistics, overwritten: `counts[G, E]` choices (−1 ids are not counted) and `prob_sums[G, E]` probabilities (scores; for
-    /// sigmoid, scores divided by their sum) over each group of `tokens_per_group` consecutive tokens, and `z_sum[1]`, Σ_t lse².
+    /// sigmoid, scores divided by their sum) over each group of `tokens_per_group` consecutive tokens, and `sums[2]` over all of them: Σ_t lse²,
+    /// and Σ_t of the probabilities' entropy in nats.
     #[allow(clippy::too_many_arguments)] // three tensors in, three statistics out
     fn gate_statistics(
         &self,
@@ -225,7 +226,7 @@ pub trait RoutingOps: Device {
         ids: View<'_, Self, i32>,
         counts: ViewMut<'_, Self, f32>,
         prob_sums: ViewMut<'_, Self, f32>,
-        z_sum: ViewMut<'_, Self, f32>,
+        sums: ViewMut<'_, Self, f32>,
     );
     /// The balance loss of all layers, added to `loss[0]`, and its `coefficients[L, G, E]` for [`BalanceGrad`] (overwritten), from
     /// `counts[L, G, E]` and `prob_sums[L, G, E]`. No gradient goes through the counts.
@@ -237,7 +238,8 @@ pub trait RoutingOps: Device {
         loss: ViewMut<'_, Self, f64>,
         coefficients: ViewMut<'_, Self, f32>,
     );
-    /// `kept[T, k]`: the ids, with −1 where an expert already has [`Capacity::per_expert`] choices. `dropped[0]`: how many became −1.
+    /// `kept[T, k]`: the ids, with −1 where an expert already has [`Capacity::per_expert`] choices. `dropped[E]`: how many of each expert's
+    /// became −1 (overwritten).
     fn apply_capacity(
         &self,
         dims: GateDims,
@@ -245,7 +247,7 @@ pub trait RoutingOps: Device {
         ids: View<'_, Self, i32>,
         weights: View<'_, Self, f32>,
         kept: ViewMut<'_, Self, i32>,
-        dropped: ViewMut<'_, Self, i32>,
+        dropped: ViewMut<'_, Self, f32>,
     );
     /// GShard's random second expert (Lepikhin et al. 2020): `ids[t, 1]` becomes −1 where `2 · weights[t, 1] ≤ uniform[t]`.
     fn drop_second(

@@ -284,10 +284,12 @@ pub struct RunConfig {
     pub collective_timeout_s: f64,
     /// Whether readings are also written as TensorBoard event files, under `tensorboard/` of the run directory.
     pub tensorboard: bool,
+    /// Steps between lines of `balance.jsonl`, which says how each expert was used; 0: none.
+    pub balance_every: u64,
 }
 
 impl Default for RunConfig {
     fn default() -> Self {
-        Self { threads: 0, collective_timeout_s: 60.0, tensorboard: false }
+        Self { threads: 0, collective_timeout_s: 60.0, tensorboard: false, balance_every: 10 }
     }
 }

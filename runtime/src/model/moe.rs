@@ -226,7 +226,7 @@ impl<B: Backend> MoeLayer<B> {
         pass: RoutePass,
         batch: BatchShare,
     ) -> Result<(), ModelError> {
-        balance.add_z(device, &self.router.statistics);
+        balance.add(device, self.index, &self.router.statistics);
         if self.router.form().noisy {
             balance.form_noisy(device, world, &mut self.router.statistics, pass, batch)?;
         }

@@ -50,8 +50,6 @@ pub struct ModelSetup {
 pub struct StepSums {
     /// Σ of token losses, in nats.
     pub loss: f64,
-    /// Choices that capacity dropped, over all layers.
-    pub dropped: f64,
     /// Balance losses and loads.
     pub balance: BalanceReport,
 }
@@ -72,14 +70,11 @@ pub struct Transformer<B: Backend> {
     head: Head<B>,
     balance: Balance<B>,
     scratch: Scratch<B>,
-    /// `[2]`: Σ losses, dropped choices.
-    totals: Slot<B, f64>,
+    /// `[1]`: Σ losses.
+    total: Slot<B, f64>,
     /// `[H]`: the padding token's gradient before the embedding adds its share.
     padding_grad: Slot<B, f32>,
 }
-
-const LOSS: std::ops::Range<usize> = 0..1;
-const DROPPED: std::ops::Range<usize> = 1..2;
 
 impl<B: Backend> Transformer<B> {
     /// A model whose parameters are initialised from the seed. `setup` must be valid.
@@ -89,8 +84,8 @@ impl<B: Backend> Transformer<B> {
         let blocks = build_blocks(&device, &setup, &layout)?;
         let moe_layers = c.moe_layers().count();
         let slot = |_| Slot::new(&device, "residual stream");
-        let mut totals = Slot::new(&device, "loss")?;
-        totals.reserve(&device, 2)?;
+        let mut total = Slot::new(&device, "loss")?;
+        total.reserve(&device, 1)?;
         let mut model = Self {
             rotary: RotaryTables::new(&device, c, setup.sequence_length)?,
             ids: Slot::new(&device, "token ids")?,
@@ -106,7 +101,7 @@ impl<B: Backend> Transformer<B> {
                 dstream: Slot::new(&device, "residual gradients")?,
                 dbranch: Slot::new(&device, "branch gradients")?,
             },
-            totals,
+            total,
             padding_grad: Slot::new(&device, "gradient of the padding token")?,
             parameters: Parameters::new(&device, layout)?,
             setup,
@@ -141,7 +136,7 @@ impl<B: Backend> Transformer<B> {
         self.parameters.tally(tally);
         self.rotary.tally(tally);
         let [ids, starts] = [&self.ids, &self.starts].map(Slot::bytes);
-        tally.add(Kind::Activations, [ids, starts, self.totals.bytes(), self.padding_grad.bytes()]);
+        tally.add(Kind::Activations, [ids, starts, self.total.bytes(), self.padding_grad.bytes()]);
         tally.add(Kind::Activations, self.stream.iter().map(Slot::bytes));
         for block in &self.blocks {
             block.tally(tally);
@@ -174,7 +169,7 @@ impl<B: Backend> Transformer<B> {
                 moe.begin_step();
             }
         }
-        self.device.fill(self.totals.view_mut(2), 0.0);
+        self.device.fill(self.total.view_mut(1), 0.0);
         self.balance.begin_step(&self.device);
     }
 
@@ -226,12 +221,12 @@ impl<B: Backend> Transformer<B> {
         tokens: PassTokens<'_>,
     ) -> Result<f64, ModelError> {
         self.forward(groups, &mut StageClock::default(), tokens, tokens.route(false))?;
-        self.device.fill(self.totals.view_mut(2).slice(LOSS), 0.0);
+        self.device.fill(self.total.view_mut(1), 0.0);
         let x = self.final_norm.out.view(tokens.inputs.len() * self.setup.model.hidden_size);
-        let total = self.totals.view_mut(2).slice(LOSS);
+        let total = self.total.view_mut(1);
         self.head.loss(&self.device, self.parameters.weights(), tokens.targets, x, total)?;
         let mut loss = [0.0];
-        self.device.read_to_host(self.totals.view(2).slice(LOSS), &mut loss)?;
+        self.device.read_to_host(self.total.view(1), &mut loss)?;
         Ok(loss[0])
     }
 
@@ -261,9 +256,9 @@ impl<B: Backend> Transformer<B> {
 
     /// Reads back the sums of the step's passes on this rank.
     pub fn step_sums(&self) -> Result<StepSums, ModelError> {
-        let mut totals = [0.0; 2];
-        self.device.read_to_host(self.totals.view(2), &mut totals)?;
-        Ok(StepSums { loss: totals[0], dropped: totals[1], balance: self.balance.report(&self.device)? })
+        let mut loss = [0.0];
+        self.device.read_to_host(self.total.view(1), &mut loss)?;
+        Ok(StepSums { loss: loss[0], balance: self.balance.report(&self.device)? })
     }
 
     /// Whether the loads of [`StepSums`] are already sums over ranks.
@@ -336,9 +331,6 @@ impl<B: Backend> Transformer<B> {
                 starts,
             };
             block.forward(&context, &mut self.balance, &mut self.scratch.moe, clock, (x, y))?;
-            if let Second::Moe(moe) = &block.second {
-                device.sum(moe.router.dropped(), self.totals.view_mut(2).slice(DROPPED));
-            }
         }
         groups.expert.context().set_layer(None);
         clock.enter(Stage::Head);
@@ -373,7 +365,7 @@ impl<B: Backend> Transformer<B> {
         scratch.dbranch.reserve(device, n)?;
         let (weights, mut gradients) = parameters.split();
         let x = self.final_norm.out.view(n);
-        let total = self.totals.view_mut(2).slice(LOSS);
+        let total = self.total.view_mut(1);
         let dx = scratch.dbranch.view_mut(n);
         self.head.loss_and_gradients(device, (weights, &mut gradients), (targets, scale), (x, dx), total)?;
         let (last, dnormed) = (self.stream[self.blocks.len()].view(n), scratch.dbranch.view(n));

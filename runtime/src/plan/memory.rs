@@ -127,12 +127,12 @@ fn activations(job: &Job, tally: &mut Tally) {
     let layers = c.layers as u64;
     let moe = job.moe_layers() as u64;
     let logits = logits_rows(c.vocab_size, t as usize, act == 2) as u64 * c.vocab_size as u64 * act;
-    let world_sums = 7 + if job.loads_are_global() { 0 } else { moe * c.experts as u64 };
+    let world_sums = job.step_sums() as u64;
     tally.add(
         Kind::Activations,
         [
             2 * s * (c.head_width() as u64 / 2) * 4,
-            4 * t * (1 + u64::from(job.config.train.document_mask)) + 16,
+            4 * t * (1 + u64::from(job.config.train.document_mask)) + 8,
             (layers + 1) * th,
             layers * per_block,
             (layers - moe) * feed_forward(c.ffn_size),
@@ -147,7 +147,9 @@ fn activations(job: &Job, tally: &mut Tally) {
         tally.add(Kind::Activations, [moe * moe_layer(job), expert_scratch(job)]);
     }
     let groups = if job.config.router.balance_scope == BalanceScope::Sequence { job.micro_batch() as u64 } else { 1 };
-    tally.add(Kind::Activations, [4 * 4 * moe * groups * c.experts as u64, 24]);
+    let experts = moe * c.experts as u64;
+    // Counts, probabilities, their sums over a step, coefficients; dropped choices, entropies, losses.
+    tally.add(Kind::Activations, [5 * 4 * groups * experts, 4 * experts, 8 * moe, 24]);
 }
 
 /// The experts' gate and up projections of one layer.
@@ -170,7 +172,7 @@ fn moe_layer(job: &Job) -> u64 {
     let act = job.numbers.act_bytes as u64;
     let (t, h, e, k) = (job.pass_tokens() as u64, c.hidden_size as u64, c.experts as u64, c.top_k as u64);
     let logits = if job.config.router.kind == RouterKind::NoisyTopk { 8 } else { 3 };
-    let router = 4 * (logits * t * e + 4 * t * k + t + 1 + 6 * e);
+    let router = 4 * (logits * t * e + 4 * t * k + t + 7 * e.max(2));
     let (rows, chunks) = (rows(job), job.config.parallel.chunks as f64);
     let arrived = if job.grid.ep() > 1 { (rows.received * chunks) as u64 * act * h } else { 0 };
     let experts = match job.config.train.recompute {

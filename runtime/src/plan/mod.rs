@@ -159,6 +159,13 @@ impl Job {
         }
     }
 
+    /// Numbers that are summed over the world at the end of a step: losses and requests, and how each layer's experts were used.
+    fn step_sums(&self) -> usize {
+        let layers = self.moe_layers();
+        let lists = if self.loads_are_global() { 2 } else { 3 };
+        6 + layers * (lists * self.config.model.experts + 1)
+    }
+
     /// The probability that a token visits a given rank of its expert group.
     fn visit_probability(&self) -> f64 {
         let (e, k, local) = (self.grid.experts(), self.config.model.top_k, self.grid.experts_per_rank());

@@ -176,8 +176,7 @@ fn gradients(job: &Job, rank: Rank, add: &mut Add<'_>) {
 /// The number of targets, the step's readings, the norm.
 fn sums(job: &Job, rank: Rank, add: &mut Add<'_>) {
     let (world, ep) = (job.world(), job.grid.ep());
-    let loads = if job.loads_are_global() { 0 } else { job.moe_layers() * job.config.model.experts };
-    let mut bytes = volume::all_reduce(1, 8, world, rank.0) + volume::all_reduce(7 + loads, 8, world, rank.0);
+    let mut bytes = volume::all_reduce(1, 8, world, rank.0) + volume::all_reduce(job.step_sums(), 8, world, rank.0);
     let place = job.grid.coordinate(rank).ep;
     if job.config.parallel.shard_optimizer && world > 1 {
         bytes += volume::all_reduce(2, 8, world, rank.0);

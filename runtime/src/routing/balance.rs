@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use moe_kernels::{Backend, BalanceSpec, DeviceError, View, ViewMut};
+use moe_kernels::{Backend, BalanceSpec, DeviceError, Element, View, ViewMut};
 
 use super::config::{BalanceScope, RouterConfig};
 use super::router::{RoutePass, RouterStatistics};
@@ -47,6 +47,12 @@ pub struct BalanceReport {
     pub z_sum: f64,
     /// `[L, E]`: choices before capacity. Already summed over ranks where [`Balance::loads_are_global`].
     pub loads: Vec<f64>,
+    /// `[L, E]`: probabilities, summed over tokens.
+    pub mass: Vec<f64>,
+    /// `[L, E]`: choices that capacity dropped.
+    pub dropped: Vec<f64>,
+    /// `[L]`: entropy of the probabilities in nats, summed over tokens.
+    pub entropy: Vec<f64>,
 }
 
 /// Statistics and loss gradients of all MoE layers.
@@ -60,6 +66,12 @@ pub struct Balance<B: Backend> {
     prob_sums: Slot<B, f32>,
     /// `[L, max_groups, E]`: counts of the step's passes so far.
     step_counts: Slot<B, f32>,
+    /// `[L, max_groups, E]`: probabilities of the step's passes so far.
+    step_probs: Slot<B, f32>,
+    /// `[L, E]`: dropped choices of the step's passes so far.
+    step_dropped: Slot<B, f32>,
+    /// `[L]`: entropies of the step's passes so far.
+    step_entropy: Slot<B, f64>,
     coefficients: Slot<B, f32>,
     /// `[3]`: balance loss, cv² losses, Σ lse².
     losses: Slot<B, f64>,
@@ -78,6 +90,9 @@ impl<B: Backend> Balance<B> {
                 self.counts.bytes(),
                 self.prob_sums.bytes(),
                 self.step_counts.bytes(),
+                self.step_probs.bytes(),
+                self.step_dropped.bytes(),
+                self.step_entropy.bytes(),
                 self.coefficients.bytes(),
                 self.losses.bytes(),
             ],
@@ -94,24 +109,25 @@ impl<B: Backend> Balance<B> {
     ) -> Result<Self, DeviceError> {
         let max_groups = if config.balance_scope == BalanceScope::Sequence { max_sequences.max(1) } else { 1 };
         let len = layers * max_groups * experts;
-        let slot = |what| {
+        fn slot<B: Backend, T: Element>(device: &B, what: &'static str, len: usize) -> Result<Slot<B, T>, DeviceError> {
             let mut slot = Slot::new(device, what)?;
             slot.reserve(device, len)?;
             Ok(slot)
-        };
-        let mut losses = Slot::new(device, "balance losses")?;
-        losses.reserve(device, 3)?;
+        }
         Ok(Self {
             config: config.clone(),
             layers,
             experts,
             max_groups,
             groups: 1,
-            counts: slot("balance counts")?,
-            prob_sums: slot("balance probabilities")?,
-            step_counts: slot("balance counts of a step")?,
-            coefficients: slot("balance coefficients")?,
-            losses,
+            counts: slot(device, "balance counts", len)?,
+            prob_sums: slot(device, "balance probabilities", len)?,
+            step_counts: slot(device, "balance counts of a step", len)?,
+            step_probs: slot(device, "balance probabilities of a step", len)?,
+            step_dropped: slot(device, "dropped choices of a step", layers * experts)?,
+            step_entropy: slot(device, "gate entropies of a step", layers)?,
+            coefficients: slot(device, "balance coefficients", len)?,
+            losses: slot(device, "balance losses", 3)?,
         })
     }
 
@@ -133,7 +149,11 @@ impl<B: Backend> Balance<B> {
     /// Forgets the last step.
     pub fn begin_step(&mut self, device: &B) {
         device.fill(self.losses.view_mut(3), 0.0);
-        device.fill(self.step_counts.view_mut(self.layers * self.max_groups * self.experts), 0.0);
+        let len = self.layers * self.max_groups * self.experts;
+        device.fill(self.step_counts.view_mut(len), 0.0);
+        device.fill(self.step_probs.view_mut(len), 0.0);
+        device.fill(self.step_dropped.view_mut(self.layers * self.experts), 0.0);
+        device.fill(self.step_entropy.view_mut(self.layers), 0.0);
     }
 
     /// Sets the number of groups to the pass's.
@@ -163,8 +183,10 @@ impl<B: Backend> Balance<B> {
         for layer in 0..self.layers {
             let start = layer * self.max_groups * self.experts;
             let range = self.layer_range(layer);
-            let total = self.step_counts.view_mut(start + range.len()).slice(start..start + range.len());
-            device.add_f32(self.counts.view(len).slice(range), total);
+            for (of_pass, of_step) in [(&self.counts, &mut self.step_counts), (&self.prob_sums, &mut self.step_probs)] {
+                let total = of_step.view_mut(start + range.len()).slice(start..start + range.len());
+                device.add_f32(of_pass.view(len).slice(range.clone()), total);
+            }
         }
         let counted = match self.config.balance_scope {
             BalanceScope::Sequence => pass.sequence_length,
@@ -216,9 +238,16 @@ impl<B: Backend> Balance<B> {
         Ok(())
     }
 
-    /// Adds one layer's Σ lse² to the report.
-    pub fn add_z(&mut self, device: &B, statistics: &RouterStatistics<B>) {
-        device.sum(statistics.z_sum.view(1), self.losses.view_mut(3).slice(Z..Z + 1));
+    /// Adds what MoE layer `index` counted by itself to the report: Σ lse², entropy, dropped choices.
+    pub fn add(&mut self, device: &B, index: usize, statistics: &RouterStatistics<B>) {
+        let sums = statistics.sums.view(2);
+        device.sum(sums.slice(0..1), self.losses.view_mut(3).slice(Z..Z + 1));
+        device.sum(sums.slice(1..2), self.step_entropy.view_mut(self.layers).slice(index..index + 1));
+        let dropped = self.step_dropped.view_mut(self.layers * self.experts);
+        device.add_f32(
+            statistics.dropped.view(self.experts),
+            dropped.slice(index * self.experts..(index + 1) * self.experts),
+        );
     }
 
     /// `[G, E]` of MoE layer `index`: the balance loss's gradient; None: the loss is switched off.
@@ -239,22 +268,33 @@ impl<B: Backend> Balance<B> {
         }
         let mut losses = [0.0; 3];
         device.read_to_host(self.losses.view(3), &mut losses)?;
-        let mut counts = vec![0.0f32; self.layers * self.max_groups * self.experts];
-        device.read_to_host(self.step_counts.view(counts.len()), &mut counts)?;
-        let mut loads = vec![0.0; self.layers * self.experts];
-        for (layer, groups) in counts.chunks_exact(self.max_groups * self.experts).enumerate() {
-            for group in groups.chunks_exact(self.experts) {
-                for (load, &count) in loads[layer * self.experts..].iter_mut().zip(group) {
-                    *load += f64::from(count);
-                }
-            }
-        }
+        let mut dropped = vec![0.0; self.layers * self.experts];
+        device.read_to_host(self.step_dropped.view(dropped.len()), &mut dropped)?;
+        let mut entropy = vec![0.0; self.layers];
+        device.read_to_host(self.step_entropy.view(self.layers), &mut entropy)?;
         let reported_layers = if self.config.balance_pooled { 1 } else { self.layers.max(1) } as f64;
         Ok(BalanceReport {
             balance_loss: losses[BALANCE] / reported_layers,
             noisy_loss: losses[NOISY],
             z_sum: losses[Z],
-            loads,
+            loads: self.over_groups(device, &self.step_counts)?,
+            mass: self.over_groups(device, &self.step_probs)?,
+            dropped: dropped.into_iter().map(f64::from).collect(),
+            entropy,
         })
+    }
+
+    /// `[L, E]` of `[L, max_groups, E]`.
+    fn over_groups(&self, device: &B, sums: &Slot<B, f32>) -> Result<Vec<f64>, DeviceError> {
+        let mut all = vec![0.0f32; self.layers * self.max_groups * self.experts];
+        device.read_to_host(sums.view(all.len()), &mut all)?;
+        let mut totals = vec![0.0; self.layers * self.experts];
+        let layers = all.chunks_exact(self.max_groups * self.experts).zip(totals.chunks_exact_mut(self.experts));
+        for (groups, totals) in layers {
+            for group in groups.chunks_exact(self.experts) {
+                totals.iter_mut().zip(group).for_each(|(total, &sum)| *total += f64::from(sum));
+            }
+        }
+        Ok(totals)
     }
 }

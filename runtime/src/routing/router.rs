@@ -98,7 +98,6 @@ pub struct Router<B: Backend> {
     dlogits: Slot<B, f32>,
     dclean: Slot<B, f32>,
     draw: Slot<B, f32>,
-    dropped: Slot<B, i32>,
     /// `[E]`: what follows the load from step to step, or evens out one pass.
     selection_bias: Slot<B, f32>,
     host_noise: Vec<f32>,
@@ -108,8 +107,10 @@ pub struct Router<B: Backend> {
 
 /// What a pass leaves for the balance losses.
 pub struct RouterStatistics<B: Backend> {
-    /// `[1]`: Σ_t lse².
-    pub z_sum: Slot<B, f32>,
+    /// `[2]`: Σ_t lse², and Σ_t of the probabilities' entropy.
+    pub sums: Slot<B, f32>,
+    /// `[E]`: choices of each expert that capacity dropped.
+    pub dropped: Slot<B, f32>,
     /// `[E]`: noisy gates: summed weights, and their gradient.
     pub importance: Slot<B, f32>,
     /// `[E]`: gradient of the importance loss.
@@ -139,12 +140,11 @@ impl<B: Backend> Router<B> {
                 self.dlogits.bytes(),
                 self.dclean.bytes(),
                 self.draw.bytes(),
-                self.dropped.bytes(),
                 self.selection_bias.bytes(),
             ],
         );
-        let RouterStatistics { z_sum, importance, dimportance, load, dload } = &self.statistics;
-        tally.add(Kind::Activations, [z_sum, importance, dimportance, load, dload].map(Slot::bytes));
+        let RouterStatistics { sums, dropped, importance, dimportance, load, dload } = &self.statistics;
+        tally.add(Kind::Activations, [sums, dropped, importance, dimportance, load, dload].map(Slot::bytes));
     }
 
     /// The router of MoE layer `layer`.
@@ -152,18 +152,17 @@ impl<B: Backend> Router<B> {
         let e = shape.experts;
         let expert_slot = |what| {
             let mut slot = Slot::new(device, what)?;
-            slot.reserve(device, e)?;
+            slot.reserve(device, e.max(2))?;
             Ok(slot)
         };
         let statistics = RouterStatistics {
-            z_sum: expert_slot("router z statistics")?,
+            sums: expert_slot("router statistics")?,
+            dropped: expert_slot("dropped choices")?,
             importance: expert_slot("gate importance")?,
             dimportance: expert_slot("gate importance gradient")?,
             load: expert_slot("gate load")?,
             dload: expert_slot("gate load gradient")?,
         };
-        let mut dropped = Slot::new(device, "dropped choices")?;
-        dropped.reserve(device, 1)?;
         Ok(Self {
             form: GateForm::of(&shape.config),
             gate_noise: GateNoise::new(seed, layer),
@@ -180,7 +179,6 @@ impl<B: Backend> Router<B> {
             dlogits: Slot::new(device, "router logit gradients")?,
             dclean: Slot::new(device, "router clean logit gradients")?,
             draw: Slot::new(device, "router noise scale gradients")?,
-            dropped,
             selection_bias: expert_slot("router selection bias")?,
             host_noise: Vec::new(),
             statistics,
@@ -257,9 +255,9 @@ impl<B: Backend> Router<B> {
             let importance = self.statistics.importance.view_mut(e);
             device.importance(dims, self.chosen.view(tk), self.weights.view(tk), importance);
         }
-        let (scores, chosen, z_sum) = (self.scores.view(te), self.chosen.view(tk), self.statistics.z_sum.view_mut(1));
+        let (scores, chosen, sums) = (self.scores.view(te), self.chosen.view(tk), self.statistics.sums.view_mut(2));
         let (group, _) = pass.groups(self.shape.config.balance_scope);
-        device.gate_statistics(spec, group, logits, scores, chosen, counts, prob_sums, z_sum);
+        device.gate_statistics(spec, group, logits, scores, chosen, counts, prob_sums, sums);
         self.keep(device, pass);
         Ok(())
     }
@@ -275,13 +273,13 @@ impl<B: Backend> Router<B> {
             device.upload(&self.host_noise, self.uniform.view_mut(t));
             device.drop_second(dims, self.uniform.view(t), self.weights.view(tk), self.routed.view_mut(tk));
         }
-        device.fill(self.dropped.view_mut(1), 0);
+        device.fill(self.statistics.dropped.view_mut(self.shape.experts), 0.0);
         match self.shape.config.capacity(t, self.shape.top_k, self.shape.experts) {
             None => device.copy(self.routed.view(tk), self.kept.view_mut(tk)),
             Some(per_expert) => {
                 let capacity = Capacity { per_expert, policy: self.shape.config.overflow.into() };
                 let (routed, weights) = (self.routed.view(tk), self.weights.view(tk));
-                let (kept, dropped) = (self.kept.view_mut(tk), self.dropped.view_mut(1));
+                let (kept, dropped) = (self.kept.view_mut(tk), self.statistics.dropped.view_mut(dims.experts));
                 device.apply_capacity(dims, capacity, routed, weights, kept, dropped);
             }
         }
@@ -358,11 +356,6 @@ impl<B: Backend> Router<B> {
     /// The weights of all choices, `[T, k]`.
     pub fn weights(&self, tokens: usize) -> View<'_, B, f32> {
         self.weights.view(tokens * self.shape.top_k)
-    }
-
-    /// `[1]`: choices that capacity dropped in the last pass.
-    pub fn dropped(&self) -> View<'_, B, i32> {
-        self.dropped.view(1)
     }
 
     /// The selection bias that lasts from step to step, `[E]`, where the gate has one.

@@ -106,7 +106,7 @@ struct Line {
 /// Much more than a line.
 const TAIL_BYTES: u64 = 64 << 10;
 
-/// `metrics.jsonl`, open for appending.
+/// `metrics.jsonl` or `balance.jsonl`, open for appending.
 #[derive(Debug)]
 pub struct MetricsFile {
     path: PathBuf,
@@ -123,10 +123,10 @@ impl MetricsFile {
         }
     }
 
-    /// Appends one line, in one write, so that a reader never sees half of it for longer than that takes.
-    pub fn append(&mut self, metrics: &StepMetrics) -> Result<(), MetricsError> {
+    /// Appends one line, an object with a `step`, in one write, so that a reader never sees half of it for longer than that takes.
+    pub fn append(&mut self, line: &impl Serialize) -> Result<(), MetricsError> {
         let mut write = || {
-            let mut line = serde_json::to_vec(metrics)?;
+            let mut line = serde_json::to_vec(line)?;
             line.push(b'\n');
             self.file.write_all(&line)?;
             self.file.flush()

@@ -20,7 +20,7 @@ use crate::optimizer::{Optimizer, Schedule, Shard};
 use crate::plan::Flops;
 use crate::routing::{BatchShare, RouterKind};
 use crate::stages::{Span, Stage, StageClock};
-use crate::telemetry::{StageMs, StepMetrics};
+use crate::telemetry::{BalanceReading, StageMs, StepMetrics};
 use crate::topology::share;
 
 /// Why a step did not happen.
@@ -122,6 +122,7 @@ pub struct Trainer<B: Backend, C, D> {
     clock: StageClock<B>,
     stage_times: Vec<(Stage, f64)>,
     peak_flops: Option<f64>,
+    reading: BalanceReading,
     sums: Slot<B, f64>,
     selection: Selection,
 }
@@ -150,6 +151,7 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
             clock: StageClock::of(device),
             stage_times: Vec::new(),
             peak_flops: None,
+            reading: BalanceReading::default(),
             groups,
             model,
         })
@@ -228,13 +230,14 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
             mfu: self.peak_flops.map(|peak| {
                 Flops::of(&self.config).total() * tokens / (seconds * peak * self.groups.world.size() as f64)
             }),
-            dropped_fraction: self.dropped_fraction(sums.dropped, tokens),
+            dropped_fraction: self.dropped_fraction(sums.balance.dropped.iter().sum(), tokens),
             load_max_over_mean: max_over_mean(&sums.balance.loads, self.config.model.experts),
             stage_ms: self.stage_ms(),
             noisy_loss: noisy.then(|| sums.balance.noisy_loss / (passes * self.groups.world.size()) as f64),
             z_loss: (z_coefficient > 0.0).then(|| sums.balance.z_sum / tokens),
             val_loss: None,
         };
+        self.reading = BalanceReading::of(step, tokens as u64, &sums.balance, self.config.model.experts);
         Ok((metrics, requests))
     }
 
@@ -271,6 +274,11 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
     /// What a rank's device could compute in a second, as its maker says: steps then have a utilisation.
     pub fn set_peak_flops(&mut self, peak: Option<f64>) {
         self.peak_flops = peak;
+    }
+
+    /// How the experts of each layer were used in the last step, over all ranks.
+    pub fn balance(&self) -> &BalanceReading {
+        &self.reading
     }
 
     /// Keeps the spans of stages from now on; see [`Trainer::take_spans`].
@@ -342,7 +350,6 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         let flag = |asked: bool| f64::from(u8::from(asked));
         let mut packed = vec![
             sums.loss,
-            sums.dropped,
             balance.balance_loss,
             balance.noisy_loss,
             balance.z_sum,
@@ -350,16 +357,21 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
             flag(requests.stop),
         ];
         let fixed = packed.len();
+        let mut by_expert = vec![&mut balance.mass, &mut balance.dropped, &mut balance.entropy];
         if !self.model.loads_are_global() {
-            packed.extend_from_slice(&balance.loads);
+            by_expert.push(&mut balance.loads);
         }
+        by_expert.iter().for_each(|values| packed.extend_from_slice(values));
         self.sum_over_world(&mut packed)?;
-        if !self.model.loads_are_global() {
-            balance.loads.copy_from_slice(&packed[fixed..]);
+        let mut rest = &packed[fixed..];
+        for values in by_expert {
+            let (mine, others) = rest.split_at(values.len());
+            values.copy_from_slice(mine);
+            rest = others;
         }
-        [sums.loss, sums.dropped, balance.balance_loss] = [packed[0], packed[1], packed[2]];
-        [balance.noisy_loss, balance.z_sum] = [packed[3], packed[4]];
-        Ok((sums, Requests { checkpoint: packed[5] > 0.0, stop: packed[6] > 0.0 }))
+        [sums.loss, balance.balance_loss, balance.noisy_loss, balance.z_sum] =
+            [packed[0], packed[1], packed[2], packed[3]];
+        Ok((sums, Requests { checkpoint: packed[4] > 0.0, stop: packed[5] > 0.0 }))
     }
 
     /// Moves each selection bias towards even load by a fixed rate (Wang et al. 2024).

@@ -1,6 +1,6 @@
 //! The run directory: where it is, whose it is, what is in it.
 //!
-//! Owns its layout and its lock: `config.toml` as resolved, `metrics.jsonl`, `checkpoints/`, `logs/`, `tokenizer/`, `coordinator.json`.
+//! Owns its layout and its lock: `config.toml` as resolved, `metrics.jsonl`, `balance.jsonl`, `checkpoints/`, `logs/`, `tokenizer/`, `coordinator.json`.
 //! Rank 0 makes it; the others are told its path.
 
 use std::fs::{self, File, TryLockError};
@@ -117,6 +117,11 @@ impl RunDir {
     /// One JSON object a step.
     pub fn metrics(&self) -> PathBuf {
         self.path.join("metrics.jsonl")
+    }
+
+    /// How experts were used, one JSON object every `run.balance_every` steps.
+    pub fn balance(&self) -> PathBuf {
+        self.path.join("balance.jsonl")
     }
 
     /// One directory a checkpoint.

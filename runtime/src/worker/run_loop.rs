@@ -66,6 +66,8 @@ pub(super) struct Surroundings<'a> {
 pub(super) struct Records {
     /// One line a step; rank 0.
     pub metrics: Option<MetricsFile>,
+    /// How experts were used; rank 0 keeps it, of a model that has any.
+    pub balance: Option<MetricsFile>,
     /// The same for TensorBoard; rank 0, where it is asked for.
     pub events: Option<EventFile>,
     /// Spans of stages, where they are asked for.
@@ -101,6 +103,11 @@ impl<'a, B: Ranked> RunLoop<'a, B> {
             // What an interrupted run wrote after its checkpoint will be written again.
             MetricsFile::truncate_after(&run_dir.metrics(), done)?;
             self.records.metrics = Some(MetricsFile::open(run_dir.metrics())?);
+            let Config { model, run, .. } = self.surroundings.config;
+            if run.balance_every > 0 && model.moe_layers().next().is_some() {
+                MetricsFile::truncate_after(&run_dir.balance(), done)?;
+                self.records.balance = Some(MetricsFile::open(run_dir.balance())?);
+            }
             if self.surroundings.config.run.tensorboard {
                 self.records.events = Some(EventFile::create(&run_dir.tensorboard(), done + 1)?);
             }
@@ -158,6 +165,11 @@ impl<'a, B: Ranked> RunLoop<'a, B> {
         self.tell(metrics, Activity::Training);
         if let Some(file) = &mut self.records.metrics {
             file.append(metrics)?;
+        }
+        let (every, last) = (self.surroundings.config.run.balance_every, self.surroundings.config.train.steps);
+        let told = metrics.step == 1 || due(metrics.step, every) || metrics.step == last;
+        if let Some(file) = self.records.balance.as_mut().filter(|_| told) {
+            file.append(self.trainer.balance())?;
         }
         if let Some(events) = &mut self.records.events {
             events.append(metrics)?;

@@ -20,40 +20,51 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-/// See [`crate::RoutingOps::apply_capacity`]: overwrites `kept` and returns how many choices were dropped. Weights are compared as numbers;
-/// a NaN is dropped first.
-pub(super) fn apply(dims: GateDims, capacity: Capacity, ids: &[i32], weights: &[f32], kept: &mut [i32]) -> usize {
+/// See [`crate::RoutingOps::apply_capacity`]: overwrites `kept` and `dropped`. Weights are compared as numbers; a NaN is dropped first.
+pub(super) fn apply(
+    dims: GateDims,
+    capacity: Capacity,
+    ids: &[i32],
+    weights: &[f32],
+    kept: &mut [i32],
+    dropped: &mut [f32],
+) {
     kept.copy_from_slice(ids);
+    dropped.fill(0.0);
     SCRATCH.with_borrow_mut(|scratch| match capacity.policy {
-        CapacityPolicy::Position => by_position(dims, capacity.per_expert, kept, scratch),
-        CapacityPolicy::Probability => by_weight(dims, capacity.per_expert, weights, kept, scratch),
-    })
+        CapacityPolicy::Position => by_position(capacity.per_expert, kept, dropped, scratch),
+        CapacityPolicy::Probability => by_weight(dims, capacity.per_expert, weights, kept, dropped, scratch),
+    });
 }
 
-fn by_position(dims: GateDims, per_expert: usize, kept: &mut [i32], scratch: &mut Scratch) -> usize {
+fn by_position(per_expert: usize, kept: &mut [i32], dropped: &mut [f32], scratch: &mut Scratch) {
     let taken = &mut scratch.ends;
     taken.clear();
-    taken.resize(dims.experts, 0);
-    let mut dropped = 0;
+    taken.resize(dropped.len(), 0);
     for id in kept.iter_mut().filter(|id| **id >= 0) {
-        let taken = &mut taken[*id as usize];
-        if *taken == per_expert {
+        let expert = *id as usize;
+        if taken[expert] == per_expert {
             *id = -1;
-            dropped += 1;
+            dropped[expert] += 1.0;
         } else {
-            *taken += 1;
+            taken[expert] += 1;
         }
     }
-    dropped
 }
 
-fn by_weight(dims: GateDims, per_expert: usize, weights: &[f32], kept: &mut [i32], scratch: &mut Scratch) -> usize {
+fn by_weight(
+    dims: GateDims,
+    per_expert: usize,
+    weights: &[f32],
+    kept: &mut [i32],
+    dropped: &mut [f32],
+    scratch: &mut Scratch,
+) {
     let Scratch { ends, choices } = scratch;
     group_by_expert(dims.experts, kept, ends, choices);
     let rank = |choice: usize| if weights[choice].is_nan() { f32::NEG_INFINITY } else { weights[choice] };
-    let mut dropped = 0;
     let mut start = 0;
-    for &end in &ends[..dims.experts] {
+    for (&end, dropped) in ends[..dims.experts].iter().zip(dropped) {
         let group = &mut choices[start..end];
         start = end;
         if group.len() <= per_expert {
@@ -64,9 +75,8 @@ fn by_weight(dims: GateDims, per_expert: usize, weights: &[f32], kept: &mut [i32
         for &choice in &group[per_expert..] {
             kept[choice] = -1;
         }
-        dropped += group.len() - per_expert;
+        *dropped = (group.len() - per_expert) as f32;
     }
-    dropped
 }
 
 /// Counting sort: `choices` lists the choices of expert 0, then of expert 1, …; those of expert e end at `ends[e]`.
@@ -111,9 +121,13 @@ mod tests {
         ids: &[i32],
         weights: &[f32],
     ) -> (Vec<i32>, usize) {
-        let mut kept = vec![7; ids.len()];
-        let dropped = apply(dims, Capacity { per_expert, policy }, ids, weights, &mut kept);
-        (kept, dropped)
+        let (mut kept, mut dropped) = (vec![7; ids.len()], vec![f32::NAN; dims.experts]);
+        apply(dims, Capacity { per_expert, policy }, ids, weights, &mut kept, &mut dropped);
+        for (e, &dropped) in dropped.iter().enumerate() {
+            let count = |ids: &[i32]| ids.iter().filter(|&&id| id == e as i32).count();
+            assert_eq!(dropped as usize, count(ids) - count(&kept), "expert {e}");
+        }
+        (kept, dropped.iter().sum::<f32>() as usize)
     }
 
     #[test]

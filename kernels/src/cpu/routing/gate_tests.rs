@@ -352,7 +352,7 @@ fn every_thread_count_gives_the_same_bits() {
     }
 }
 
-/// Counts, probability sums and z.
+/// Counts, probability sums, and the sums over all tokens.
 fn statistics(
     spec: GateSpec,
     tokens_per_group: usize,
@@ -362,7 +362,7 @@ fn statistics(
 ) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
     let mut counts = vec![f32::NAN; groups * spec.dims.experts];
     let mut prob_sums = counts.clone();
-    let mut z_sum = vec![f32::NAN];
+    let mut sums = vec![f32::NAN; 2];
     Cpu.gate_statistics(
         spec,
         tokens_per_group,
@@ -371,9 +371,9 @@ fn statistics(
         View::of(&forward.ids),
         ViewMut::of(&mut counts),
         ViewMut::of(&mut prob_sums),
-        ViewMut::of(&mut z_sum),
+        ViewMut::of(&mut sums),
     );
-    (counts, prob_sums, z_sum)
+    (counts, prob_sums, sums)
 }
 
 #[test]
@@ -389,23 +389,25 @@ fn statistics_are_sums_over_groups_of_tokens() {
             if let Some(last) = forward.ids.last_mut() {
                 *last = -1;
             }
-            let (counts, prob_sums, z_sum) = statistics(spec, length, groups, &logits, &forward);
-            let (mut want_counts, mut want_probs, mut want_z) = (vec![0.0; counts.len()], vec![0.0; counts.len()], 0.0);
+            let (counts, prob_sums, sums) = statistics(spec, length, groups, &logits, &forward);
+            let (mut want_counts, mut want_probs) = (vec![0.0; counts.len()], vec![0.0; counts.len()]);
+            let mut want = [0.0; 2];
             for t in 0..tokens {
                 let logits = to_f64(&logits[t * experts..(t + 1) * experts]);
                 let first = t / length * experts;
                 let scores = reference_scores(spec.score, &logits);
                 for (e, p) in reference_probabilities(spec.score, &scores).into_iter().enumerate() {
                     want_probs[first + e] += p;
+                    want[1] -= p * p.ln();
                 }
                 for &id in forward.ids[t * top_k..(t + 1) * top_k].iter().filter(|&&id| id >= 0) {
                     want_counts[first + id as usize] += 1.0;
                 }
-                want_z += log_sum_exp(&logits).powi(2);
+                want[0] += log_sum_exp(&logits).powi(2);
             }
             assert_close("counts", &counts, &want_counts, 0.0);
             assert_close("prob_sums", &prob_sums, &want_probs, TOLERANCE * length as f64);
-            assert_close("z_sum", &z_sum, &[want_z], TOLERANCE * want_z);
+            assert_close("sums", &sums, &want, TOLERANCE * want[0].max(want[1]));
         }
     }
 }

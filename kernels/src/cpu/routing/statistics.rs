@@ -4,7 +4,7 @@
 
 use super::columns;
 use super::gate::{log_sum_exp, probability_factor};
-use crate::{BalanceSpec, GateDims, GateSpec};
+use crate::{BalanceSpec, GateDims, GateSpec, Score};
 
 /// What the gate made of a batch of tokens.
 pub(super) struct Routed<'a> {
@@ -59,6 +59,26 @@ pub(super) fn z_sum(routed: &Routed<'_>) -> f32 {
     let term = |t| {
         let lse = log_sum_exp(routed.spec.score, routed.row(routed.logits, t), routed.row(routed.scores, t));
         f64::from(lse).powi(2)
+    };
+    columns::sum(0..routed.spec.dims.tokens, term) as f32
+}
+
+/// Σ_t −Σ_e p ln p. For softmax scores that is lse − Σ p·logit, without a logarithm an expert.
+pub(super) fn entropy_sum(routed: &Routed<'_>) -> f32 {
+    let term = |t| {
+        let (logits, scores) = (routed.row(routed.logits, t), routed.row(routed.scores, t));
+        let entropy: f32 = match routed.spec.score {
+            Score::Softmax => {
+                let weighed = |(p, logit): (&f32, &f32)| if *p > 0.0 { p * logit } else { 0.0 };
+                log_sum_exp(Score::Softmax, logits, scores) - scores.iter().zip(logits).map(weighed).sum::<f32>()
+            }
+            Score::Sigmoid => {
+                let factor = probability_factor(Score::Sigmoid, scores);
+                let of = |score: &f32| if *score > 0.0 { -score * factor * (score * factor).ln() } else { 0.0 };
+                scores.iter().map(of).sum()
+            }
+        };
+        f64::from(entropy)
     };
     columns::sum(0..routed.spec.dims.tokens, term) as f32
 }
