@@ -3,7 +3,7 @@
 //! Owns the order of layers and the residual stream. It accumulates gradients and sums; reducing them over ranks and updating
 //! parameters is `training`'s.
 
-use moe_kernels::{Accumulate, Activation, Backend, DeviceError};
+use moe_kernels::{Accumulate, Activation, Backend, DeviceError, ShuffleDims};
 
 use super::ModelError;
 use super::attention::{AttentionScratch, RotaryTables};
@@ -16,7 +16,7 @@ use super::moe::{MoeLayer, MoeScratch, MoeShape};
 use super::parameters::Parameters;
 use super::pass::PassTokens;
 use crate::collectives::{Communicator, Groups};
-use crate::dispatch::ShuffledRows;
+use crate::dispatch::{Room, ShuffledRows};
 use crate::memory::{Kind, Slot, Tally};
 use crate::routing::{Balance, BalanceReport, BatchShare, RoutePass, RouterConfig, RouterLosses, RouterShape};
 use crate::stages::{Stage, StageClock};
@@ -37,6 +37,8 @@ pub struct ModelSetup {
     pub seed: u64,
     /// Chunks of tokens that an MoE layer runs in.
     pub chunks: usize,
+    /// Room for rows from other ranks, as a multiple of what is expected.
+    pub receive_headroom: f64,
     /// The most sequences of a pass.
     pub max_sequences: usize,
     /// Their length.
@@ -52,6 +54,8 @@ pub struct StepSums {
     pub loss: f64,
     /// Choices that capacity dropped, over all layers.
     pub dropped: f64,
+    /// Rounds beyond the first that this rank's rows needed, over all layers and chunks.
+    pub extra_rounds: f64,
     /// Balance losses and loads.
     pub balance: BalanceReport,
 }
@@ -76,6 +80,8 @@ pub struct Transformer<B: Backend> {
     totals: Slot<B, f64>,
     /// `[H]`: the padding token's gradient before the embedding adds its share.
     padding_grad: Slot<B, f32>,
+    /// [`Transformer::extra_rounds`] when the step began.
+    rounds_before: u64,
 }
 
 const LOSS: std::ops::Range<usize> = 0..1;
@@ -108,6 +114,7 @@ impl<B: Backend> Transformer<B> {
             },
             totals,
             padding_grad: Slot::new(&device, "gradient of the padding token")?,
+            rounds_before: 0,
             parameters: Parameters::new(&device, layout)?,
             setup,
             device,
@@ -167,8 +174,18 @@ impl<B: Backend> Transformer<B> {
         rows
     }
 
+    /// Rounds that this rank needed because more rows came than it has room for, over all layers since the start.
+    pub fn extra_rounds(&self) -> u64 {
+        let rounds = |block: &Block<B>| match &block.second {
+            Second::Moe(moe) => moe.extra_rounds(),
+            Second::Dense(_) => 0,
+        };
+        self.blocks.iter().map(rounds).sum()
+    }
+
     /// Forgets the sums of the last step, the experts' gradients among them; others are cleared by the optimizer.
     pub fn begin_step(&mut self) {
+        self.rounds_before = self.extra_rounds();
         for block in &mut self.blocks {
             if let Second::Moe(moe) = &mut block.second {
                 moe.begin_step();
@@ -263,7 +280,8 @@ impl<B: Backend> Transformer<B> {
     pub fn step_sums(&self) -> Result<StepSums, ModelError> {
         let mut totals = [0.0; 2];
         self.device.read_to_host(self.totals.view(2), &mut totals)?;
-        Ok(StepSums { loss: totals[0], dropped: totals[1], balance: self.balance.report(&self.device)? })
+        let extra_rounds = (self.extra_rounds() - self.rounds_before) as f64;
+        Ok(StepSums { loss: totals[0], dropped: totals[1], extra_rounds, balance: self.balance.report(&self.device)? })
     }
 
     /// Whether the loads of [`StepSums`] are already sums over ranks.
@@ -421,7 +439,11 @@ pub enum LogitsOf {
 
 fn build_blocks<B: Backend>(device: &B, setup: &ModelSetup, layout: &Layout) -> Result<Vec<Block<B>>, DeviceError> {
     let c = &setup.model;
-    let shape = MoeShape { ranks: setup.grid.ep(), chunks: setup.chunks, seed: setup.seed, recompute: setup.recompute };
+    let (ranks, chunks) = (setup.grid.ep(), setup.chunks);
+    let tokens = (setup.max_sequences * setup.sequence_length).div_ceil(chunks);
+    let dims = ShuffleDims { tokens, top_k: c.top_k, experts: c.experts, ranks };
+    let room = Room::planned(setup.receive_headroom, dims);
+    let shape = MoeShape { ranks, chunks, seed: setup.seed, recompute: setup.recompute, room };
     let router =
         RouterShape { hidden_size: c.hidden_size, experts: c.experts, top_k: c.top_k, config: setup.router.clone() };
     let mut moe_index = 0;

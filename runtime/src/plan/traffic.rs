@@ -133,13 +133,15 @@ type Add<'a> = dyn FnMut(Purpose, (&'static str, &'static str), f64) + 'a;
 fn shuffles(job: &Job, (sent, received): (f64, f64), add: &mut Add<'_>) {
     let (ep, k) = (job.grid.ep(), job.config.model.top_k as f64);
     let row = (job.config.model.hidden_size * job.numbers.act_bytes) as f64;
-    let rounds = job.passes() * job.moe_layers() * job.config.parallel.chunks;
+    let (layers, chunks) = (job.passes() * job.moe_layers(), job.config.parallel.chunks);
     let journeys = ("expert", "all_to_all_v");
     add(Purpose::Dispatch, journeys, (sent + received) * row);
     add(Purpose::Combine, journeys, (received + sent) * row);
     // Experts and weights go out with a row, the weights' gradients come home.
     add(Purpose::Metadata, journeys, (2.0 * sent + received) * 4.0 * k);
-    add(Purpose::Metadata, ("expert", "all_to_all"), rounds as f64 * volume::all_to_all(4, ep) as f64);
+    // Each rank's rows and choices for each other, of all chunks at once.
+    let counts = volume::all_gather(chunks * 2 * ep, 4, ep);
+    add(Purpose::Metadata, ("expert", "all_gather"), (layers as u64 * counts) as f64);
 }
 
 fn balance(job: &Job, rank: Rank, add: &mut Add<'_>) {
@@ -177,7 +179,7 @@ fn gradients(job: &Job, rank: Rank, add: &mut Add<'_>) {
 fn sums(job: &Job, rank: Rank, add: &mut Add<'_>) {
     let (world, ep) = (job.world(), job.grid.ep());
     let loads = if job.loads_are_global() { 0 } else { job.moe_layers() * job.config.model.experts };
-    let mut bytes = volume::all_reduce(1, 8, world, rank.0) + volume::all_reduce(7 + loads, 8, world, rank.0);
+    let mut bytes = volume::all_reduce(1, 8, world, rank.0) + volume::all_reduce(8 + loads, 8, world, rank.0);
     let place = job.grid.coordinate(rank).ep;
     if job.config.parallel.shard_optimizer && world > 1 {
         bytes += volume::all_reduce(2, 8, world, rank.0);

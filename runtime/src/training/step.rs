@@ -233,6 +233,7 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
             stage_ms: self.stage_ms(),
             noisy_loss: noisy.then(|| sums.balance.noisy_loss / (passes * self.groups.world.size()) as f64),
             z_loss: (z_coefficient > 0.0).then(|| sums.balance.z_sum / tokens),
+            extra_rounds: (self.groups.expert.size() > 1).then_some(sums.extra_rounds as u64),
             val_loss: None,
         };
         Ok((metrics, requests))
@@ -348,6 +349,7 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
             balance.z_sum,
             flag(requests.checkpoint),
             flag(requests.stop),
+            sums.extra_rounds,
         ];
         let fixed = packed.len();
         if !self.model.loads_are_global() {
@@ -359,6 +361,7 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         }
         [sums.loss, sums.dropped, balance.balance_loss] = [packed[0], packed[1], packed[2]];
         [balance.noisy_loss, balance.z_sum] = [packed[3], packed[4]];
+        sums.extra_rounds = packed[7];
         Ok((sums, Requests { checkpoint: packed[5] > 0.0, stop: packed[6] > 0.0 }))
     }
 
