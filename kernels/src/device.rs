@@ -137,10 +137,6 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
     fn describe(&self) -> String;
     /// Another queue on the same device.
     fn fork(&self) -> Self;
-    /// The same queue, of which long operations leave a part of the device free, where a transfer that runs beside them needs one.
-    fn beside_transfers(&self) -> Self {
-        self.clone()
-    }
     /// A zeroed buffer of `len` elements; `what` names it if memory runs out.
     fn alloc<T: Element>(&self, len: usize, what: &str) -> Result<Self::Buffer<T>, DeviceError>;
     /// Copies host memory into a view of the same length. The host slice is free again when this returns.

@@ -46,6 +46,7 @@ fn chunks_and_rounds_have_the_losses_of_one_cpu() {
         for headroom in [1.0, 12.0] {
             let mut config = small();
             (config.parallel.chunks, config.parallel.receive_headroom) = (chunks, headroom);
+            config.parallel.reduce_early = chunks > 1;
             for ranks in [Ranks { world: 2, ep: 2 }, Ranks { world: 4, ep: 4 }] {
                 let Some(found) = on_gpus(&config, ranks, 40) else { continue };
                 let what = format!("{chunks} chunks, room for {headroom} times the expected, {ranks:?}");

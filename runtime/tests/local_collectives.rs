@@ -4,7 +4,9 @@ use std::sync::{Barrier, Mutex};
 use std::time::{Duration, Instant};
 
 use moe_kernels::{Cpu, View, ViewMut};
-use moe_runtime::collectives::{CollectiveError, Communicator, Context, HostCommunicator, ReduceOp, consecutive, local};
+use moe_runtime::collectives::{
+    CollectiveError, Communicator, Context, HostCommunicator, ReduceOp, consecutive, local,
+};
 use moe_runtime::topology::Rank;
 
 mod collective_bodies;
@@ -186,8 +188,9 @@ fn rows_beyond_the_buffer_are_refused_and_the_group_stays_broken() {
     for (start, end) in [(0, 5), (3, 2)] {
         let world = local::solo(Context::default());
         let (send, mut recv) = (vec![0_f32; 8], vec![0_f32; 8]);
-        let (outgoing, incoming) = ((View::of(&send), &[0..1][..]), (ViewMut::of(&mut recv), &[start..end][..]));
-        let refused = world.all_to_all_v(&Cpu, 2, outgoing, incoming).unwrap_err();
+        let (from, into) = (vec![0..1; 1], vec![start..end; 1]);
+        let refused =
+            world.all_to_all_v(&Cpu, 2, (View::of(&send), &from), (ViewMut::of(&mut recv), &into)).unwrap_err();
         let reason = format!("the receive rows [{start}..{end}] do not fit a buffer of 4 rows");
         assert!(refused.to_string().contains(&reason), "{refused}");
         assert!(matches!(world.barrier(), Err(CollectiveError::Rows { what: "receive", .. })));

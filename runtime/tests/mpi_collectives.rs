@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use moe_kernels::{Cpu, View, ViewMut};
 use moe_runtime::collectives::mpi::{MpiOptions, MpiWorld};
-use moe_runtime::collectives::{CollectiveError, Communicator, Context, HostCommunicator, ReduceOp, consecutive, launcher};
+use moe_runtime::collectives::{
+    CollectiveError, Communicator, Context, HostCommunicator, ReduceOp, consecutive, launcher,
+};
 use moe_runtime::topology::Rank;
 
 mod collective_bodies;

@@ -138,17 +138,12 @@ fn on_hopper<A: CudaAct>(queue: &Cuda<A>, dims: GroupedDims, bases: [u64; 3]) ->
         && bases.iter().all(|base| *base != 0 && base.is_multiple_of(16))
 }
 
-/// Those that persistent blocks may fill.
-fn multiprocessors<A: CudaAct>(queue: &Cuda<A>) -> usize {
-    queue.facts().multiprocessors.saturating_sub(queue.spared).max(1)
-}
-
 fn hopper<A: CudaAct>(queue: &Cuda<A>) -> Grid {
-    Grid::new(multiprocessors(queue), HOPPER_THREADS).shared(HOPPER_SHARED_BYTES)
+    Grid::new(queue.facts().multiprocessors, HOPPER_THREADS).shared(HOPPER_SHARED_BYTES)
 }
 
 fn plain<A: CudaAct>(queue: &Cuda<A>) -> Grid {
-    Grid::new(multiprocessors(queue) * PLAIN_BLOCKS, PLAIN_THREADS)
+    Grid::new(queue.facts().multiprocessors * PLAIN_BLOCKS, PLAIN_THREADS)
 }
 
 /// A row-major bf16 matrix `[rows, columns]`, copied in boxes of `[rows, columns]`.

@@ -39,9 +39,6 @@ use gpu::Gpu;
 use launch::{Grid, launch};
 use scratch::QueueMemory;
 
-/// Multiprocessors left free for transfers: blocks of a persistent kernel that find none begin when all others have ended.
-const SPARED: usize = 16;
-
 /// An activation type that the kernels are compiled for.
 pub trait CudaAct: Activation {
     /// Of the two names of a kernel, this type's.
@@ -66,8 +63,6 @@ pub struct Cuda<A: CudaAct = bf16> {
     gpu: Arc<Gpu>,
     stream: Arc<CudaStream>,
     memory: Arc<QueueMemory>,
-    /// Multiprocessors that persistent kernels leave free.
-    spared: usize,
     act: PhantomData<A>,
 }
 
@@ -86,7 +81,7 @@ impl<A: CudaAct> Cuda<A> {
     pub fn open(ordinal: usize) -> Result<Self, OpenError> {
         let gpu = Arc::new(Gpu::open(ordinal)?);
         let stream = gpu.new_stream().map_err(OpenError::Driver)?;
-        Ok(Self { gpu, stream, memory: Arc::default(), spared: 0, act: PhantomData })
+        Ok(Self { gpu, stream, memory: Arc::default(), act: PhantomData })
     }
 
     /// What the GPU is.
@@ -132,11 +127,7 @@ impl<A: CudaAct> Device for Cuda<A> {
             self.gpu.remember("cuStreamCreate", error);
             Arc::clone(&self.stream)
         });
-        Self { gpu: Arc::clone(&self.gpu), stream, memory: Arc::default(), spared: 0, act: PhantomData }
-    }
-
-    fn beside_transfers(&self) -> Self {
-        Self { spared: SPARED, ..self.clone() }
+        Self { gpu: Arc::clone(&self.gpu), stream, memory: Arc::default(), act: PhantomData }
     }
 
     fn alloc<T: Element>(&self, len: usize, what: &str) -> Result<CudaBuffer<T>, DeviceError> {

@@ -61,7 +61,7 @@ impl<A: CudaAct> Cuda<A> {
             self.gpu.remember("cuStreamCreateWithPriority", error);
             Arc::clone(&self.stream)
         });
-        Self { gpu: Arc::clone(&self.gpu), stream, memory: Arc::default(), spared: 0, act: PhantomData }
+        Self { gpu: Arc::clone(&self.gpu), stream, memory: Arc::default(), act: PhantomData }
     }
 
     /// The driver's handle of the stream, which lives as long as this queue or a clone of it.

@@ -152,7 +152,7 @@ fn time<B: Backend, C: Communicator<B>>(
         Which::AllToAllV => {
             let (send, mut recv) = (random(device, act, 1.0)?, acts(act, "received")?);
             let rows: Vec<_> = consecutive(vec![act / size; size]).collect();
-            slowest_ms(world, device, || {
+            slowest_ms(world, device, group, || {
                 let (outgoing, incoming) = ((View::of(&send), &*rows), (ViewMut::of(&mut recv), &*rows));
                 device.wait(&group.all_to_all_v(device, 1, outgoing, incoming)?);
                 Ok(())
@@ -160,28 +160,28 @@ fn time<B: Backend, C: Communicator<B>>(
         }
         Which::AllReduce => {
             let mut buffer = floats(bytes / 4, "sums")?;
-            slowest_ms(world, device, || {
+            slowest_ms(world, device, group, || {
                 device.wait(&group.all_reduce(device, ViewMut::of(&mut buffer), ReduceOp::Sum)?);
                 Ok(())
             })
         }
         Which::ReduceScatter => {
             let (send, mut recv) = (floats(bytes / 4, "addends")?, floats(bytes / 4 / size, "sums")?);
-            slowest_ms(world, device, || {
+            slowest_ms(world, device, group, || {
                 device.wait(&group.reduce_scatter(device, View::of(&send), ViewMut::of(&mut recv), ReduceOp::Sum)?);
                 Ok(())
             })
         }
         Which::AllGather => {
             let (send, mut recv) = (random(device, act / size, 1.0)?, acts(act, "gathered")?);
-            slowest_ms(world, device, || {
+            slowest_ms(world, device, group, || {
                 device.wait(&group.all_gather(device, View::of(&send), ViewMut::of(&mut recv))?);
                 Ok(())
             })
         }
         Which::Broadcast => {
             let mut buffer = random(device, act, 1.0)?;
-            slowest_ms(world, device, || {
+            slowest_ms(world, device, group, || {
                 device.wait(&group.broadcast(device, ViewMut::of(&mut buffer), 0)?);
                 Ok(())
             })

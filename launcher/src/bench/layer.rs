@@ -208,15 +208,13 @@ impl<B: Backend, C: Communicator<B>> Bench<'_, B, C> {
         };
         let rank = self.groups.world.rank();
         let place = (self.grid, Rank(rank));
-        let layer =
-            SingleMoe::new(self.device.clone(), &config, &RouterConfig::default(), place, (t, self.chunks));
+        let layer = SingleMoe::new(self.device.clone(), &config, &RouterConfig::default(), place, (t, self.chunks));
         let Some(mut layer) = layer.map_err(failed)? else {
             return Err(Failure::new(Code::Internal, "the layer has no experts"));
         };
         let (fwd_ms, fwd_bwd_ms) = self.times(&mut layer, self.groups, t * h)?;
         let exposed = if self.grid.ep() > 1 {
-            let (stubbed_fwd_ms, stubbed_fwd_bwd_ms) =
-                self.times(&mut layer, &Stubbed::groups(self.groups), t * h)?;
+            let (stubbed_fwd_ms, stubbed_fwd_bwd_ms) = self.times(&mut layer, &Stubbed::groups(self.groups), t * h)?;
             let share = |ms: f64, stubbed: f64| (1.0 - stubbed / ms).max(0.0);
             let (exposed_fwd, exposed_fwd_bwd) = (share(fwd_ms, stubbed_fwd_ms), share(fwd_bwd_ms, stubbed_fwd_bwd_ms));
             Some(Exposed { stubbed_fwd_ms, stubbed_fwd_bwd_ms, exposed_fwd, exposed_fwd_bwd })
@@ -247,10 +245,10 @@ impl<B: Backend, C: Communicator<B>> Bench<'_, B, C> {
         let mut out = device.alloc::<B::Act>(n, "layer outputs").map_err(failed)?;
         let mut dx = device.alloc::<B::Act>(n, "input gradients").map_err(failed)?;
         let (x, dout) = (View::of(&x), View::of(&dout));
-        let fwd_ms = slowest_ms(self.world, device, || {
+        let fwd_ms = slowest_ms(self.world, device, &self.groups.world, || {
             layer.forward(groups, (x, ViewMut::of(&mut out))).map_err(stopped)
         })?;
-        let fwd_bwd_ms = slowest_ms(self.world, device, || {
+        let fwd_bwd_ms = slowest_ms(self.world, device, &self.groups.world, || {
             layer.forward(groups, (x, ViewMut::of(&mut out))).map_err(stopped)?;
             layer.backward(groups, x, (dout, ViewMut::of(&mut dx))).map_err(stopped)
         })?;

@@ -114,3 +114,52 @@ impl<D: Device, C: Communicator<D>> Communicator<D> for Stubbed<'_, C> {
         Ok(Self(self.0))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use moe_kernels::Cpu;
+    use moe_runtime::collectives::{consecutive, local};
+    use moe_runtime::model::{ModelConfig, SingleMoe};
+    use moe_runtime::routing::RouterConfig;
+    use moe_runtime::topology::Grid;
+
+    use super::*;
+
+    #[test]
+    fn what_comes_from_another_rank_is_what_this_one_sends_to_itself() {
+        local::run(2, |world| {
+            let me = Communicator::<Cpu>::rank(&world);
+            let stubbed = Stubbed(&world);
+            let (send, mut recv) = (vec![1.0_f32, 2.0, 2.0, 3.0], vec![0.0; 4]);
+            let rows = |counts: [usize; 2]| consecutive(counts).collect::<Vec<_>>();
+            let own = send[rows([1, 3])[me].start];
+            let outgoing = (View::of(&send), &*rows([1, 3]));
+            stubbed.all_to_all_v(&Cpu, 1, outgoing, (ViewMut::of(&mut recv), &rows([1, 1]))).unwrap();
+            assert_eq!(recv, [own, own, 0.0, 0.0]);
+            assert_eq!(Communicator::<Cpu>::sent_bytes(&world), []);
+        });
+    }
+
+    #[test]
+    fn a_layer_runs_through_it_without_sending_a_byte() {
+        let (config, tokens) = (ModelConfig::default(), 40);
+        local::run(2, |world| {
+            let grid = Grid::new(2, 2, config.experts).unwrap();
+            let rank = Rank(Communicator::<Cpu>::rank(&world));
+            let groups = Groups::of_grid::<Cpu>(world, &grid).unwrap();
+            let layer = SingleMoe::new(Cpu, &config, &RouterConfig::default(), (&grid, rank), (tokens, 2));
+            let mut layer = layer.unwrap().unwrap();
+            let n = tokens * config.hidden_size;
+            let x: Vec<f32> = (0..n).map(|i| ((i * 7919) % 1009) as f32 / 500.0 - 1.0).collect();
+            let (mut out, mut dx) = (vec![f32::NAN; n], vec![f32::NAN; n]);
+            let stubbed = Stubbed::groups(&groups);
+            layer.forward(&stubbed, (View::of(&x), ViewMut::of(&mut out))).unwrap();
+            layer.backward(&stubbed, View::of(&x), (View::of(&x), ViewMut::of(&mut dx))).unwrap();
+            assert!(out.iter().chain(&dx).all(|value| value.is_finite()));
+            let sent = Communicator::<Cpu>::sent_bytes(&groups.expert);
+            assert!(sent.is_empty(), "{sent:?}");
+            layer.forward(&groups, (View::of(&x), ViewMut::of(&mut out))).unwrap();
+            assert!(!Communicator::<Cpu>::sent_bytes(&groups.expert).is_empty());
+        });
+    }
+}

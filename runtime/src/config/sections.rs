@@ -23,13 +23,15 @@ pub struct ParallelConfig {
     pub chunks: usize,
     /// Room for rows that come from other ranks, as a multiple of what comes where experts are equally busy. More is taken in rounds.
     pub receive_headroom: f64,
+    /// Whether gradients of a block are summed over ranks beside the backward pass of the block before it, instead of all at the end.
+    pub reduce_early: bool,
     /// Whether the ranks that replicate a tensor share its optimizer state out (ZeRO stage 1) instead of each holding all of it.
     pub shard_optimizer: bool,
 }
 
 impl Default for ParallelConfig {
     fn default() -> Self {
-        Self { ep: None, chunks: 1, receive_headroom: 1.4, shard_optimizer: false }
+        Self { ep: None, chunks: 1, receive_headroom: 1.4, reduce_early: true, shard_optimizer: false }
     }
 }
 

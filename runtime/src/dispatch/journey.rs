@@ -87,14 +87,8 @@ impl<B: Backend> Journey<B> {
 
     pub(super) fn tally(&self, tally: &mut Tally) {
         tally.add(Kind::Activations, [self.arrived.bytes()]);
-        let lists = [
-            &self.row_token,
-            &self.row_experts,
-            &self.row_choice,
-            &self.token_rows,
-            &self.sent,
-            &self.recv_experts,
-        ];
+        let lists =
+            [&self.row_token, &self.row_experts, &self.row_choice, &self.token_rows, &self.sent, &self.recv_experts];
         tally.add(Kind::Communication, lists.map(Slot::bytes));
         tally.add(Kind::Communication, [self.row_weights.bytes(), self.recv_weights.bytes()]);
     }

@@ -180,12 +180,7 @@ impl<B: Backend> Shuffle<B> {
     }
 
     /// Plans how the tokens that come in `round` are grouped by local expert. `tokens` are those of [`Shuffle::plan`].
-    pub fn receive_tokens(
-        &mut self,
-        device: &B,
-        round: usize,
-        tokens: RoutedTokens<'_, B>,
-    ) -> Result<(), DeviceError> {
+    pub fn receive_tokens(&mut self, device: &B, round: usize, tokens: RoutedTokens<'_, B>) -> Result<(), DeviceError> {
         if let Some(journey) = &mut self.journey {
             journey.wait(device);
         }

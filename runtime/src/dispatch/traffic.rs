@@ -116,7 +116,8 @@ impl Traffic {
             let each = self.at_a_time((chunk, to), room, most);
             let before: usize = (0..from).map(|from| self.rows(from, chunk, to)).sum();
             let block = before..before + self.rows(from, chunk, to);
-            let taken = (round * each).clamp(block.start, block.end)..((round + 1) * each).clamp(block.start, block.end);
+            let taken =
+                (round * each).clamp(block.start, block.end)..((round + 1) * each).clamp(block.start, block.end);
             taken.start - before..taken.end - before
         };
         let blocks = consecutive((0..self.ranks).map(|to| self.rows(me, chunk, to)));

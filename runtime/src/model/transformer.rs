@@ -3,7 +3,9 @@
 //! Owns the order of layers and the residual stream. It accumulates gradients and sums; reducing them over ranks and updating
 //! parameters is `training`'s.
 
-use moe_kernels::{Accumulate, Activation, Backend, DeviceError, ShuffleDims};
+use std::ops::Range;
+
+use moe_kernels::{Accumulate, Activation, Backend, DeviceError, ShuffleDims, ViewMut};
 
 use super::ModelError;
 use super::attention::{AttentionScratch, RotaryTables};
@@ -11,11 +13,11 @@ use super::block::{Block, BlockContext, Norm, Scratch, Second};
 use super::config::{ModelConfig, Recompute};
 use super::feed_forward::DenseFeedForward;
 use super::head::Head;
-use super::layout::{BlockTensors, FeedForward, Layout};
+use super::layout::{BlockTensors, FeedForward, Layout, Ownership};
 use super::moe::{MoeLayer, MoeScratch, MoeShape};
-use super::parameters::Parameters;
+use super::parameters::{Gradients, Parameters};
 use super::pass::PassTokens;
-use crate::collectives::{Communicator, Groups};
+use crate::collectives::{CollectiveError, Communicator, Groups};
 use crate::dispatch::{Room, ShuffledRows};
 use crate::memory::{Kind, Slot, Tally};
 use crate::routing::{Balance, BalanceReport, BatchShare, RoutePass, RouterConfig, RouterLosses, RouterShape};
@@ -84,8 +86,8 @@ pub struct Transformer<B: Backend> {
     rounds_before: u64,
 }
 
-const LOSS: std::ops::Range<usize> = 0..1;
-const DROPPED: std::ops::Range<usize> = 1..2;
+const LOSS: Range<usize> = 0..1;
+const DROPPED: Range<usize> = 1..2;
 
 impl<B: Backend> Transformer<B> {
     /// A model whose parameters are initialised from the seed. `setup` must be valid.
@@ -205,6 +207,19 @@ impl<B: Backend> Transformer<B> {
         batch: BatchShare,
         scale: f32,
     ) -> Result<(), ModelError> {
+        self.train_last_pass(groups, clock, tokens, (batch, scale), &mut |_, _, _| Ok(()))
+    }
+
+    /// As [`Transformer::train_pass`], and tells `complete` of stretches of the flat buffer whose gradients are complete with it, so that they can be
+    /// summed over ranks beside the rest of the pass: of each block, while the one before it is under way, and of the head.
+    pub fn train_last_pass<C: Communicator<B>>(
+        &mut self,
+        groups: &Groups<C>,
+        clock: &mut StageClock<B>,
+        tokens: PassTokens<'_>,
+        (batch, scale): (BatchShare, f32),
+        complete: &mut Complete<'_, B>,
+    ) -> Result<(), ModelError> {
         let route = tokens.route(true);
         self.forward(groups, clock, tokens, route)?;
         clock.enter(Stage::Route);
@@ -213,7 +228,7 @@ impl<B: Backend> Transformer<B> {
         self.head_backward(tokens.targets, scale)?;
         for index in (0..self.blocks.len()).rev() {
             groups.expert.context().set_layer(Some(index));
-            self.block_backward(index, groups, clock, (tokens, route), batch)?;
+            self.block_backward(index, groups, clock, (tokens, route, batch), complete)?;
         }
         groups.expert.context().set_layer(None);
         clock.enter(Stage::Embedding);
@@ -406,11 +421,18 @@ impl<B: Backend> Transformer<B> {
         index: usize,
         groups: &Groups<C>,
         clock: &mut StageClock<B>,
-        (tokens, route): (PassTokens<'_>, RoutePass),
-        batch: BatchShare,
+        (tokens, route, batch): (PassTokens<'_>, RoutePass, BatchShare),
+        complete: &mut Complete<'_, B>,
     ) -> Result<(), ModelError> {
         let Self { device, parameters, setup, .. } = self;
+        let done = complete_after(parameters.layout(), index);
         let (weights, mut gradients) = parameters.split();
+        let mut between = |gradients: &mut Gradients<'_, B>| -> Result<(), ModelError> {
+            for (range, ownership) in &done {
+                complete(gradients.stretch(range.clone()), range.clone(), *ownership)?;
+            }
+            Ok(())
+        };
         let context = BlockContext {
             device,
             config: &setup.model,
@@ -424,8 +446,20 @@ impl<B: Backend> Transformer<B> {
         let moe_index = setup.model.moe_layers().take_while(|&layer| layer < index).count();
         let balance = setup.model.is_moe(index).then(|| self.balance.coefficients(moe_index)).flatten();
         let losses = RouterLosses { balance, z_scale: self.balance.z_scale(batch) };
-        self.blocks[index].backward(&context, &mut gradients, losses, &mut self.scratch, clock, x)
+        self.blocks[index].backward(&context, &mut gradients, losses, &mut self.scratch, clock, (x, &mut between))
     }
+}
+
+/// Told of gradients that are complete: them, where they lie in the flat buffer, and who holds the parameters.
+pub type Complete<'a, B> = dyn FnMut(ViewMut<'_, B, f32>, Range<usize>, Ownership) -> Result<(), CollectiveError> + 'a;
+
+/// What is complete when the backward pass has come to the middle of block `index`: the block after it, or the head.
+pub(crate) fn complete_after(layout: &Layout, index: usize) -> Vec<(Range<usize>, Ownership)> {
+    if index + 1 < layout.blocks.len() {
+        return layout.block_matrices(index + 1).collect();
+    }
+    let tied = layout.head == layout.embedding;
+    (!tied).then(|| (layout.range(layout.head), Ownership::Replicated)).into_iter().collect()
 }
 
 /// Which rows of logits are wanted.

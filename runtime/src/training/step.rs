@@ -181,6 +181,8 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         }
         let valid = self.sum_over_world(&mut [valid as f64])?[0];
         let scale = (1.0 / valid.max(1.0)) as f32;
+        // A block of sharded state is not a stretch of a model's block.
+        let early = self.config.parallel.reduce_early && !self.config.parallel.shard_optimizer;
         for pass in 0..passes {
             if passes > 1 {
                 self.data.train_pass(step - 1, pass, &mut self.batch);
@@ -193,7 +195,14 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
                 sequence_length: self.batch.sequence_length,
                 first_token: self.batch.first_sample * self.batch.sequence_length as u64,
             };
-            self.model.train_pass(&self.groups, &mut self.clock, tokens, share, scale)?;
+            let Self { model, sharing, groups, clock, .. } = self;
+            if !early || pass + 1 < passes {
+                model.train_pass(groups, clock, tokens, share, scale)?;
+                continue;
+            }
+            model.train_last_pass(groups, clock, tokens, (share, scale), &mut |gradients, range, ownership| {
+                sharing.begin(groups, gradients, (range, ownership))
+            })?;
         }
         self.clock.enter(Stage::Reduce);
         // The norm first: reading it is where the host waits for the passes, and what is read after it is ready.

@@ -192,7 +192,6 @@ impl<B: Backend> MoeLayer<B> {
         clock.enter(Stage::Route);
         self.router.forward(device, pass.route, x_TH, &weights, counts, prob_sums)?;
         let (chunks, k) = (self.chunks.len(), self.top_k);
-        let beside = self.beside_transfers(pass);
         clock.enter(Stage::Dispatch);
         for index in 0..chunks {
             let routed = routed(&self.router, x_TH, t, self.chunk_tokens(t, index));
@@ -218,7 +217,7 @@ impl<B: Backend> MoeLayer<B> {
                 if shuffle.computes(round) {
                     shuffle.expanded(device, round, x, scratch.experts.rows_mut(device, grouped, h)?);
                     clock.enter(Stage::Experts);
-                    experts.forward(&beside, &mut scratch.experts, grouped, expert_weights(pass))?;
+                    experts.forward(device, &mut scratch.experts, grouped, expert_weights(pass))?;
                 }
                 clock.enter(Stage::Combine);
                 let weights = self.router.weights(t).slice(choices.clone());
@@ -236,15 +235,6 @@ impl<B: Backend> MoeLayer<B> {
             shared.forward(pass, h, x_TH, out_TH)?;
         }
         Ok(())
-    }
-
-    /// The queue for the experts: transfers of other chunks run beside them, if there are any.
-    fn beside_transfers<C: Communicator<B>>(&self, pass: &MoePass<'_, B, C>) -> B {
-        if self.chunks.len() > 1 && pass.group.size() > 1 {
-            pass.device.beside_transfers()
-        } else {
-            pass.device.clone()
-        }
     }
 
     /// Sends the tokens of a chunk's first round, if there is such a chunk.
@@ -311,7 +301,6 @@ impl<B: Backend> MoeLayer<B> {
         let MoeBackward { x_TH, dout_TH, mut dx_TH } = tensors;
         let (device, t, h, k) = (pass.device, pass.route.tokens, self.hidden_size, self.top_k);
         scratch.dweights.reserve(device, t * k)?;
-        let beside = self.beside_transfers(pass);
         clock.enter(Stage::Combine);
         self.send_gradients(pass, scratch, 0, (x_TH, dout_TH))?;
         for index in 0..self.chunks.len() {
@@ -333,7 +322,7 @@ impl<B: Backend> MoeLayer<B> {
                         clock.enter(Stage::Experts);
                         // Before the gradient comes into the rows: the input is expanded once more instead of into a buffer of its own.
                         shuffle.expanded(device, round, x, scratch.experts.rows_mut(device, grouped, h)?);
-                        experts.project(&beside, &mut scratch.experts, grouped, expert_weights(pass).gate_up)?;
+                        experts.project(device, &mut scratch.experts, grouped, expert_weights(pass).gate_up)?;
                     }
                     clock.enter(Stage::Combine);
                     let dy = scratch.experts.rows_mut(device, grouped, h)?;
@@ -348,7 +337,7 @@ impl<B: Backend> MoeLayer<B> {
                     let weights = expert_weights(pass);
                     let tensors = ExpertBackward { gated, weights, gradients: flat, gate_up, down, accumulate };
                     let expand = |to: ViewMut<'_, B, B::Act>| shuffle.expanded(device, round, x, to);
-                    experts.backward(&beside, &mut scratch.experts, grouped, tensors, expand)?;
+                    experts.backward(device, &mut scratch.experts, grouped, tensors, expand)?;
                 }
                 clock.enter(Stage::Dispatch);
                 let tensors = (scratch.experts.rows(grouped, h), dx_TH.reborrow().slice(rows.clone()));
