@@ -79,15 +79,21 @@ struct Routes {
 
 extern "C" __global__ void __launch_bounds__(PLAN_THREADS)
     shuffle_count(int tokens, int top_k, int experts, int ranks, int per_block, const int* ids, int* counts) {
-    __shared__ int held[MOST_RANKS];
+    // Rows of each rank, then choices.
+    __shared__ int held[2 * MOST_RANKS];
     const Routes routes{tokens, top_k, experts, ranks};
-    for (int w = threadIdx.x; w < ranks; w += blockDim.x) held[w] = 0;
+    const int columns = 2 * ranks;
+    for (int w = threadIdx.x; w < columns; w += blockDim.x) held[w] = 0;
     __syncthreads();
     const int last = min((blockIdx.x + 1) * per_block, tokens);
-    for (int t = blockIdx.x * per_block + threadIdx.x; t < last; t += blockDim.x)
-        for (uint64_t to = routes.destinations(ids + long(t) * top_k); to != 0; to &= to - 1) atomicAdd(&held[__ffsll(to) - 1], 1);
+    for (int t = blockIdx.x * per_block + threadIdx.x; t < last; t += blockDim.x) {
+        const int* mine = ids + long(t) * top_k;
+        for (uint64_t to = routes.destinations(mine); to != 0; to &= to - 1) atomicAdd(&held[__ffsll(to) - 1], 1);
+        for (int j = 0; j < top_k; j++)
+            if (routes.sent(mine[j])) atomicAdd(&held[ranks + mine[j] / routes.local()], 1);
+    }
     __syncthreads();
-    for (int w = threadIdx.x; w < ranks; w += blockDim.x) counts[blockIdx.x * ranks + w] = held[w];
+    for (int w = threadIdx.x; w < columns; w += blockDim.x) counts[blockIdx.x * columns + w] = held[w];
 }
 
 struct RowOutputs {
@@ -129,17 +135,15 @@ extern "C" __global__ void __launch_bounds__(PLAN_THREADS)
     shuffle_place(int tokens, int top_k, int experts, int ranks, int per_block, const int* ids, const float* weights,
                   const int* counts, int* send_counts, int* row_token, int* row_experts, int* row_choice, float* row_weights,
                   int* token_rows, int* rows) {
-    __shared__ int next[MOST_RANKS], total[MOST_RANKS], starts[MOST_RANKS + 1], held[TILE_TOKENS / WARP][MOST_RANKS];
+    __shared__ int next[2 * MOST_RANKS], total[2 * MOST_RANKS], starts[MOST_RANKS + 1], held[TILE_TOKENS / WARP][MOST_RANKS];
     __shared__ uint64_t destinations[TILE_TOKENS];
     const Routes routes{tokens, top_k, experts, ranks};
     const RowOutputs out{row_token, row_experts, row_choice, row_weights};
     const int slots = routes.rows_per_token(), warp = warp_id();
-    sum_counts(counts, ranks, blockIdx.x, gridDim.x, next, total);
+    sum_counts(counts, 2 * ranks, blockIdx.x, gridDim.x, next, total);
     scan_columns(total, ranks, starts);
-    if (threadIdx.x < ranks) {
-        next[threadIdx.x] += starts[threadIdx.x];
-        if (blockIdx.x == 0) send_counts[threadIdx.x] = total[threadIdx.x];
-    }
+    if (threadIdx.x < ranks) next[threadIdx.x] += starts[threadIdx.x];
+    if (blockIdx.x == 0 && threadIdx.x < 2 * ranks) send_counts[threadIdx.x] = total[threadIdx.x];
     if (blockIdx.x == 0 && threadIdx.x == 0) rows[0] = starts[ranks];
     const int last = min((blockIdx.x + 1) * per_block, tokens);
     for (int first = blockIdx.x * per_block; first < last; first += TILE_TOKENS) {

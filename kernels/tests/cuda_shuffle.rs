@@ -80,7 +80,7 @@ fn on_cpu(dims: ShuffleDims, ids: &Vec<i32>, weights: &Vec<f32>) -> Planned {
     let bound = dims.tokens * dims.rows_per_token();
     let per_choice = (bound + SPARE) * dims.top_k;
     let mut plan = Planned {
-        send_counts: vec![UNTOUCHED; dims.ranks],
+        send_counts: vec![UNTOUCHED; 2 * dims.ranks],
         row_token: vec![UNTOUCHED; bound + SPARE],
         row_experts: vec![UNTOUCHED; per_choice],
         row_choice: vec![UNTOUCHED; per_choice],
@@ -107,7 +107,7 @@ fn on_gpu(gpu: &Cuda<f32>, dims: ShuffleDims, ids: &[i32], weights: &[f32]) -> P
     let untouched = |len: usize| filled(gpu, len, UNTOUCHED);
     let (ids, weights) = (upload(gpu, ids), upload(gpu, weights));
     let (mut send_counts, mut row_token, mut row_experts) =
-        (untouched(dims.ranks), untouched(bound + SPARE), untouched(per_choice));
+        (untouched(2 * dims.ranks), untouched(bound + SPARE), untouched(per_choice));
     let (mut row_choice, mut token_rows, mut rows) = (untouched(per_choice), untouched(bound), untouched(1));
     let mut row_weights = filled(gpu, per_choice, UNTOUCHED as f32);
     let views = ShufflePlan {

@@ -177,6 +177,7 @@ impl Place {
             rank: Rank(0),
             seed: 0,
             chunks: 1,
+            receive_headroom: 1.4,
             max_sequences: sequences,
             sequence_length,
             // No backward pass comes that anything could be kept for.

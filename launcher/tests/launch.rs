@@ -150,3 +150,16 @@ fn the_training_benchmark_prints_its_figures() {
     }
     assert!(!object["stages"].as_array().unwrap().is_empty());
 }
+
+#[test]
+fn the_collectives_benchmark_counts_every_collective_at_every_size() {
+    let args = ["bench", "collectives", "--device", "cpu", "--mib", "0.01", "--mib", "0.1", "--json"];
+    let ended = Program::start(moe_launch(&args)).wait().expect(DONE);
+    let object: Value = serde_json::from_str(&ended.output).unwrap();
+    assert_eq!(object["ranks"], 1);
+    let cases = object["cases"].as_array().unwrap();
+    assert_eq!(cases.len(), 5 * 2);
+    assert!(cases.iter().all(|case| case["us"].as_f64().unwrap() > 0.0 && case["algorithm_gbs"].as_f64().is_some()));
+    let refused = Program::start(moe_launch(&["bench", "collectives", "--mib", "0"])).wait().expect(USAGE);
+    assert!(refused.output.contains("--mib 0: accepted: 0.001 to 16384"), "{}", refused.output);
+}

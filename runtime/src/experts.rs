@@ -34,6 +34,8 @@ pub struct ExpertWeights<'a, B: Backend> {
 pub struct Experts<B: Backend> {
     shape: ExpertShape,
     h: Option<Slot<B, B::Act>>,
+    /// Whether the rows under way are too many to keep anything of them.
+    passing: bool,
 }
 
 const PROJECTIONS: &str = "expert projections";
@@ -68,15 +70,20 @@ impl<B: Backend> ExpertScratch<B> {
         })
     }
 
-    /// Room for `len` elements of expanded rows, to be filled.
-    pub fn rows_mut(&mut self, device: &B, len: usize) -> Result<ViewMut<'_, B, B::Act>, DeviceError> {
-        self.rows.reserve(device, len)?;
-        Ok(self.rows.view_mut(len))
+    /// Room for expanded rows of `width` elements, to be filled.
+    pub fn rows_mut(
+        &mut self,
+        device: &B,
+        grouped: GroupedRows<'_, B>,
+        width: usize,
+    ) -> Result<ViewMut<'_, B, B::Act>, DeviceError> {
+        self.rows.reserve(device, grouped.room * width)?;
+        Ok(self.rows.view_mut(grouped.rows.bound * width))
     }
 
     /// The expanded rows as they are now.
-    pub fn rows(&self, len: usize) -> View<'_, B, B::Act> {
-        self.rows.view(len)
+    pub fn rows(&self, grouped: GroupedRows<'_, B>, width: usize) -> View<'_, B, B::Act> {
+        self.rows.view(grouped.rows.bound * width)
     }
 }
 
@@ -86,6 +93,8 @@ pub struct GroupedRows<'a, B: Backend> {
     pub rows: Rows<'a, B>,
     /// `[E_local + 1]`.
     pub offsets: View<'a, B, i32>,
+    /// Rows that buffers get room for, at least the bound: so many that a later pass does not need more.
+    pub room: usize,
 }
 
 impl<B: Backend> Clone for GroupedRows<'_, B> {
@@ -113,17 +122,22 @@ impl<B: Backend> Experts<B> {
 
     /// Experts that keep their projections; empty.
     pub fn keeping(device: &B, shape: ExpertShape) -> Result<Self, DeviceError> {
-        Ok(Self { shape, h: Some(Slot::new(device, PROJECTIONS)?) })
+        Ok(Self { shape, h: Some(Slot::new(device, PROJECTIONS)?), passing: false })
     }
 
     /// Experts that keep nothing: [`Experts::project`] comes before their backward pass.
     pub fn recomputing(shape: ExpertShape) -> Self {
-        Self { shape, h: None }
+        Self { shape, h: None, passing: false }
+    }
+
+    /// What comes next is kept for the backward pass as far as these experts keep anything, or passes by: as of experts that keep nothing.
+    pub fn keep(&mut self, kept: bool) {
+        self.passing = !kept;
     }
 
     /// Whether the backward pass needs the projections again.
     pub fn recomputes(&self) -> bool {
-        self.h.is_none()
+        self.h.is_none() || self.passing
     }
 
     fn up(&self) -> GroupedDims {
@@ -160,9 +174,9 @@ impl<B: Backend> Experts<B> {
     ) -> Result<(), DeviceError> {
         let (n, h, f) = (grouped.rows.bound, self.shape.hidden_size, self.shape.ffn_size);
         let up = self.up();
-        let projections = self.h.as_mut().unwrap_or(&mut scratch.h);
-        projections.reserve(device, n * 2 * f)?;
-        scratch.a.reserve(device, n * f)?;
+        let projections = self.h.as_mut().filter(|_| !self.passing).unwrap_or(&mut scratch.h);
+        projections.reserve(device, grouped.room * 2 * f)?;
+        scratch.a.reserve(device, grouped.room * f)?;
         let (x_NH, projections, a) =
             (scratch.rows.view(n * h), projections.view_mut(n * 2 * f), scratch.a.view_mut(n * f));
         device.grouped_linear_swiglu(grouped.rows, up, grouped.offsets, x_NH, gate_up, projections, a);
@@ -180,9 +194,9 @@ impl<B: Backend> Experts<B> {
         expand: impl FnOnce(ViewMut<'_, B, B::Act>),
     ) -> Result<(), DeviceError> {
         let (n, h, f) = (grouped.rows.bound, self.shape.hidden_size, self.shape.ffn_size);
-        scratch.a.reserve(device, n * f)?;
-        scratch.da.reserve(device, n * f)?;
-        scratch.dh.reserve(device, n * 2 * f)?;
+        scratch.a.reserve(device, grouped.room * f)?;
+        scratch.da.reserve(device, grouped.room * f)?;
+        scratch.dh.reserve(device, grouped.room * 2 * f)?;
         let (up, down, offsets) = (self.up(), self.down(), grouped.offsets);
         let ExpertBackward { gated, weights, mut gradients, gate_up, down: down_range, accumulate } = tensors;
         let GatedRows { origin, weights: row_weights, dweights } = gated;
@@ -199,7 +213,7 @@ impl<B: Backend> Experts<B> {
             origin,
             row_weights,
             scratch.da.view(n * f),
-            self.h.as_ref().unwrap_or(&scratch.h).view(n * 2 * f),
+            self.h.as_ref().filter(|_| !self.passing).unwrap_or(&scratch.h).view(n * 2 * f),
             scratch.dh.view_mut(n * 2 * f),
             scratch.a.view_mut(n * f),
             dweights,

@@ -47,10 +47,10 @@ fn a_buffer_of_several_segments_is_reduced_whole() {
     gpus::on_gpus(2, |gpu, world| {
         let me = world.rank() as f32;
         let mut whole = buffer(gpu, LEN, me + 1.0);
-        world.all_reduce(gpu, ViewMut::of(&mut whole), ReduceOp::Sum).unwrap();
+        gpu.wait(&world.all_reduce(gpu, ViewMut::of(&mut whole), ReduceOp::Sum).unwrap());
         assert_eq!(first_and_last(gpu, &whole, LEN), [3.0; 2]);
         let (all, mut mine) = (buffer(gpu, 2 * LEN, me + 1.0), buffer(gpu, LEN, 0.0));
-        world.reduce_scatter(gpu, View::of(&all), ViewMut::of(&mut mine), ReduceOp::Max).unwrap();
+        gpu.wait(&world.reduce_scatter(gpu, View::of(&all), ViewMut::of(&mut mine), ReduceOp::Max).unwrap());
         assert_eq!(first_and_last(gpu, &mine, LEN), [2.0; 2]);
     });
 }
@@ -70,22 +70,39 @@ fn collectives_run_in_the_order_of_the_callers_queues() {
 }
 
 #[test]
+fn what_is_computed_meanwhile_runs_beside_a_collective() {
+    gpus::on_gpus(2, |gpu, world| {
+        let (mut sums, mut other) = (buffer(gpu, 1 << 24, 1.0), buffer(gpu, 1 << 20, 0.0));
+        let mut last = None;
+        for round in 1..=20 {
+            let done = world.all_reduce(gpu, ViewMut::of(&mut sums), ReduceOp::Sum).unwrap();
+            // Nothing here waits for the collective, so that the end of the last one is all that is known of them.
+            gpu.fill(ViewMut::of(&mut other), round as f32);
+            last = Some(done);
+        }
+        gpu.wait(&last.unwrap());
+        assert_eq!(first_and_last(gpu, &sums, 1 << 24), [(1 << 20) as f32; 2]);
+        assert_eq!(first_and_last(gpu, &other, 1 << 20), [20.0; 2]);
+    });
+}
+
+#[test]
 fn a_rank_that_never_arrives_is_given_up_and_named() {
     let over = Barrier::new(2);
     let errors = gpus::on_gpus(2, |gpu, world| {
         let mut sum = buffer(gpu, 100_000, 1.0);
         // The first exchange connects; it is a later one that the peer stays away from.
-        world.all_reduce(gpu, ViewMut::of(&mut sum), ReduceOp::Sum).unwrap();
+        gpu.wait(&world.all_reduce(gpu, ViewMut::of(&mut sum), ReduceOp::Sum).unwrap());
         gpu.synchronize().unwrap();
         world.context().set_deadline(SHORT);
         world.context().set_step(12);
         world.context().set_layer(Some(3));
         let began = Instant::now();
         let error = (world.rank() == 0).then(|| {
-            let issued = world.all_reduce(gpu, ViewMut::of(&mut sum), ReduceOp::Sum);
+            let issued = world.all_reduce(gpu, ViewMut::of(&mut sum), ReduceOp::Sum).map(|done| gpu.wait(&done));
             // On the queue or not: the queue ends, and what it holds is not to be trusted.
             gpu.synchronize().unwrap();
-            issued.map(drop).and_then(|()| world.check()).unwrap_err()
+            issued.and_then(|()| world.check()).unwrap_err()
         });
         assert!(began.elapsed() < 5 * SHORT);
         over.wait();
@@ -106,7 +123,7 @@ fn another_thread_ends_a_collective_and_its_reason_is_told() {
     let over = Barrier::new(2);
     gpus::on_gpus(2, |gpu, world| {
         let mut sum = buffer(gpu, 100_000, 1.0);
-        world.all_reduce(gpu, ViewMut::of(&mut sum), ReduceOp::Sum).unwrap();
+        gpu.wait(&world.all_reduce(gpu, ViewMut::of(&mut sum), ReduceOp::Sum).unwrap());
         gpu.synchronize().unwrap();
         if world.rank() == 0 {
             let abort = world.context().abort_handle();
@@ -115,9 +132,9 @@ fn another_thread_ends_a_collective_and_its_reason_is_told() {
                 abort.abort(Some(Rank(1)), "lease expired");
             });
             let began = Instant::now();
-            let issued = world.all_reduce(gpu, ViewMut::of(&mut sum), ReduceOp::Sum);
+            let issued = world.all_reduce(gpu, ViewMut::of(&mut sum), ReduceOp::Sum).map(|done| gpu.wait(&done));
             gpu.synchronize().unwrap();
-            let error = issued.map(drop).and_then(|()| world.check()).unwrap_err();
+            let error = issued.and_then(|()| world.check()).unwrap_err();
             assert!(began.elapsed() < SHORT, "{:?}", began.elapsed());
             println!("{error}");
             assert!(error.to_string().ends_with("because of rank 1: lease expired"), "{error}");
@@ -128,13 +145,12 @@ fn another_thread_ends_a_collective_and_its_reason_is_told() {
 }
 
 #[test]
-fn counts_beyond_the_buffer_are_refused() {
+fn rows_beyond_the_buffer_are_refused() {
     gpus::on_gpus(2, |gpu, world| {
         let (send, mut recv) = (buffer(gpu, 8, 1.0), buffer(gpu, 8, 0.0));
-        let mut counts = gpu.alloc::<i32>(2, "a test's counts").unwrap();
-        gpu.upload(&[3, 2], ViewMut::of(&mut counts));
-        let (views, counts) = ((View::of(&send), ViewMut::of(&mut recv)), View::of(&counts));
-        let refused = world.all_to_all_v(gpu, 2, views.0, counts, views.1, counts).map(drop).unwrap_err();
-        assert!(refused.to_string().contains("the send counts [3, 2] do not fit a buffer of 4 rows"), "{refused}");
+        let rows = [0..3, 3..5];
+        let refused = world.all_to_all_v(gpu, 2, (View::of(&send), &rows), (ViewMut::of(&mut recv), &rows));
+        let refused = refused.map(drop).unwrap_err();
+        assert!(refused.to_string().contains("the send rows [0..3, 3..5] do not fit a buffer of 4 rows"), "{refused}");
     });
 }

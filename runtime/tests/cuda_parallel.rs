@@ -40,6 +40,25 @@ fn every_layout_has_the_losses_of_one_cpu() {
 }
 
 #[test]
+fn chunks_and_rounds_have_the_losses_of_one_cpu() {
+    let alone = train(&small(), &text(), ALONE, 40);
+    for chunks in [1, 2, 3] {
+        for headroom in [1.0, 12.0] {
+            let mut config = small();
+            (config.parallel.chunks, config.parallel.receive_headroom) = (chunks, headroom);
+            config.parallel.reduce_early = chunks > 1;
+            for ranks in [Ranks { world: 2, ep: 2 }, Ranks { world: 4, ep: 4 }] {
+                let Some(found) = on_gpus(&config, ranks, 40) else { continue };
+                let what = format!("{chunks} chunks, room for {headroom} times the expected, {ranks:?}");
+                assert_same_curve(&what, &found, &alone, 1e-4, 1e-3);
+                let rounds: u64 = found.iter().filter_map(|metrics| metrics.extra_rounds).sum();
+                assert_eq!(rounds > 0, headroom < 2.0, "{what}: {rounds} rounds");
+            }
+        }
+    }
+}
+
+#[test]
 fn the_same_layout_gives_the_same_bits_twice() {
     let ranks = Ranks { world: 2, ep: 2 };
     let Some(first) = on_gpus(&small(), ranks, 10) else { return };

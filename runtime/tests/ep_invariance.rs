@@ -60,6 +60,22 @@ fn ranks_that_run_out_of_sequences_change_nothing() {
 }
 
 #[test]
+fn sums_beside_the_backward_pass_have_the_same_bits() {
+    let bits = |early, micro_batch, ranks| -> Vec<_> {
+        let mut config = small();
+        (config.parallel.reduce_early, config.train.micro_batch) = (early, micro_batch);
+        config.model.tie_embeddings = micro_batch.is_some();
+        let steps = train(&config, &text(), ranks, 5);
+        steps.iter().map(|m| [m.loss, m.grad_norm].map(f64::to_bits)).collect()
+    };
+    for ranks in [ALONE, Ranks { world: 2, ep: 2 }, Ranks { world: 4, ep: 2 }] {
+        for micro_batch in [None, Some(1)] {
+            assert_eq!(bits(true, micro_batch, ranks), bits(false, micro_batch, ranks), "{ranks:?}, {micro_batch:?}");
+        }
+    }
+}
+
+#[test]
 fn chunks_of_a_layers_tokens_change_nothing() {
     let chunks = |chunks| {
         let mut config = small();

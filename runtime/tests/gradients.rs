@@ -102,6 +102,7 @@ impl Probe {
             rank: Rank(0),
             seed,
             chunks: 1,
+            receive_headroom: 1.4,
             max_sequences: PASSES[0],
             sequence_length: LENGTH,
             recompute: config.train.recompute,

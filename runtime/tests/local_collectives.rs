@@ -4,7 +4,9 @@ use std::sync::{Barrier, Mutex};
 use std::time::{Duration, Instant};
 
 use moe_kernels::{Cpu, View, ViewMut};
-use moe_runtime::collectives::{CollectiveError, Communicator, Context, HostCommunicator, ReduceOp, local};
+use moe_runtime::collectives::{
+    CollectiveError, Communicator, Context, HostCommunicator, ReduceOp, consecutive, local,
+};
 use moe_runtime::topology::Rank;
 
 mod collective_bodies;
@@ -41,15 +43,12 @@ fn a_rank_alone_needs_no_peers() {
 fn one_of_each(group: &HostCommunicator, which: usize) -> Result<(), CollectiveError> {
     let size = group.size();
     let (mut long, mut all) = (vec![1_f32; 20_000], vec![0_f32; 20_000 * size]);
-    let counts = vec![1; size];
+    let rows: Vec<_> = consecutive(vec![1; size]).collect();
     match which {
         0 => group.barrier(),
         1 => group.all_reduce(&Cpu, ViewMut::of(&mut long), ReduceOp::Sum),
         2 => group.all_gather(&Cpu, View::of(&long), ViewMut::of(&mut all)),
-        3 => {
-            let (send, counts) = (View::of(&long), View::of(&counts));
-            group.all_to_all_v(&Cpu, 1, send, counts, ViewMut::of(&mut all), counts)
-        }
+        3 => group.all_to_all_v(&Cpu, 1, (View::of(&long), &rows), (ViewMut::of(&mut all), &rows)),
         4 => group.all_gather_bytes(b"x").map(drop),
         5 => group.broadcast(&Cpu, ViewMut::of(&mut long), 0),
         _ => group.split("next", 0, 0).map(drop),
@@ -172,10 +171,10 @@ fn a_panic_ends_the_others_waits_and_is_the_callers() {
 #[test]
 fn counts_that_disagree_are_an_error_and_not_a_hang() {
     let results = local::run(2, |world| {
-        let (sends, expects) = if world.rank() == 0 { (vec![0, 3], vec![0, 2]) } else { (vec![1, 0], vec![3, 0]) };
+        let (sends, expects) = if world.rank() == 0 { ([0, 3], [0, 2]) } else { ([1, 0], [3, 0]) };
+        let [sends, expects] = [sends, expects].map(|counts| consecutive(counts).collect::<Vec<_>>());
         let (send, mut recv) = (vec![1_f32; 8], vec![0_f32; 8]);
-        let views = (View::of(&send), View::of(&sends), ViewMut::of(&mut recv), View::of(&expects));
-        world.all_to_all_v(&Cpu, 2, views.0, views.1, views.2, views.3)
+        world.all_to_all_v(&Cpu, 2, (View::of(&send), &sends), (ViewMut::of(&mut recv), &expects))
     });
     let Err(CollectiveError::Disagreement { rank, expected_bytes, sent_bytes, .. }) = &results[0] else {
         panic!("{results:?}")
@@ -184,14 +183,17 @@ fn counts_that_disagree_are_an_error_and_not_a_hang() {
 }
 
 #[test]
-fn counts_beyond_the_buffer_are_refused_and_the_group_stays_broken() {
-    for (counts, reason) in [(vec![5], "[5] do not fit a buffer of 4 rows"), (vec![-1], "[-1] do not fit")] {
+fn rows_beyond_the_buffer_are_refused_and_the_group_stays_broken() {
+    // The second begins after its end.
+    for (start, end) in [(0, 5), (3, 2)] {
         let world = local::solo(Context::default());
-        let (rows, mut into, fine) = (vec![0_f32; 8], vec![0_f32; 8], vec![1]);
-        let (send, recv) = (View::of(&rows), ViewMut::of(&mut into));
-        let refused = world.all_to_all_v(&Cpu, 2, send, View::of(&fine), recv, View::of(&counts)).unwrap_err();
-        assert!(refused.to_string().contains(reason), "{refused}");
-        assert!(matches!(world.barrier(), Err(CollectiveError::Counts { what: "receive", .. })));
+        let (send, mut recv) = (vec![0_f32; 8], vec![0_f32; 8]);
+        let (from, into) = (vec![0..1; 1], vec![start..end; 1]);
+        let refused =
+            world.all_to_all_v(&Cpu, 2, (View::of(&send), &from), (ViewMut::of(&mut recv), &into)).unwrap_err();
+        let reason = format!("the receive rows [{start}..{end}] do not fit a buffer of 4 rows");
+        assert!(refused.to_string().contains(&reason), "{refused}");
+        assert!(matches!(world.barrier(), Err(CollectiveError::Rows { what: "receive", .. })));
     }
 }
 

@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use moe_kernels::{Cpu, View, ViewMut};
 use moe_runtime::collectives::mpi::{MpiOptions, MpiWorld};
-use moe_runtime::collectives::{CollectiveError, Communicator, Context, HostCommunicator, ReduceOp, launcher};
+use moe_runtime::collectives::{
+    CollectiveError, Communicator, Context, HostCommunicator, ReduceOp, consecutive, launcher,
+};
 use moe_runtime::topology::Rank;
 
 mod collective_bodies;
@@ -104,10 +106,9 @@ fn a_missing_rank_is_named_and_all_leave_with_the_same_code() {
             world.context().set_deadline(deadline);
             world.context().set_step(12);
             // Long enough that sending waits for the receiver, too.
-            let (send, counts) = (vec![1_f32; 3 << 20], vec![1 << 20; 3]);
-            let mut recv = vec![0_f32; 3 << 20];
-            let (counts, recv) = (View::of(&counts), ViewMut::of(&mut recv));
-            let result = expert.all_to_all_v(&Cpu, 1, View::of(&send), counts, recv, counts);
+            let (send, mut recv) = (vec![1_f32; 3 << 20], vec![0_f32; 3 << 20]);
+            let rows: Vec<_> = consecutive([1 << 20; 3]).collect();
+            let result = expert.all_to_all_v(&Cpu, 1, (View::of(&send), &rows), (ViewMut::of(&mut recv), &rows));
             let Err(CollectiveError::Timeout { collective, group, step, waited, missing }) = result else {
                 panic!("{result:?}")
             };
@@ -140,11 +141,10 @@ fn nothing_is_allocated_after_the_first_calls() {
     let test = "nothing_is_allocated_after_the_first_calls";
     let ended = under_mpirun(test, 3, Context::default(), MpiOptions::default(), |_mpi, world| {
         let size = world.size();
-        let (send, counts) = (vec![1_f32; 3000], vec![100; size]);
+        let (send, rows) = (vec![1_f32; 3000], consecutive(vec![100; size]).collect::<Vec<_>>());
         let (mut recv, mut sum, mut all) = (vec![0_f32; 3000], vec![1_f32; 20_000], vec![0_f32; 3000 * size]);
         let mut step = || {
-            let counts = View::of(&counts);
-            world.all_to_all_v(&Cpu, 10, View::of(&send), counts, ViewMut::of(&mut recv), counts).unwrap();
+            world.all_to_all_v(&Cpu, 10, (View::of(&send), &rows), (ViewMut::of(&mut recv), &rows)).unwrap();
             world.all_reduce(&Cpu, ViewMut::of(&mut sum), ReduceOp::Max).unwrap();
             world.all_gather(&Cpu, View::of(&send), ViewMut::of(&mut all)).unwrap();
             world.barrier().unwrap();

@@ -143,6 +143,7 @@ impl Fixture {
             rank: Rank(rank),
             seed: 0,
             chunks: 1,
+            receive_headroom: 1.4,
             max_sequences: data.sequences,
             sequence_length: data.length,
             recompute: Recompute::None,

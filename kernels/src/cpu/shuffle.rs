@@ -10,7 +10,7 @@ use crate::ShuffleDims;
 
 /// The outputs of [`plan`]: [`crate::ShufflePlan`] as slices.
 pub(super) struct Shuffle<'a> {
-    /// `[W]`.
+    /// `[2, W]`.
     pub(super) send_counts: &'a mut [i32],
     /// `[R]`.
     pub(super) row_token: &'a mut [i32],
@@ -30,7 +30,7 @@ pub(super) fn plan(dims: ShuffleDims, ids: &[i32], weights: &[f32], plan: &mut S
     let (k, slots) = (dims.top_k, dims.rows_per_token());
     let bound = dims.tokens * slots;
     assert_eq!((ids.len(), weights.len()), (dims.tokens * k, dims.tokens * k), "ids and weights of {dims:?}");
-    assert_eq!((plan.send_counts.len(), plan.token_rows.len()), (dims.ranks, bound), "outputs for {dims:?}");
+    assert_eq!((plan.send_counts.len(), plan.token_rows.len()), (2 * dims.ranks, bound), "outputs for {dims:?}");
     assert!(
         plan.row_token.len() >= bound
             && [plan.row_experts.len(), plan.row_choice.len(), plan.row_weights.len()].iter().all(|&l| l >= bound * k),
@@ -41,9 +41,12 @@ pub(super) fn plan(dims: ShuffleDims, ids: &[i32], weights: &[f32], plan: &mut S
         for &rank in destinations(dims, ids, ranks) {
             plan.send_counts[rank as usize] += 1;
         }
+        for &id in ids.iter().filter(|&&id| id >= 0) {
+            plan.send_counts[dims.ranks + id as usize / dims.local_experts()] += 1;
+        }
     }
     // From here to the end, `send_counts[r]` is where the next row for rank r goes.
-    let rows = exclusive_scan(plan.send_counts);
+    let rows = exclusive_scan(&mut plan.send_counts[..dims.ranks]);
     for t in 0..dims.tokens {
         for slot in t * slots..(t + 1) * slots {
             let rank = plan.token_rows[slot];

@@ -48,14 +48,14 @@ pub(super) fn plan<A: CudaAct>(
     let ShuffleDims { tokens, top_k, experts, ranks } = dims;
     let bound = tokens * dims.rows_per_token();
     assert_eq!((ids.len(), weights.len()), (tokens * top_k, tokens * top_k), "ids and weights of {dims:?}");
-    assert_eq!((plan.send_counts.len(), plan.token_rows.len()), (ranks, bound), "outputs for {dims:?}");
+    assert_eq!((plan.send_counts.len(), plan.token_rows.len()), (2 * ranks, bound), "outputs for {dims:?}");
     holds("row_token", plan.row_token.len(), bound);
     holds("row_experts", plan.row_experts.len(), bound * top_k);
     holds("row_choice", plan.row_choice.len(), bound * top_k);
     holds("row_weights", plan.row_weights.len(), bound * top_k);
     holds("rows", plan.rows.len(), 1);
     let (stretch, blocks) = stretches(tokens, TILE_TOKENS);
-    let Some(scratch) = queue.scratch(blocks * ranks * size_of::<i32>()) else { return };
+    let Some(scratch) = queue.scratch(blocks * 2 * ranks * size_of::<i32>()) else { return };
     let (grid, counts, ids) = (Grid::new(blocks, PLAN_THREADS), scratch.at(0), pointer(ids));
     let [tokens, top_k, experts, ranks, stretch] = [tokens, top_k, experts, ranks, stretch].map(|n| n as i32);
     launch!(queue, "shuffle_count", grid; tokens, top_k, experts, ranks, stretch, ids, counts);

@@ -32,7 +32,7 @@ impl ShuffleDims {
 
 /// Where the rows of a shuffle come from: the outputs of [`ExpertOps::shuffle_plan`]. Bound of R: T · [`ShuffleDims::rows_per_token`].
 pub struct ShufflePlan<'a, D: Device> {
-    /// `[W]`: rows for each destination rank.
+    /// `[2, W]`: rows for each destination rank, then choices in them: as many rows each will expand them to.
     pub send_counts: ViewMut<'a, D, i32>,
     /// `[R]`: the token of each row; rows sorted by destination rank, then by token.
     pub row_token: ViewMut<'a, D, i32>,

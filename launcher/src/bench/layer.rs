@@ -1,22 +1,26 @@
 //! `moe-launch bench layer`: a whole MoE layer, router, dispatch, experts and combine, forward and forward with backward.
 //!
-//! Operations are the experts' products alone: 6·T·k·H·F forward, three times that with the backward pass.
+//! Operations are the experts' products alone: 6·T·k·H·F forward, three times that with the backward pass. Several ranks share the experts
+//! out, each with T tokens; figures are a rank's, times the slowest rank's. What is exposed of the communication is the layer's time
+//! less that with exchanges stubbed to copies on each device.
 
 use std::process::ExitCode;
 
 use clap::Args;
-use moe_kernels::{Backend, Cpu, DeviceError, View, ViewMut};
-use moe_runtime::collectives::{Context, Groups, local};
-use moe_runtime::config::Precision;
+use moe_kernels::{Backend, DeviceError, View, ViewMut};
+use moe_runtime::collectives::{Communicator, Groups};
+use moe_runtime::config::{Config, Precision};
 use moe_runtime::exit::{ExitCode as Code, Failure};
 use moe_runtime::model::{ModelConfig, ModelError, SingleMoe};
 use moe_runtime::routing::RouterConfig;
 use moe_runtime::topology::{Grid, Rank};
-use moe_runtime::worker::{Device, DeviceChoice, OnDevice, Ranked};
+use moe_runtime::worker::{Device, DeviceChoice, OnDevice, Ranked, World, set_threads};
 use serde::Serialize;
 
-use super::measure::{Conditions, failed, median_ms, print_json, random, tflops};
+use super::measure::{Conditions, failed, print_json, random_from, tflops};
+use super::ranks::{connect, slowest_ms, together};
 use super::shapes::{LAYERS, Layer, chosen};
+use super::stub::Stubbed;
 use crate::out::say;
 
 /// A whole MoE layer with routing, forward and backward.
@@ -28,6 +32,9 @@ pub(crate) struct LayerArgs {
     /// Tokens in place of the layer's own, for devices that are too slow or too small for them.
     #[arg(long, value_name = "T")]
     tokens: Option<usize>,
+    /// Parts that the tokens are cut into, so that one part's shuffle runs beside another's experts.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    chunks: u16,
     /// Where to compute.
     #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
     device: DeviceChoice,
@@ -55,16 +62,34 @@ enum Outcome {
         fwd_bwd_tflops: f64,
         /// Of the dense ceiling, forward and backward.
         fraction_of_dense: f64,
+        /// Between ranks.
+        #[serde(flatten)]
+        exposed: Option<Exposed>,
     },
     Failed {
         failed: String,
     },
 }
 
+/// What of the layer's time is waiting for other ranks.
+#[derive(Clone, Copy, Serialize)]
+struct Exposed {
+    /// The layer with exchanges stubbed to local copies.
+    stubbed_fwd_ms: f64,
+    stubbed_fwd_bwd_ms: f64,
+    /// Of the forward pass.
+    exposed_fwd: f64,
+    /// Of both passes.
+    exposed_fwd_bwd: f64,
+}
+
 #[derive(Serialize)]
 struct Report {
     #[serde(flatten)]
     conditions: Conditions,
+    /// EP: all ranks share the experts.
+    ranks: usize,
+    chunks: u16,
     cases: Vec<Case>,
 }
 
@@ -79,88 +104,156 @@ pub(crate) fn run(args: &LayerArgs) -> Result<ExitCode, Failure> {
         }
         shapes.iter_mut().for_each(|shape| shape.t = tokens);
     }
-    let device = Device::choose_alone(args.device, Precision::Auto)?;
-    let report = device.visit(Measure { shapes, name: device.describe() })?;
-    if args.json {
-        print_json(&report)?;
-        return Ok(ExitCode::SUCCESS);
+    let measure = |world: &World| {
+        set_threads(&Config::default(), world)?;
+        let device = Device::choose(args.device, Precision::Auto, world)?;
+        device.visit(Measure { shapes, world, chunks: args.chunks, name: device.describe() })
+    };
+    together(measure, |report| show(report, args.json))
+}
+
+fn show(report: &Report, json: bool) -> Result<(), Failure> {
+    if json {
+        return print_json(report);
     }
     report.conditions.show()?;
-    say!("{:<20}{:>9}{:>9}{:>11}{:>9}{:>10}", "layer", "fwd ms", "TFLOP/s", "fwd+bwd ms", "TFLOP/s", "of dense")?;
+    say!("EP {}, {} chunks", report.ranks, report.chunks)?;
+    say!(
+        "{:<20}{:>9}{:>9}{:>11}{:>9}{:>10}{:>13}{:>9}",
+        "layer",
+        "fwd ms",
+        "TFLOP/s",
+        "fwd+bwd ms",
+        "TFLOP/s",
+        "of dense",
+        "exposed fwd",
+        "+bwd"
+    )?;
     for Case { shape, outcome } in &report.cases {
         match outcome {
-            Outcome::Measured { fwd_ms, fwd_tflops, fwd_bwd_ms, fwd_bwd_tflops, fraction_of_dense } => say!(
-                "{:<20}{fwd_ms:>9.3}{fwd_tflops:>9.1}{fwd_bwd_ms:>11.3}{fwd_bwd_tflops:>9.1}{:>8.0} %",
-                shape.name,
-                100.0 * fraction_of_dense
-            )?,
+            Outcome::Measured { fwd_ms, fwd_tflops, fwd_bwd_ms, fwd_bwd_tflops, fraction_of_dense, exposed } => {
+                let share = |of: fn(&Exposed) -> f64| {
+                    exposed.as_ref().map_or("-".to_owned(), |exposed| format!("{:.1} %", 100.0 * of(exposed)))
+                };
+                say!(
+                    "{:<20}{fwd_ms:>9.3}{fwd_tflops:>9.1}{fwd_bwd_ms:>11.3}{fwd_bwd_tflops:>9.1}{:>8.0} %{:>13}{:>9}",
+                    shape.name,
+                    100.0 * fraction_of_dense,
+                    share(|exposed| exposed.exposed_fwd),
+                    share(|exposed| exposed.exposed_fwd_bwd)
+                )?;
+            }
             Outcome::Failed { failed } => say!("{:<20}{failed}", shape.name)?,
         }
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
-struct Measure {
+struct Measure<'a> {
     shapes: Vec<Layer>,
+    world: &'a World,
+    chunks: u16,
     name: String,
 }
 
-impl OnDevice for Measure {
+impl OnDevice for Measure<'_> {
     type Output = Result<Report, Failure>;
 
     fn run<B: Ranked>(self, device: B) -> Result<Report, Failure> {
-        let conditions = Conditions::measure(&device, self.name)?;
+        let Self { shapes, world, chunks, name } = self;
+        let group = connect(world, &device)?;
+        let conditions = Conditions::measure(&device, name)?;
         let mut cases = Vec::new();
-        for shape in self.shapes {
-            let outcome = match measure(&device, shape, conditions.dense_tflops) {
+        for shape in shapes {
+            let grid = Grid::new(group.size(), group.size(), shape.e);
+            let grid = grid.map_err(|error| Failure::new(Code::Usage, format!("{}: {error}", shape.name)))?;
+            let groups = Groups::of_grid(group.split("world", 0, group.rank())?, &grid)?;
+            let bench = Bench { world, device: &device, groups: &groups, grid: &grid, chunks: chunks.into() };
+            let outcome = match bench.measure(shape, conditions.dense_tflops) {
                 Ok(outcome) => outcome,
-                // A layer that does not fit says nothing about the others.
-                Err(failure) if failure.exit_code() == Code::Usage => Outcome::Failed { failed: failure.to_string() },
+                // A layer that does not fit says nothing about the others; with other ranks, it does to them.
+                Err(failure) if failure.exit_code() == Code::Usage && group.size() == 1 => {
+                    Outcome::Failed { failed: failure.to_string() }
+                }
                 Err(failure) => return Err(failure),
             };
             cases.push(Case { shape, outcome });
         }
-        Ok(Report { conditions, cases })
+        Ok(Report { conditions, ranks: group.size(), chunks, cases })
     }
 }
 
-fn measure<B: Backend>(device: &B, shape: Layer, ceiling: f64) -> Result<Outcome, Failure> {
-    let Layer { t, h, f, e, k, .. } = shape;
-    let config = ModelConfig {
-        vocab_size: 64,
-        hidden_size: h,
-        layers: 1,
-        heads: h / 128,
-        kv_heads: 1,
-        experts: e,
-        top_k: k,
-        expert_ffn_size: f,
-        ..ModelConfig::default()
-    };
-    let grid = Grid::new(1, 1, e).map_err(|error| Failure::new(Code::Internal, error))?;
-    let groups = Groups::of_grid::<Cpu>(local::solo(Context::default()), &grid)?;
-    let layer = SingleMoe::new(device.clone(), &config, &RouterConfig::default(), (&grid, Rank(0)));
-    let Some(mut layer) = layer.map_err(failed)? else {
-        return Err(Failure::new(Code::Internal, "the layer has no experts"));
-    };
-    let (x, dout) = (random(device, t * h, 1.0)?, random(device, t * h, 1.0)?);
-    let mut out = device.alloc::<B::Act>(t * h, "layer outputs").map_err(failed)?;
-    let mut dx = device.alloc::<B::Act>(t * h, "input gradients").map_err(failed)?;
-    let (x, dout) = (View::of(&x), View::of(&dout));
-    let fwd_ms = median_ms(device, || layer.forward(&groups, (x, ViewMut::of(&mut out))).map_err(stopped))?;
-    let fwd_bwd_ms = median_ms(device, || {
-        layer.forward(&groups, (x, ViewMut::of(&mut out))).map_err(stopped)?;
-        layer.backward(&groups, x, (dout, ViewMut::of(&mut dx))).map_err(stopped)
-    })?;
-    let flops = 6.0 * (t * k) as f64 * (h * f) as f64;
-    let both = tflops(3.0 * flops, fwd_bwd_ms);
-    Ok(Outcome::Measured {
-        fwd_ms,
-        fwd_tflops: tflops(flops, fwd_ms),
-        fwd_bwd_ms,
-        fwd_bwd_tflops: both,
-        fraction_of_dense: both / ceiling,
-    })
+/// Where a layer is measured.
+struct Bench<'a, B: Backend, C> {
+    world: &'a World,
+    device: &'a B,
+    groups: &'a Groups<C>,
+    grid: &'a Grid,
+    chunks: usize,
+}
+
+impl<B: Backend, C: Communicator<B>> Bench<'_, B, C> {
+    fn measure(&self, shape: Layer, ceiling: f64) -> Result<Outcome, Failure> {
+        let Layer { t, h, f, e, k, .. } = shape;
+        let config = ModelConfig {
+            vocab_size: 64,
+            hidden_size: h,
+            layers: 1,
+            heads: h / 128,
+            kv_heads: 1,
+            experts: e,
+            top_k: k,
+            expert_ffn_size: f,
+            ..ModelConfig::default()
+        };
+        let rank = self.groups.world.rank();
+        let place = (self.grid, Rank(rank));
+        let layer = SingleMoe::new(self.device.clone(), &config, &RouterConfig::default(), place, (t, self.chunks));
+        let Some(mut layer) = layer.map_err(failed)? else {
+            return Err(Failure::new(Code::Internal, "the layer has no experts"));
+        };
+        let (fwd_ms, fwd_bwd_ms) = self.times(&mut layer, self.groups, t * h)?;
+        let exposed = if self.grid.ep() > 1 {
+            let (stubbed_fwd_ms, stubbed_fwd_bwd_ms) = self.times(&mut layer, &Stubbed::groups(self.groups), t * h)?;
+            let share = |ms: f64, stubbed: f64| (1.0 - stubbed / ms).max(0.0);
+            let (exposed_fwd, exposed_fwd_bwd) = (share(fwd_ms, stubbed_fwd_ms), share(fwd_bwd_ms, stubbed_fwd_bwd_ms));
+            Some(Exposed { stubbed_fwd_ms, stubbed_fwd_bwd_ms, exposed_fwd, exposed_fwd_bwd })
+        } else {
+            None
+        };
+        let flops = 6.0 * (t * k) as f64 * (h * f) as f64;
+        let both = tflops(3.0 * flops, fwd_bwd_ms);
+        Ok(Outcome::Measured {
+            fwd_ms,
+            fwd_tflops: tflops(flops, fwd_ms),
+            fwd_bwd_ms,
+            fwd_bwd_tflops: both,
+            fraction_of_dense: both / ceiling,
+            exposed,
+        })
+    }
+
+    /// Milliseconds of the forward pass, and of both, over `n` elements of tokens.
+    fn times<G: Communicator<B>>(
+        &self,
+        layer: &mut SingleMoe<B>,
+        groups: &Groups<G>,
+        n: usize,
+    ) -> Result<(f64, f64), Failure> {
+        let (device, rank) = (self.device, self.groups.world.rank() as u64);
+        let (x, dout) = (random_from(rank, device, n, 1.0)?, random_from(rank + 1000, device, n, 1.0)?);
+        let mut out = device.alloc::<B::Act>(n, "layer outputs").map_err(failed)?;
+        let mut dx = device.alloc::<B::Act>(n, "input gradients").map_err(failed)?;
+        let (x, dout) = (View::of(&x), View::of(&dout));
+        let fwd_ms = slowest_ms(self.world, device, &self.groups.world, || {
+            layer.forward(groups, (x, ViewMut::of(&mut out))).map_err(stopped)
+        })?;
+        let fwd_bwd_ms = slowest_ms(self.world, device, &self.groups.world, || {
+            layer.forward(groups, (x, ViewMut::of(&mut out))).map_err(stopped)?;
+            layer.backward(groups, x, (dout, ViewMut::of(&mut dx))).map_err(stopped)
+        })?;
+        Ok((fwd_ms, fwd_bwd_ms))
+    }
 }
 
 fn stopped(error: ModelError) -> Failure {

@@ -68,7 +68,8 @@ impl Conditions {
     }
 }
 
-fn commit() -> String {
+/// The commit of the sources; see [`Conditions::commit`].
+pub(super) fn commit() -> String {
     let built = option_env!("MOE_COMMIT").map(str::to_owned);
     std::env::var("MOE_COMMIT").ok().or(built).unwrap_or_else(|| "unknown".to_owned())
 }
@@ -80,9 +81,19 @@ pub(super) fn is_host<B: Device>(device: &B) -> Result<bool, Failure> {
 }
 
 /// Milliseconds of `work` on the device.
-pub(super) fn median_ms<B: Device>(device: &B, mut work: impl FnMut() -> Result<(), Failure>) -> Result<f64, Failure> {
+pub(super) fn median_ms<B: Device>(device: &B, work: impl FnMut() -> Result<(), Failure>) -> Result<f64, Failure> {
+    median_ms_between(device, || Ok(()), work)
+}
+
+/// As [`median_ms`], where `begin` comes before each run and is not timed.
+pub(super) fn median_ms_between<B: Device>(
+    device: &B,
+    mut begin: impl FnMut() -> Result<(), Failure>,
+    mut work: impl FnMut() -> Result<(), Failure>,
+) -> Result<f64, Failure> {
     let mut times = Vec::with_capacity(REPEATS);
     for run in 0..WARMUP + REPEATS {
+        begin()?;
         let from = device.stamp();
         work()?;
         let to = device.stamp();
@@ -112,8 +123,18 @@ pub(super) fn gbs(bytes: f64, ms: f64) -> f64 {
 
 /// Normal numbers of deviation `std`, the same ones again and again beyond the first million.
 pub(super) fn random<B: Device>(device: &B, len: usize, std: f32) -> Result<B::Buffer<B::Act>, Failure> {
+    random_from(len as u64, device, len, std)
+}
+
+/// As [`random`], others for each seed.
+pub(super) fn random_from<B: Device>(
+    seed: u64,
+    device: &B,
+    len: usize,
+    std: f32,
+) -> Result<B::Buffer<B::Act>, Failure> {
     const DISTINCT: usize = 1 << 20;
-    let mut rng = ChaCha8Rng::seed_from_u64(len as u64);
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let draw = |_| B::Act::from_f32(std * Distribution::<f32>::sample(&StandardNormal, &mut rng));
     let drawn: Vec<B::Act> = (0..len.min(DISTINCT)).map(draw).collect();
     let mut buffer = device.alloc::<B::Act>(len, "random numbers").map_err(failed)?;

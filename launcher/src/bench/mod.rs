@@ -2,11 +2,14 @@
 //!
 //! Every figure stands beside a ceiling that was measured in the same run.
 
+mod collectives;
 mod gemm;
 mod layer;
 mod measure;
 mod ops;
+mod ranks;
 mod shapes;
+mod stub;
 mod train;
 
 use std::process::ExitCode;
@@ -21,6 +24,8 @@ Examples:
   moe-launch bench layer --case olmoe-1b-7b
   moe-launch bench gemm --json
   moe-launch bench ops
+  mpirun -n 4 moe-launch bench layer --device cuda
+  mpirun -n 2 moe-launch bench collectives --collective all_to_all_v
   mpirun -n 2 moe-launch bench train --preset moe-15m --ep 2 --threads 1";
 
 /// Measure speed, as a fraction of what the machine can do.
@@ -35,10 +40,12 @@ pub(crate) struct BenchArgs {
 enum What {
     /// Whole training steps on random tokens: forward, backward, optimizer. Under mpirun: all ranks together.
     Train(train::TrainArgs),
-    /// Whole MoE layers of well-known models: router, dispatch, experts, combine.
+    /// Whole MoE layers of well-known models: router, dispatch, experts, combine. Under mpirun: experts shared out over all ranks.
     Layer(layer::LayerArgs),
     /// Grouped products of the experts, beside dense ones of the same size.
     Gemm(gemm::GemmArgs),
+    /// What ranks exchange and add up: bandwidth as NCCL's own tests count it. Under mpirun.
+    Collectives(collectives::CollectivesArgs),
     /// Operations that only move data, as a fraction of a copy's rate.
     Ops(ops::OpsArgs),
 }
@@ -48,6 +55,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
         What::Train(args) => train::run(args),
         What::Layer(args) => layer::run(args),
         What::Gemm(args) => gemm::run(args),
+        What::Collectives(args) => collectives::run(args),
         What::Ops(args) => ops::run(args),
     }
 }

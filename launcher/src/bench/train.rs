@@ -5,10 +5,10 @@
 //! 2048³ on CPUs, 8192³ on GPUs.
 
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use clap::Args;
-use moe_kernels::{Cpu, DeviceError, ViewMut};
+use moe_kernels::{Cpu, DeviceError};
 use moe_runtime::collectives::{Communicator, Groups, ReduceOp};
 use moe_runtime::config::{Config, ConfigBuilder};
 use moe_runtime::data::Batch;
@@ -18,13 +18,14 @@ use moe_runtime::plan::Flops;
 use moe_runtime::stages::Stage;
 use moe_runtime::topology::{Grid, Rank, share};
 use moe_runtime::training::{Requests, StepError, TrainingData};
-use moe_runtime::worker::{Arrival, Device, DeviceChoice, OnDevice, Ranked, World, build, grid_of, set_threads};
+use moe_runtime::worker::{Device, DeviceChoice, OnDevice, Ranked, World, build, grid_of, set_threads};
 use rand::SeedableRng;
 use rand::rand_core::Rng;
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use super::measure::{Conditions, median};
+use super::ranks::{connect, reduced, together};
 use crate::out::say;
 
 /// Whole training steps on random tokens.
@@ -90,20 +91,7 @@ struct StageReport {
 }
 
 pub(crate) fn run(args: &TrainArgs) -> Result<ExitCode, Failure> {
-    let world = World::join(Duration::from_secs(120))?;
-    let result = measure(args, &world);
-    match result {
-        Ok(report) => {
-            if world.place().0 == 0 {
-                show(&report, args.json)?;
-            }
-            world.leave(Code::Done)
-        }
-        Err(failure) => {
-            eprintln!("error: {failure}");
-            world.abandon(failure.exit_code())
-        }
-    }
+    together(|world| measure(args, world), |report| show(report, args.json))
 }
 
 fn configure(args: &TrainArgs, ranks: usize) -> Result<Config, Failure> {
@@ -142,14 +130,7 @@ impl OnDevice for Measure<'_> {
     fn run<B: Ranked>(self, queue: B) -> Result<Report, Failure> {
         let Self { args, config, world, grid, device } = self;
         let (rank, ranks) = world.place();
-        let control = Communicator::<Cpu>::split(&world.communicator, "world", 0, rank)?;
-        let arrival = Arrival {
-            control,
-            local_rank: world.local_rank(),
-            gather: &|mine| Ok(Communicator::<Cpu>::all_gather_bytes(&world.communicator, &mine)?),
-            on_failure: Box::new(|_, error| eprintln!("error: {error}")),
-        };
-        let (communicator, _) = queue.connect(arrival)?;
+        let communicator = connect(world, &queue)?;
         let groups = Groups::of_grid(communicator, &grid)?;
         let data = RandomTokens::new(config, rank, ranks);
         let told = |error: StepError| match error {
@@ -171,9 +152,8 @@ impl OnDevice for Measure<'_> {
         drop(trainer);
         Communicator::<Cpu>::barrier(&world.communicator)?;
         let conditions = Conditions::measure(&queue, device.describe())?;
-        let mut rate = vec![1e3 * conditions.dense_tflops];
-        Communicator::<Cpu>::all_reduce(&world.communicator, &Cpu, ViewMut::of(&mut rate), ReduceOp::Sum)?;
-        let measured = Measured { step_s: median(&mut times), gemm: rate[0], stages, buffers, conditions };
+        let gemm = reduced(world, 1e3 * conditions.dense_tflops, ReduceOp::Sum)?;
+        let measured = Measured { step_s: median(&mut times), gemm, stages, buffers, conditions };
         Ok(report(args, config, &grid, device, measured))
     }
 }

@@ -4,6 +4,7 @@
 //! what to do about them.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -72,11 +73,11 @@ pub enum CollectiveError {
         /// Bytes that came; none where the transport says only that it was more.
         sent_bytes: Option<usize>,
     },
-    /// Row counts that are negative or reach beyond the buffer they describe.
+    /// Rows that reach beyond their buffer.
     #[error(
-        "{collective} at step {step} in the {group} group: the {what} counts {counts:?} do not fit a buffer of {rows} rows"
+        "{collective} at step {step} in the {group} group: the {what} rows {ranges:?} do not fit a buffer of {rows} rows"
     )]
-    Counts {
+    Rows {
         /// The collective.
         collective: &'static str,
         /// The group's name.
@@ -85,8 +86,8 @@ pub enum CollectiveError {
         step: u64,
         /// "send" or "receive".
         what: &'static str,
-        /// Rows per peer, as found in the counts buffer.
-        counts: Vec<i32>,
+        /// Rows of each peer.
+        ranges: Vec<Range<usize>>,
         /// Rows the buffer holds.
         rows: usize,
     },
@@ -194,7 +195,7 @@ impl Classified for CollectiveError {
             | Self::GivenUp { .. } => ExitCode::Temporary,
             Self::Nccl { missing, .. } if !missing.is_empty() => ExitCode::Temporary,
             Self::Disagreement { .. }
-            | Self::Counts { .. }
+            | Self::Rows { .. }
             | Self::TooManyGroups { .. }
             | Self::Nccl { .. }
             | Self::Device(_)

@@ -3,6 +3,7 @@
 //! Owns the state of a group on this rank and every wait in it. It never looks into a message; `algorithms` decides who sends
 //! what to whom.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -286,10 +287,10 @@ impl Call<'_> {
         error
     }
 
-    /// The error for counts that do not fit a buffer of `rows` rows.
-    pub(super) fn bad_counts(&mut self, what: &'static str, counts: &[i32], rows: usize) -> CollectiveError {
+    /// The error for `ranges` that do not fit a buffer of `rows` rows.
+    pub(super) fn bad_rows(&mut self, what: &'static str, ranges: &[Range<usize>], rows: usize) -> CollectiveError {
         let (collective, group, step) = self.place();
-        self.fail(CollectiveError::Counts { collective, group, step, what, counts: counts.to_vec(), rows })
+        self.fail(CollectiveError::Rows { collective, group, step, what, ranges: ranges.to_vec(), rows })
     }
 
     fn failed_with(&mut self, peer: usize, expected: Option<usize>, error: TransportError) -> CollectiveError {

@@ -7,6 +7,7 @@
 //! memory and the host waits for it, except that a lone rank's collectives are at most a copy on the device.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -15,7 +16,7 @@ use moe_kernels::{Device, Element, View, ViewMut};
 use super::algorithms;
 use super::exchange::{Call, Collective, Group, Worker, lock};
 use super::transport::Tag;
-use super::{CollectiveError, Communicator, Context, ReduceOp, Reducible};
+use super::{CollectiveError, Communicator, Context, ReduceOp, Reducible, fit};
 use crate::topology::Rank;
 
 type Result<T> = std::result::Result<T, CollectiveError>;
@@ -54,24 +55,21 @@ impl HostCommunicator {
     fn all_to_all_v_slices<T: Element>(
         &self,
         width: usize,
-        (send, send_counts): (&[T], &[i32]),
-        (recv, recv_counts): (&mut [T], &[i32]),
+        (send, send_rows): (&[T], &[Range<usize>]),
+        (recv, recv_rows): (&mut [T], &[Range<usize>]),
     ) -> Result<()> {
         let (send, recv) = (T::as_bytes(send), T::as_bytes_mut(recv));
-        let size = self.group.members.len();
         let row_bytes = width * T::BYTES;
         let mut call = self.begin(Collective::AllToAllV)?;
-        for (what, counts, bytes) in [("send", send_counts, send.len()), ("receive", recv_counts, recv.len())] {
+        for (what, ranges, bytes) in [("send", send_rows, send.len()), ("receive", recv_rows, recv.len())] {
             let rows = bytes / row_bytes;
-            let fits = counts.iter().all(|count| *count >= 0) && rows_before(counts, size) <= rows;
-            if !fits {
-                return Err(call.bad_counts(what, counts, rows));
+            if !fit(ranges, rows) {
+                return Err(call.bad_rows(what, ranges, rows));
             }
         }
-        let bytes_of =
-            |counts: &[i32], peer| rows_before(counts, peer) * row_bytes..rows_before(counts, peer + 1) * row_bytes;
-        let outgoing = |peer| bytes_of(send_counts, peer);
-        algorithms::personalised(&mut call, send, outgoing, recv, |peer| bytes_of(recv_counts, peer))
+        let bytes_of = |rows: &Range<usize>| rows.start * row_bytes..rows.end * row_bytes;
+        let outgoing = |peer: usize| bytes_of(&send_rows[peer]);
+        algorithms::personalised(&mut call, send, outgoing, recv, |peer| bytes_of(&recv_rows[peer]))
     }
 }
 
@@ -244,26 +242,18 @@ impl<D: Device> Communicator<D> for HostCommunicator {
         &self,
         queue: &D,
         width: usize,
-        send: View<'_, D, T>,
-        send_counts: View<'_, D, i32>,
-        recv: ViewMut<'_, D, T>,
-        recv_counts: View<'_, D, i32>,
+        (send, send_rows): (View<'_, D, T>, &[Range<usize>]),
+        (recv, recv_rows): (ViewMut<'_, D, T>, &[Range<usize>]),
     ) -> Result<D::Event> {
         let size = self.group.members.len();
         assert!(
-            width > 0 && send_counts.len() == size && recv_counts.len() == size,
-            "all_to_all_v over {size} ranks: width {width}, {} send and {} receive counts",
-            send_counts.len(),
-            recv_counts.len()
+            width > 0 && send_rows.len() == size && recv_rows.len() == size,
+            "all_to_all_v over {size} ranks: width {width}, {} send and {} receive ranges",
+            send_rows.len(),
+            recv_rows.len()
         );
-        with_host(queue, send_counts, |send_counts| {
-            with_host(queue, recv_counts, |recv_counts| {
-                with_host(queue, send, |send| {
-                    with_host_mut(queue, recv, |recv| {
-                        self.all_to_all_v_slices(width, (send, send_counts), (recv, recv_counts))
-                    })
-                })
-            })
+        with_host(queue, send, |send| {
+            with_host_mut(queue, recv, |recv| self.all_to_all_v_slices(width, (send, send_rows), (recv, recv_rows)))
         })?;
         Ok(queue.record())
     }
@@ -342,11 +332,6 @@ impl<D: Device> Communicator<D> for HostCommunicator {
     fn split(&self, name: &str, color: usize, key: usize) -> Result<Self> {
         HostCommunicator::split(self, name, color, key)
     }
-}
-
-/// Rows that go before those of `peer`. Counts are known to be no less than zero.
-fn rows_before(counts: &[i32], peer: usize) -> usize {
-    counts[..peer].iter().map(|count| *count as usize).sum()
 }
 
 /// What a rank says in a split: its color, its key, and the lowest group number it has not used.

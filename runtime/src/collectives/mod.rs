@@ -6,8 +6,10 @@
 //!
 //! Rules that every implementation keeps:
 //! - All ranks of a group call the same collectives in the same order with agreeing sizes.
-//! - Collectives are issued to a queue. What they return is a point of that queue: a CPU has finished by then, a GPU has not.
-//! - Counts live in device buffers; the host knows upper bounds only, the lengths of the views.
+//! - A collective begins after what its queue has been given so far, and returns a point in time: a CPU has come to it by then, a GPU
+//!   has not. Its buffers are the collective's until the queue that wants them has waited for that point.
+//! - A worker's collectives run one after another, in the order of their calls: who has waited for one has waited for all before it.
+//! - How many rows go where is known on the host, since what carries them between GPUs wants it there.
 //! - Reductions add in ascending rank order: the same bits on every rank and in every run.
 //! - No wait is unbounded. One that ends early says which collective, at which step, and for whom it waited.
 //!
@@ -28,6 +30,8 @@ mod post;
 pub mod tcp;
 mod transport;
 pub mod volume;
+
+use std::ops::Range;
 
 use moe_kernels::{Device, Element, View, ViewMut};
 
@@ -121,17 +125,15 @@ pub trait Communicator<D: Device>: Send + Sync + Sized {
         recv: ViewMut<'_, D, T>,
     ) -> Result<D::Event, CollectiveError>;
 
-    /// Rows of `width` elements: the first `send_counts[0]` rows of `send` go to rank 0, the next `send_counts[1]` to rank 1, …;
-    /// `recv` is filled the same way from `recv_counts`, which must be what the peers send. Counts `[W] i32` may be zero; rows of
-    /// `recv` beyond the counted ones are left alone.
+    /// Rows of `width` elements, the buffer that leaves and the one that is filled each with a range `[W]` of rows for each rank: rows
+    /// `outgoing.1[i]` go to rank i, and what rank j sends lands in rows `incoming.1[j]`, which must be as many and may not overlap. Ranges
+    /// may be empty; other rows are left alone.
     fn all_to_all_v<T: Element>(
         &self,
         queue: &D,
         width: usize,
-        send: View<'_, D, T>,
-        send_counts: View<'_, D, i32>,
-        recv: ViewMut<'_, D, T>,
-        recv_counts: View<'_, D, i32>,
+        outgoing: (View<'_, D, T>, &[Range<usize>]),
+        incoming: (ViewMut<'_, D, T>, &[Range<usize>]),
     ) -> Result<D::Event, CollectiveError>;
 
     /// `buffer` becomes the reduction of all ranks' buffers, the same bits everywhere.
@@ -191,6 +193,19 @@ pub trait Communicator<D: Device>: Send + Sync + Sized {
     /// Splits the group: ranks that give the same `color` form a new one, ordered by `key` and then by their rank here. `name`
     /// is what messages call it. A worker splits its groups on one thread, and can make about a thousand in its life.
     fn split(&self, name: &str, color: usize, key: usize) -> Result<Self, CollectiveError>;
+}
+
+/// The ranges of `counts` rows that lie one after another, from row 0 on.
+pub fn consecutive(counts: impl IntoIterator<Item = usize>) -> impl Iterator<Item = Range<usize>> {
+    counts.into_iter().scan(0, |end, count| {
+        let start = std::mem::replace(end, *end + count);
+        Some(start..*end)
+    })
+}
+
+/// Whether all `ranges` lie in a buffer of `rows` rows.
+fn fit(ranges: &[Range<usize>], rows: usize) -> bool {
+    ranges.iter().all(|range| range.start <= range.end && range.end <= rows)
 }
 
 /// The groups one rank is a member of in an EP×DP grid.

@@ -21,13 +21,17 @@ pub struct ParallelConfig {
     /// Parts a layer's tokens are cut into, so that one part's shuffle can overlap another's experts. On a CPU they run one after
     /// another.
     pub chunks: usize,
+    /// Room for rows that come from other ranks, as a multiple of what comes where experts are equally busy. More is taken in rounds.
+    pub receive_headroom: f64,
+    /// Whether gradients of a block are summed over ranks beside the backward pass of the block before it, instead of all at the end.
+    pub reduce_early: bool,
     /// Whether the ranks that replicate a tensor share its optimizer state out (ZeRO stage 1) instead of each holding all of it.
     pub shard_optimizer: bool,
 }
 
 impl Default for ParallelConfig {
     fn default() -> Self {
-        Self { ep: None, chunks: 1, shard_optimizer: false }
+        Self { ep: None, chunks: 1, receive_headroom: 1.4, reduce_early: true, shard_optimizer: false }
     }
 }
 

@@ -105,6 +105,11 @@ impl Config {
 
     fn validate_parallel(&self, world: usize) -> Result<(), InvalidValue> {
         at_least_one("parallel.chunks", self.parallel.chunks as u64)?;
+        let headroom = self.parallel.receive_headroom;
+        if !(headroom.is_finite() && headroom >= 1.0) {
+            let reason = "must be a number of at least 1: what comes where experts are equally busy";
+            return Err(InvalidValue::new("parallel.receive_headroom", headroom, reason));
+        }
         let Some(ep) = self.parallel.ep else { return Ok(()) };
         let experts = if self.model.moe_layers().next().is_some() { self.model.experts } else { 0 };
         let Err(error) = Grid::new(world, ep, experts) else { return Ok(()) };
@@ -215,7 +220,7 @@ mod tests {
     #[test]
     fn each_impossible_value_is_refused_by_its_key() {
         type Break = fn(&mut Config);
-        let table: [(&str, Break); 42] = [
+        let table: [(&str, Break); 43] = [
             ("data.tokenizer", |c| c.data.tokenizer = "words".into()),
             ("data.validation_fraction", |c| c.data.validation_fraction = 1.0),
             ("data.validation_fraction", |c| c.data.validation_fraction = f64::NAN),
@@ -235,6 +240,7 @@ mod tests {
             ("model.top_k", |c| c.model.top_k = 9),
             ("router.balance_coefficient", |c| c.router.balance_coefficient = -1.0),
             ("parallel.chunks", |c| c.parallel.chunks = 0),
+            ("parallel.receive_headroom", |c| c.parallel.receive_headroom = 0.9),
             ("parallel.ep", |c| c.parallel.ep = Some(3)),
             ("parallel.ep", |c| c.parallel.ep = Some(8)),
             ("parallel.ep", |c| c.parallel.ep = Some(0)),

@@ -152,7 +152,8 @@ impl<B: Backend> Block<B> {
         Ok(())
     }
 
-    /// Turns the gradient of the block's output, in `scratch.dstream`, into that of its input.
+    /// Turns the gradient of the block's output, in `scratch.dstream`, into that of its input. `between` is called when the second half's
+    /// shuffle has been issued and the first half's work has not: what it issues delays no rows.
     pub(super) fn backward<C: Communicator<B>>(
         &mut self,
         context: &BlockContext<'_, B, C>,
@@ -160,7 +161,7 @@ impl<B: Backend> Block<B> {
         losses: RouterLosses<'_, B>,
         scratch: &mut Scratch<B>,
         clock: &mut StageClock<B>,
-        x: View<'_, B, B::Act>,
+        (x, between): (View<'_, B, B::Act>, &mut BetweenHalves<'_, B>),
     ) -> Result<(), ModelError> {
         let (device, n, weights) = (context.device, x.len(), context.weights);
         let normed = self.second_norm.out.view(n);
@@ -177,6 +178,7 @@ impl<B: Backend> Block<B> {
             }
             _ => unreachable!("a block is built from its tensors"),
         }
+        between(gradients)?;
         let config = context.config;
         let through = (self.middle.view(n), scratch.dbranch.view(n), scratch.dstream.view_mut(n));
         clock.enter(Stage::Attention);
@@ -193,6 +195,9 @@ impl<B: Backend> Block<B> {
         Ok(())
     }
 }
+
+/// Called between the halves of a block's backward pass.
+pub(super) type BetweenHalves<'a, B> = dyn FnMut(&mut Gradients<'_, B>) -> Result<(), ModelError> + 'a;
 
 /// A backward pass's way through a layer: the forward pass's input, the output's gradient, the input's gradient.
 type Through<'a, B> =

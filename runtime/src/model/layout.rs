@@ -218,6 +218,18 @@ impl Layout {
         self.regions.experts.end
     }
 
+    /// Where the matrices of a block lie: one stretch of the flat buffer for those of each ownership, with the gaps that alignment leaves.
+    pub fn block_matrices(&self, block: usize) -> impl Iterator<Item = (Range<usize>, Ownership)> + use<'_> {
+        let Regions { replicated, experts, .. } = &self.regions;
+        let owned = [(replicated, Ownership::Replicated), (experts, Ownership::Expert)];
+        owned.into_iter().filter_map(move |(region, ownership)| {
+            let of_block = |t: &&Tensor| t.parts.iter().any(|part| part.id.layer == Some(block));
+            let ranges = self.tensors.iter().filter(of_block).map(|t| &t.range).filter(|r| region.contains(&r.start));
+            let (start, end) = ranges.fold((usize::MAX, 0), |(start, end), r| (start.min(r.start), end.max(r.end)));
+            (start < end).then(|| (start..end.next_multiple_of(ALIGNMENT).min(region.end), ownership))
+        })
+    }
+
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
@@ -410,6 +422,20 @@ mod tests {
         let tied = Layout::new(&ModelConfig { tie_embeddings: true, ..config() }, &RouterConfig::default(), 0..8);
         assert_eq!(tied.head, tied.embedding);
         assert!(tied.parts().all(|(part, _)| part.id.kind != PartKind::Head));
+    }
+
+    #[test]
+    fn blocks_matrices_follow_one_another() {
+        let layout = Layout::new(&config(), &RouterConfig::default(), 2..4);
+        for ownership in [Ownership::Replicated, Ownership::Expert] {
+            let of = |block| layout.block_matrices(block).filter(|(_, o)| *o == ownership).map(|(range, _)| range);
+            let stretches: Vec<_> = (0..layout.blocks.len()).flat_map(of).collect();
+            assert_eq!(stretches.len(), layout.blocks.len());
+            assert!(stretches.windows(2).all(|pair| pair[0].end == pair[1].start), "{stretches:?}");
+        }
+        let all: usize = (0..layout.blocks.len()).flat_map(|b| layout.block_matrices(b)).map(|(r, _)| r.len()).sum();
+        let outside = [layout.embedding, layout.head].map(|id| layout.range(id).len()).iter().sum::<usize>();
+        assert_eq!(all + outside, layout.regions.replicated.len() + layout.regions.experts.len());
     }
 
     #[test]

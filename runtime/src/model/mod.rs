@@ -22,7 +22,8 @@ pub use parameters::Parameters;
 pub use pass::PassTokens;
 pub use rotary::RopeScaling;
 pub use single::SingleMoe;
-pub use transformer::{LogitsOf, ModelSetup, StepSums, Transformer};
+pub(crate) use transformer::complete_after;
+pub use transformer::{Complete, LogitsOf, ModelSetup, StepSums, Transformer};
 
 use crate::collectives::CollectiveError;
 use crate::dispatch::ShuffleError;

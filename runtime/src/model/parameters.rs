@@ -173,6 +173,11 @@ impl<B: Device> Gradients<'_, B> {
         self.flat.reborrow().slice(range)
     }
 
+    /// A stretch of the flat buffer.
+    pub fn stretch(&mut self, range: Range<usize>) -> ViewMut<'_, B, f32> {
+        self.flat.reborrow().slice(range)
+    }
+
     /// The whole flat buffer with the ranges of some of its tensors, for operations that add to several.
     pub fn several<const N: usize>(&mut self, ids: [TensorId; N]) -> (ViewMut<'_, B, f32>, [Range<usize>; N]) {
         let ranges = ids.map(|id| self.layout.range(id));

@@ -2,7 +2,7 @@
 //!
 //! Owns nothing that a model does not: it is a model's layer, called as a block calls it.
 
-use moe_kernels::{Backend, DeviceError, View, ViewMut};
+use moe_kernels::{Backend, DeviceError, ShuffleDims, View, ViewMut};
 
 use super::ModelError;
 use super::config::{ModelConfig, Recompute};
@@ -10,9 +10,13 @@ use super::layout::{FeedForward, Layout, MoeTensors};
 use super::moe::{MoeBackward, MoeLayer, MoePass, MoeScratch, MoeShape};
 use super::parameters::Parameters;
 use crate::collectives::{Communicator, Groups};
+use crate::dispatch::Room;
 use crate::routing::{Balance, BatchShare, RoutePass, RouterConfig, RouterLosses, RouterShape};
 use crate::stages::StageClock;
 use crate::topology::{Grid, Rank};
+
+/// Room for rows from other ranks: what a configuration has by default.
+const HEADROOM: f64 = 1.4;
 
 /// An MoE layer: router, dispatch, experts, combine.
 pub struct SingleMoe<B: Backend> {
@@ -25,7 +29,8 @@ pub struct SingleMoe<B: Backend> {
 }
 
 impl<B: Backend> SingleMoe<B> {
-    /// The first block's layer of a model of `config`, which must be an MoE block, with initial weights; None: it is dense.
+    /// The first block's layer of a model of `config`, which must be an MoE block, with initial weights, for passes of at most `tokens`
+    /// tokens in `chunks` parts; None: it is dense.
     ///
     /// # Errors
     /// Too little memory.
@@ -34,6 +39,7 @@ impl<B: Backend> SingleMoe<B> {
         config: &ModelConfig,
         router: &RouterConfig,
         (grid, rank): (&Grid, Rank),
+        (tokens, chunks): (usize, usize),
     ) -> Result<Option<Self>, DeviceError> {
         let layout = Layout::new(config, router, grid.local_experts(rank));
         let Some(FeedForward::Moe(tensors)) = layout.blocks.first().map(|block| block.feed_forward) else {
@@ -41,7 +47,9 @@ impl<B: Backend> SingleMoe<B> {
         };
         let (hidden_size, experts, top_k) = (config.hidden_size, config.experts, config.top_k);
         let shape = RouterShape { hidden_size, experts, top_k, config: router.clone() };
-        let place = MoeShape { ranks: grid.ep(), chunks: 1, seed: 0, recompute: Recompute::None };
+        let ranks = grid.ep();
+        let room = Room::planned(HEADROOM, ShuffleDims { tokens: tokens.div_ceil(chunks), top_k, experts, ranks });
+        let place = MoeShape { ranks, chunks, seed: 0, recompute: Recompute::None, room };
         let mut parameters = Parameters::new(&device, layout)?;
         parameters.initialize(&device, 0);
         Ok(Some(Self {

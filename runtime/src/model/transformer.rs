@@ -3,7 +3,9 @@
 //! Owns the order of layers and the residual stream. It accumulates gradients and sums; reducing them over ranks and updating
 //! parameters is `training`'s.
 
-use moe_kernels::{Accumulate, Activation, Backend, DeviceError};
+use std::ops::Range;
+
+use moe_kernels::{Accumulate, Activation, Backend, DeviceError, ShuffleDims, ViewMut};
 
 use super::ModelError;
 use super::attention::{AttentionScratch, RotaryTables};
@@ -11,12 +13,12 @@ use super::block::{Block, BlockContext, Norm, Scratch, Second};
 use super::config::{ModelConfig, Recompute};
 use super::feed_forward::DenseFeedForward;
 use super::head::Head;
-use super::layout::{BlockTensors, FeedForward, Layout};
+use super::layout::{BlockTensors, FeedForward, Layout, Ownership};
 use super::moe::{MoeLayer, MoeScratch, MoeShape};
-use super::parameters::Parameters;
+use super::parameters::{Gradients, Parameters};
 use super::pass::PassTokens;
-use crate::collectives::{Communicator, Groups};
-use crate::dispatch::ShuffledRows;
+use crate::collectives::{CollectiveError, Communicator, Groups};
+use crate::dispatch::{Room, ShuffledRows};
 use crate::memory::{Kind, Slot, Tally};
 use crate::routing::{Balance, BalanceReport, BatchShare, RoutePass, RouterConfig, RouterLosses, RouterShape};
 use crate::stages::{Stage, StageClock};
@@ -37,6 +39,8 @@ pub struct ModelSetup {
     pub seed: u64,
     /// Chunks of tokens that an MoE layer runs in.
     pub chunks: usize,
+    /// Room for rows from other ranks, as a multiple of what is expected.
+    pub receive_headroom: f64,
     /// The most sequences of a pass.
     pub max_sequences: usize,
     /// Their length.
@@ -50,6 +54,8 @@ pub struct ModelSetup {
 pub struct StepSums {
     /// Σ of token losses, in nats.
     pub loss: f64,
+    /// Rounds beyond the first that this rank's rows needed, over all layers and chunks.
+    pub extra_rounds: f64,
     /// Balance losses and loads.
     pub balance: BalanceReport,
 }
@@ -74,6 +80,8 @@ pub struct Transformer<B: Backend> {
     total: Slot<B, f64>,
     /// `[H]`: the padding token's gradient before the embedding adds its share.
     padding_grad: Slot<B, f32>,
+    /// [`Transformer::extra_rounds`] when the step began.
+    rounds_before: u64,
 }
 
 impl<B: Backend> Transformer<B> {
@@ -103,6 +111,7 @@ impl<B: Backend> Transformer<B> {
             },
             total,
             padding_grad: Slot::new(&device, "gradient of the padding token")?,
+            rounds_before: 0,
             parameters: Parameters::new(&device, layout)?,
             setup,
             device,
@@ -162,8 +171,18 @@ impl<B: Backend> Transformer<B> {
         rows
     }
 
+    /// Rounds that this rank needed because more rows came than it has room for, over all layers since the start.
+    pub fn extra_rounds(&self) -> u64 {
+        let rounds = |block: &Block<B>| match &block.second {
+            Second::Moe(moe) => moe.extra_rounds(),
+            Second::Dense(_) => 0,
+        };
+        self.blocks.iter().map(rounds).sum()
+    }
+
     /// Forgets the sums of the last step, the experts' gradients among them; others are cleared by the optimizer.
     pub fn begin_step(&mut self) {
+        self.rounds_before = self.extra_rounds();
         for block in &mut self.blocks {
             if let Second::Moe(moe) = &mut block.second {
                 moe.begin_step();
@@ -183,6 +202,19 @@ impl<B: Backend> Transformer<B> {
         batch: BatchShare,
         scale: f32,
     ) -> Result<(), ModelError> {
+        self.train_last_pass(groups, clock, tokens, (batch, scale), &mut |_, _, _| Ok(()))
+    }
+
+    /// As [`Transformer::train_pass`], and tells `complete` of stretches of the flat buffer whose gradients are complete with it, so that they can be
+    /// summed over ranks beside the rest of the pass: of each block, while the one before it is under way, and of the head.
+    pub fn train_last_pass<C: Communicator<B>>(
+        &mut self,
+        groups: &Groups<C>,
+        clock: &mut StageClock<B>,
+        tokens: PassTokens<'_>,
+        (batch, scale): (BatchShare, f32),
+        complete: &mut Complete<'_, B>,
+    ) -> Result<(), ModelError> {
         let route = tokens.route(true);
         self.forward(groups, clock, tokens, route)?;
         clock.enter(Stage::Route);
@@ -191,7 +223,7 @@ impl<B: Backend> Transformer<B> {
         self.head_backward(tokens.targets, scale)?;
         for index in (0..self.blocks.len()).rev() {
             groups.expert.context().set_layer(Some(index));
-            self.block_backward(index, groups, clock, (tokens, route), batch)?;
+            self.block_backward(index, groups, clock, (tokens, route, batch), complete)?;
         }
         groups.expert.context().set_layer(None);
         clock.enter(Stage::Embedding);
@@ -258,7 +290,8 @@ impl<B: Backend> Transformer<B> {
     pub fn step_sums(&self) -> Result<StepSums, ModelError> {
         let mut loss = [0.0];
         self.device.read_to_host(self.total.view(1), &mut loss)?;
-        Ok(StepSums { loss: loss[0], balance: self.balance.report(&self.device)? })
+        let extra_rounds = (self.extra_rounds() - self.rounds_before) as f64;
+        Ok(StepSums { loss: loss[0], extra_rounds, balance: self.balance.report(&self.device)? })
     }
 
     /// Whether the loads of [`StepSums`] are already sums over ranks.
@@ -380,11 +413,18 @@ impl<B: Backend> Transformer<B> {
         index: usize,
         groups: &Groups<C>,
         clock: &mut StageClock<B>,
-        (tokens, route): (PassTokens<'_>, RoutePass),
-        batch: BatchShare,
+        (tokens, route, batch): (PassTokens<'_>, RoutePass, BatchShare),
+        complete: &mut Complete<'_, B>,
     ) -> Result<(), ModelError> {
         let Self { device, parameters, setup, .. } = self;
+        let done = complete_after(parameters.layout(), index);
         let (weights, mut gradients) = parameters.split();
+        let mut between = |gradients: &mut Gradients<'_, B>| -> Result<(), ModelError> {
+            for (range, ownership) in &done {
+                complete(gradients.stretch(range.clone()), range.clone(), *ownership)?;
+            }
+            Ok(())
+        };
         let context = BlockContext {
             device,
             config: &setup.model,
@@ -398,8 +438,20 @@ impl<B: Backend> Transformer<B> {
         let moe_index = setup.model.moe_layers().take_while(|&layer| layer < index).count();
         let balance = setup.model.is_moe(index).then(|| self.balance.coefficients(moe_index)).flatten();
         let losses = RouterLosses { balance, z_scale: self.balance.z_scale(batch) };
-        self.blocks[index].backward(&context, &mut gradients, losses, &mut self.scratch, clock, x)
+        self.blocks[index].backward(&context, &mut gradients, losses, &mut self.scratch, clock, (x, &mut between))
     }
+}
+
+/// Told of gradients that are complete: them, where they lie in the flat buffer, and who holds the parameters.
+pub type Complete<'a, B> = dyn FnMut(ViewMut<'_, B, f32>, Range<usize>, Ownership) -> Result<(), CollectiveError> + 'a;
+
+/// What is complete when the backward pass has come to the middle of block `index`: the block after it, or the head.
+pub(crate) fn complete_after(layout: &Layout, index: usize) -> Vec<(Range<usize>, Ownership)> {
+    if index + 1 < layout.blocks.len() {
+        return layout.block_matrices(index + 1).collect();
+    }
+    let tied = layout.head == layout.embedding;
+    (!tied).then(|| (layout.range(layout.head), Ownership::Replicated)).into_iter().collect()
 }
 
 /// Which rows of logits are wanted.
@@ -413,7 +465,11 @@ pub enum LogitsOf {
 
 fn build_blocks<B: Backend>(device: &B, setup: &ModelSetup, layout: &Layout) -> Result<Vec<Block<B>>, DeviceError> {
     let c = &setup.model;
-    let shape = MoeShape { ranks: setup.grid.ep(), chunks: setup.chunks, seed: setup.seed, recompute: setup.recompute };
+    let (ranks, chunks) = (setup.grid.ep(), setup.chunks);
+    let tokens = (setup.max_sequences * setup.sequence_length).div_ceil(chunks);
+    let dims = ShuffleDims { tokens, top_k: c.top_k, experts: c.experts, ranks };
+    let room = Room::planned(setup.receive_headroom, dims);
+    let shape = MoeShape { ranks, chunks, seed: setup.seed, recompute: setup.recompute, room };
     let router =
         RouterShape { hidden_size: c.hidden_size, experts: c.experts, top_k: c.top_k, config: setup.router.clone() };
     let mut moe_index = 0;

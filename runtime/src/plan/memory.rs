@@ -14,9 +14,6 @@ use crate::model::{QkNorm, Recompute};
 use crate::routing::{BalanceScope, RouterKind};
 use crate::topology::Rank;
 
-/// Room that buffers of arriving rows get above the expected ones: before the balance loss has worked, ranks differ by about this.
-pub(super) const HEADROOM: f64 = 1.4;
-
 /// Memory of one rank.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct MemoryPlan {
@@ -83,7 +80,7 @@ fn rows(job: &Job) -> Rows {
     let tokens = job.pass_tokens() as f64 / job.config.parallel.chunks as f64;
     let sent = tokens * job.grid.ep() as f64 * job.visit_probability();
     let expanded = tokens * job.config.model.top_k as f64;
-    let headroom = if job.grid.ep() > 1 { HEADROOM } else { 1.0 };
+    let headroom = if job.grid.ep() > 1 { job.config.parallel.receive_headroom } else { 1.0 };
     Rows { sent, received: sent * headroom, expanded: expanded * headroom }
 }
 
@@ -93,10 +90,11 @@ fn receive_buffer(job: &Job) -> ReceiveBuffer {
     let local = c.top_k.min(job.grid.experts_per_rank()) as u64;
     let (h, f, act) = (c.hidden_size as u64, c.expert_ffn_size as u64, job.numbers.act_bytes as u64);
     let chunks = job.config.parallel.chunks as f64;
-    let (kept, shared) = match job.config.train.recompute {
-        Recompute::None => (layers * 2 * f, 4 * f),
-        Recompute::Experts => (0, 6 * f),
+    let kept = match job.config.train.recompute {
+        Recompute::None => layers * 2 * f,
+        Recompute::Experts => 0,
     };
+    let shared = scratch_widths(job) * f;
     ReceiveBuffer {
         expected_rows: tokens * c.top_k as u64,
         planned_rows: (rows(job).expanded * chunks) as u64,
@@ -186,14 +184,16 @@ fn moe_layer(job: &Job) -> u64 {
     router + experts + arrived + shared
 }
 
+/// Of an expanded row in the experts' scratch, in widths of F: activations and gradients; where projections are computed again, or rows may
+/// come in rounds, of which nothing is kept, those as well.
+fn scratch_widths(job: &Job) -> u64 {
+    if job.config.train.recompute == Recompute::Experts || job.grid.ep() > 1 { 6 } else { 4 }
+}
+
 /// Expanded rows, the experts' activations and their gradients, which all layers share.
 fn expert_scratch(job: &Job) -> u64 {
     let c = &job.config.model;
-    let widths = match job.config.train.recompute {
-        Recompute::None => 4,
-        Recompute::Experts => 6,
-    };
-    let row = job.numbers.act_bytes as u64 * (c.hidden_size + widths * c.expert_ffn_size) as u64;
+    let row = job.numbers.act_bytes as u64 * (c.hidden_size as u64 + scratch_widths(job) * c.expert_ffn_size as u64);
     rows(job).expanded as u64 * row + 4 * (job.pass_tokens() * c.top_k) as u64
 }
 
@@ -202,8 +202,8 @@ fn communication(job: &Job, layout: &Layout, tally: &mut Tally) {
     let act = job.numbers.act_bytes as u64;
     let (h, k) = (c.hidden_size as u64, c.top_k as u64);
     if job.moe_layers() > 0 {
-        let Rows { sent, received, .. } = rows(job);
-        let (sent, received) = (sent as u64, received as u64);
+        let Rows { sent, received, expanded } = rows(job);
+        let [sent, received, expanded] = [sent, received, expanded].map(|rows| rows as u64);
         let (chunks, tokens) = (job.config.parallel.chunks, job.pass_tokens());
         let ep = job.grid.ep();
         let each = c.top_k.min(ep) as u64;
@@ -214,9 +214,9 @@ fn communication(job: &Job, layout: &Layout, tally: &mut Tally) {
             if ep == 1 {
                 return 4 * (here + tokens * (k + 2 * k.min(local)));
             }
-            // More counts, the plan's lists at their bound, the arrived rows' lists.
+            // A count, the plan's lists at their bound, the arrived rows' lists, those of the expanded.
             let bound = tokens * each;
-            4 * (here + 3 * ep as u64 + 1 + bound * (2 + 3 * k) + received * (3 * k + 2 * k.min(local)))
+            4 * (here + 1 + bound * (2 + 3 * k) + received * 3 * k + 2 * expanded)
         };
         let per_layer: u64 =
             (0..chunks).map(|chunk| lists(crate::topology::share(tokens, chunks, chunk).len() as u64)).sum();
@@ -224,7 +224,9 @@ fn communication(job: &Job, layout: &Layout, tally: &mut Tally) {
             Kind::Communication,
             [
                 job.moe_layers() as u64 * per_layer,
-                if ep > 1 { (sent + received) * (h * act + 4 * k) } else { 0 },
+                if ep > 1 { chunks as u64 * (sent + received) * (h * act + 4 * k) } else { 0 },
+                // Counts: this rank's, and all ranks'.
+                if ep > 1 { (4 * (1 + ep) * chunks * 2 * ep) as u64 } else { 0 },
                 staged_rows(job),
             ],
         );

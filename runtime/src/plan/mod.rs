@@ -14,6 +14,7 @@ mod time;
 mod traffic;
 mod usage;
 
+use moe_kernels::ShuffleDims;
 use serde::Serialize;
 
 pub use fit::{Alternative, nearest_that_fit};
@@ -24,7 +25,7 @@ pub use traffic::{Flow, Purpose, Traffic};
 pub use usage::{Sent, Usage, UsageError, memory_now};
 
 use crate::config::Config;
-use crate::dispatch::ShuffledRows;
+use crate::dispatch::{ShuffledRows, visit_probability};
 use crate::model::layout::Layout;
 use crate::optimizer::{Cut, Shard};
 use crate::topology::{Coordinate, Grid, Rank, share};
@@ -159,19 +160,23 @@ impl Job {
         }
     }
 
-    /// Numbers that are summed over the world at the end of a step: losses and requests, and how each layer's experts were used.
+    /// Numbers that are summed over the world at the end of a step: losses, requests, rounds, and how each layer's experts were used.
     fn step_sums(&self) -> usize {
         let layers = self.moe_layers();
         let lists = if self.loads_are_global() { 2 } else { 3 };
-        6 + layers * (lists * self.config.model.experts + 1)
+        7 + layers * (lists * self.config.model.experts + 1)
     }
 
     /// The probability that a token visits a given rank of its expert group.
     fn visit_probability(&self) -> f64 {
-        let (e, k, local) = (self.grid.experts(), self.config.model.top_k, self.grid.experts_per_rank());
-        // C(E − E_local, k) / C(E, k) as a product of k fractions, none of them large.
-        let missed: f64 = (0..k.min(e)).map(|j| (e - local).saturating_sub(j) as f64 / (e - j) as f64).product();
-        1.0 - missed
+        visit_probability(self.chunk_dims())
+    }
+
+    /// Sizes of the largest chunk of a layer's pass.
+    fn chunk_dims(&self) -> ShuffleDims {
+        let c = &self.config.model;
+        let tokens = self.pass_tokens().div_ceil(self.config.parallel.chunks);
+        ShuffleDims { tokens, top_k: c.top_k, experts: c.experts, ranks: self.grid.ep() }
     }
 
     /// Rows of one layer that `tokens` tokens are expected to send to other ranks.

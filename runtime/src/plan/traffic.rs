@@ -2,12 +2,16 @@
 //!
 //! Owns the list of a step's collectives and their sizes. Evaluation and checkpoints are not part of a step.
 
+use std::ops::Range;
+
 use serde::Serialize;
 
 use super::Job;
 use crate::collectives::volume;
+use crate::model::complete_after;
 use crate::routing::{BalanceScope, RouterKind};
 use crate::topology::Rank;
+use crate::training::gaps;
 
 /// What bytes are sent for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -92,6 +96,16 @@ impl Traffic {
 }
 
 impl Job {
+    /// Stretches of `run` whose gradients are summed beside the backward pass.
+    fn early_sums(&self, rank: Rank, run: Range<usize>) -> Vec<Range<usize>> {
+        let (layout, parallel) = (self.layout(rank), &self.config.parallel);
+        if !parallel.reduce_early || parallel.shard_optimizer {
+            return Vec::new();
+        }
+        let stretches = (0..layout.blocks.len()).flat_map(|block| complete_after(&layout, block));
+        stretches.map(|(range, _)| range).filter(|range| run.start <= range.start && range.end <= run.end).collect()
+    }
+
     /// Whether balance statistics are summed over the world.
     pub(super) fn loads_are_global(&self) -> bool {
         self.config.router.balance_scope == BalanceScope::Global
@@ -133,13 +147,15 @@ type Add<'a> = dyn FnMut(Purpose, (&'static str, &'static str), f64) + 'a;
 fn shuffles(job: &Job, (sent, received): (f64, f64), add: &mut Add<'_>) {
     let (ep, k) = (job.grid.ep(), job.config.model.top_k as f64);
     let row = (job.config.model.hidden_size * job.numbers.act_bytes) as f64;
-    let rounds = job.passes() * job.moe_layers() * job.config.parallel.chunks;
+    let (layers, chunks) = (job.passes() * job.moe_layers(), job.config.parallel.chunks);
     let journeys = ("expert", "all_to_all_v");
     add(Purpose::Dispatch, journeys, (sent + received) * row);
     add(Purpose::Combine, journeys, (received + sent) * row);
     // Experts and weights go out with a row, the weights' gradients come home.
     add(Purpose::Metadata, journeys, (2.0 * sent + received) * 4.0 * k);
-    add(Purpose::Metadata, ("expert", "all_to_all"), rounds as f64 * volume::all_to_all(4, ep) as f64);
+    // Each rank's rows and choices for each other, of all chunks at once.
+    let counts = volume::all_gather(chunks * 2 * ep, 4, ep);
+    add(Purpose::Metadata, ("expert", "all_gather"), (layers as u64 * counts) as f64);
 }
 
 fn balance(job: &Job, rank: Rank, add: &mut Add<'_>) {
@@ -160,7 +176,9 @@ fn gradients(job: &Job, rank: Rank, add: &mut Add<'_>) {
     let place = job.grid.coordinate(rank).dp;
     for (group, cut, ranks, place) in [("world", &shard.dense, world, rank.0), ("replica", &shard.experts, dp, place)] {
         if !cut.is_shared() {
-            let bytes = volume::all_reduce(cut.run().len(), 4, ranks, place);
+            let early = job.early_sums(rank, cut.run());
+            let rest = gaps(cut.run(), &mut early.clone());
+            let bytes: u64 = early.iter().chain(&rest).map(|run| volume::all_reduce(run.len(), 4, ranks, place)).sum();
             add(Purpose::Gradients, (group, "all_reduce"), bytes as f64);
             continue;
         }

@@ -57,6 +57,10 @@ pub struct StepMetrics {
     /// Where the z-loss is on: mean over tokens of the squared log-sum of router logits, summed over layers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub z_loss: Option<f64>,
+    /// Where experts are shared out over ranks: rounds beyond the first that ranks needed because more rows came than
+    /// `parallel.receive_headroom` has room for, over all ranks, layers and chunks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub extra_rounds: Option<u64>,
     /// Mean cross-entropy on held-out text, after the steps that evaluate.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub val_loss: Option<f64>,

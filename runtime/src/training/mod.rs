@@ -8,6 +8,8 @@ mod sampling;
 mod sharing;
 mod step;
 
+pub(crate) use sharing::gaps;
+
 pub use evaluation::{EvalText, TextLoss, text_loss};
 pub use persist::{PersistError, load_model};
 pub use sampling::{Sampling, generate};

@@ -1,20 +1,26 @@
 //! Gradients over ranks before an update, parameters over ranks after it.
 //!
 //! Owns the two exchanges around the optimizer. Where its state is whole, gradients are summed everywhere and every rank updates
-//! everything. Where it is sharded, each rank gets the sums of its own block only, updates it, and the blocks are gathered. Sums are
+//! everything; stretches that are complete early may be summed beside the backward pass ([`Sharing::begin`]), to the same bits. Where it is sharded, each rank gets the sums of its own block only, updates it, and the blocks are gathered. Sums are
 //! added in rank order either way, so both give the same parameters, but for the rounding of the norm that clips.
+
+use std::ops::Range;
 
 use moe_kernels::{Backend, DeviceError, View, ViewMut};
 
 use super::step::StepError;
-use crate::collectives::{Communicator, Groups, ReduceOp};
+use crate::collectives::{CollectiveError, Communicator, Groups, ReduceOp};
 use crate::memory::{Kind, Slot, Tally};
 use crate::model::Parameters;
+use crate::model::layout::Ownership;
 use crate::optimizer::{Cut, Optimizer, Shard};
 
 /// Room for one block of sums and of parameters on its way; empty where nothing is sharded.
 pub(super) struct Sharing<B: Backend> {
     device: B,
+    /// Stretches whose sums are under way or done, and when the last of them is.
+    begun: Vec<Range<usize>>,
+    last: Option<B::Event>,
     sums: Slot<B, f32>,
     block: Slot<B, B::Act>,
 }
@@ -24,6 +30,8 @@ impl<B: Backend> Sharing<B> {
     pub(super) fn new(device: &B) -> Result<Self, DeviceError> {
         Ok(Self {
             device: device.clone(),
+            begun: Vec::new(),
+            last: None,
             sums: Slot::new(device, "sums of a block of gradients")?,
             block: Slot::new(device, "updated block of parameters")?,
         })
@@ -32,6 +40,22 @@ impl<B: Backend> Sharing<B> {
     /// Counts its buffers.
     pub(super) fn tally(&self, tally: &mut Tally) {
         tally.add(Kind::Communication, [self.sums.bytes(), self.block.bytes()]);
+    }
+
+    /// Begins to sum a stretch of gradients, before the others are complete.
+    pub(super) fn begin<C: Communicator<B>>(
+        &mut self,
+        groups: &Groups<C>,
+        gradients: ViewMut<'_, B, f32>,
+        (range, ownership): (Range<usize>, Ownership),
+    ) -> Result<(), CollectiveError> {
+        let group = match ownership {
+            Ownership::Replicated => &groups.world,
+            Ownership::Expert => &groups.replica,
+        };
+        self.last = Some(group.all_reduce(&self.device, gradients, ReduceOp::Sum)?);
+        self.begun.push(range);
+        Ok(())
     }
 
     /// Sums gradients over the ranks that hold each parameter and returns the global norm, each parameter counted once. Where state
@@ -43,9 +67,13 @@ impl<B: Backend> Sharing<B> {
         optimizer: &mut Optimizer<B>,
     ) -> Result<f64, StepError> {
         let shard = optimizer.shard().clone();
+        if let Some(last) = self.last.take() {
+            self.device.wait(&last);
+        }
         optimizer.clear_frozen(&self.device, parameters);
         self.reduce_run(&groups.world, parameters, &shard.dense)?;
         self.reduce_run(&groups.replica, parameters, &shard.experts)?;
+        self.begun.clear();
         let device = &self.device;
         let mut squares = optimizer.squared_norms(device, parameters);
         if shard.dense.is_shared() {
@@ -80,8 +108,10 @@ impl<B: Backend> Sharing<B> {
     ) -> Result<(), StepError> {
         let device = &self.device;
         if !cut.is_shared() {
-            let sums = parameters.grads_mut().slice(cut.run());
-            device.wait(&group.all_reduce(device, sums, ReduceOp::Sum)?);
+            for rest in gaps(cut.run(), &mut self.begun) {
+                let sums = parameters.grads_mut().slice(rest);
+                device.wait(&group.all_reduce(device, sums, ReduceOp::Sum)?);
+            }
             return Ok(());
         }
         let len = cut.block_len();
@@ -175,5 +205,36 @@ impl<B: Backend> Sharing<B> {
     }
 }
 
+/// What of `run` none of `covered` holds, in ascending order. Each of them lies inside `run` or outside; they are sorted.
+pub(crate) fn gaps(run: Range<usize>, covered: &mut [Range<usize>]) -> Vec<Range<usize>> {
+    covered.sort_unstable_by_key(|range| range.start);
+    let inside = covered.iter().filter(|range| run.start <= range.start && range.end <= run.end);
+    let (mut gaps, mut next) = (Vec::new(), run.start);
+    for range in inside {
+        gaps.push(next..range.start);
+        next = range.end;
+    }
+    gaps.push(next..run.end);
+    gaps.retain(|gap| !gap.is_empty());
+    gaps
+}
+
 /// Elements of a block that are gathered at a time.
 const PIECE: usize = 1 << 18;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gaps_are_what_is_left_of_a_run() {
+        let left = |run, covered: &[(usize, usize)]| {
+            let mut covered: Vec<_> = covered.iter().map(|&(start, end)| start..end).collect();
+            gaps(run, &mut covered).into_iter().map(|gap| (gap.start, gap.end)).collect::<Vec<_>>()
+        };
+        assert_eq!(left(10..20, &[]), [(10, 20)]);
+        assert_eq!(left(10..20, &[(15, 17), (10, 12), (30, 40), (0, 5)]), [(12, 15), (17, 20)]);
+        assert_eq!(left(10..20, &[(12, 20), (10, 12)]), []);
+        assert_eq!(left(10..10, &[(10, 10)]), []);
+    }
+}

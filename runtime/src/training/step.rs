@@ -183,6 +183,8 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         }
         let valid = self.sum_over_world(&mut [valid as f64])?[0];
         let scale = (1.0 / valid.max(1.0)) as f32;
+        // A block of sharded state is not a stretch of a model's block.
+        let early = self.config.parallel.reduce_early && !self.config.parallel.shard_optimizer;
         for pass in 0..passes {
             if passes > 1 {
                 self.data.train_pass(step - 1, pass, &mut self.batch);
@@ -195,7 +197,14 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
                 sequence_length: self.batch.sequence_length,
                 first_token: self.batch.first_sample * self.batch.sequence_length as u64,
             };
-            self.model.train_pass(&self.groups, &mut self.clock, tokens, share, scale)?;
+            let Self { model, sharing, groups, clock, .. } = self;
+            if !early || pass + 1 < passes {
+                model.train_pass(groups, clock, tokens, share, scale)?;
+                continue;
+            }
+            model.train_last_pass(groups, clock, tokens, (share, scale), &mut |gradients, range, ownership| {
+                sharing.begin(groups, gradients, (range, ownership))
+            })?;
         }
         self.clock.enter(Stage::Reduce);
         // The norm first: reading it is where the host waits for the passes, and what is read after it is ready.
@@ -235,6 +244,7 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
             stage_ms: self.stage_ms(),
             noisy_loss: noisy.then(|| sums.balance.noisy_loss / (passes * self.groups.world.size()) as f64),
             z_loss: (z_coefficient > 0.0).then(|| sums.balance.z_sum / tokens),
+            extra_rounds: (self.groups.expert.size() > 1).then_some(sums.extra_rounds as u64),
             val_loss: None,
         };
         self.reading = BalanceReading::of(step, tokens as u64, &sums.balance, self.config.model.experts);
@@ -355,6 +365,7 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
             balance.z_sum,
             flag(requests.checkpoint),
             flag(requests.stop),
+            sums.extra_rounds,
         ];
         let fixed = packed.len();
         let mut by_expert = vec![&mut balance.mass, &mut balance.dropped, &mut balance.entropy];
@@ -371,6 +382,7 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         }
         [sums.loss, balance.balance_loss, balance.noisy_loss, balance.z_sum] =
             [packed[0], packed[1], packed[2], packed[3]];
+        sums.extra_rounds = packed[6];
         Ok((sums, Requests { checkpoint: packed[4] > 0.0, stop: packed[5] > 0.0 }))
     }
 

@@ -312,6 +312,7 @@ pub fn build<B: Backend, C: Communicator<B>, D: crate::training::TrainingData>(
         rank,
         seed: config.train.seed,
         chunks: config.parallel.chunks,
+        receive_headroom: config.parallel.receive_headroom,
         max_sequences: config.train.micro_batch_for(grid.world()),
         sequence_length: config.train.sequence_length,
         recompute: config.train.recompute,

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use moe_kernels::{Device, Element, View, ViewMut};
-use moe_runtime::collectives::{Communicator, Groups, ReduceOp, Reducible};
+use moe_runtime::collectives::{Communicator, Groups, ReduceOp, Reducible, consecutive};
 use moe_runtime::topology::{Grid, Rank};
 
 /// A row's element on its way from one rank to another, exact in f32.
@@ -23,6 +23,7 @@ fn addend(rank: usize, index: usize) -> f64 {
 /// Everything that works, on one world whose ranks compute on `device`.
 pub(crate) fn every_collective<D: Device>(device: &D, world: &impl Communicator<D>) {
     exchanges(device, world);
+    scattered(device, world);
     reductions(device, world);
     copies(device, world);
     host_bytes(world);
@@ -50,7 +51,7 @@ fn exchanges<D: Device>(device: &D, world: &impl Communicator<D>) {
     for block in [0, 1, 5, 3000] {
         let send = (0..size * block).map(|at| parcel(me, at / block, at % block)).collect::<Vec<_>>();
         let (send, mut recv) = (on(device, &send), on(device, &vec![f32::NAN; size * block]));
-        world.all_to_all(device, View::of(&send), ViewMut::of(&mut recv)).unwrap();
+        device.wait(&world.all_to_all(device, View::of(&send), ViewMut::of(&mut recv)).unwrap());
         let expected = (0..size * block).map(|at| parcel(at / block, me, at % block)).collect::<Vec<_>>();
         assert_eq!(back(device, &recv), expected, "all_to_all of {block} by {me}/{size}");
     }
@@ -66,8 +67,8 @@ fn exchanges<D: Device>(device: &D, world: &impl Communicator<D>) {
     ];
     for (what, rows) in patterns {
         for width in [1, 3] {
-            let send_counts = (0..size).map(|to| rows(me, to, size) as i32).collect::<Vec<_>>();
-            let recv_counts = (0..size).map(|from| rows(from, me, size) as i32).collect::<Vec<_>>();
+            let send_rows = consecutive((0..size).map(|to| rows(me, to, size))).collect::<Vec<_>>();
+            let recv_rows = consecutive((0..size).map(|from| rows(from, me, size))).collect::<Vec<_>>();
             let elements =
                 |from: usize, to: usize| (0..rows(from, to, size) * width).map(move |index| parcel(from, to, index));
             let mut send = (0..size).flat_map(|to| elements(me, to)).collect::<Vec<_>>();
@@ -75,22 +76,30 @@ fn exchanges<D: Device>(device: &D, world: &impl Communicator<D>) {
             // Buffers are longer than what is counted, and nobody looks there.
             send.extend([f32::NAN; 2]);
             let (send, mut recv) = (on(device, &send), on(device, &vec![f32::NAN; expected.len() + 2 * width]));
-            let (send_counts, recv_counts) = (on(device, &send_counts), on(device, &recv_counts));
-            world
-                .all_to_all_v(
-                    device,
-                    width,
-                    View::of(&send),
-                    View::of(&send_counts),
-                    ViewMut::of(&mut recv),
-                    View::of(&recv_counts),
-                )
-                .unwrap();
+            let (outgoing, incoming) = ((View::of(&send), &*send_rows), (ViewMut::of(&mut recv), &*recv_rows));
+            device.wait(&world.all_to_all_v(device, width, outgoing, incoming).unwrap());
             let recv = back(device, &recv);
             let (counted, beyond) = recv.split_at(expected.len());
             assert_eq!(counted, expected, "all_to_all_v, {what}, width {width}, by {me}/{size}");
             assert!(beyond.iter().all(|value| value.is_nan()), "rows beyond the counted ones were written: {what}");
         }
+    }
+}
+
+/// Rows that lie anywhere: of four blocks of three rows each rank sends the middle row of block i to rank i, to its own block in the
+/// receiver's buffer, from behind.
+fn scattered<D: Device>(device: &D, world: &impl Communicator<D>) {
+    const WIDTH: usize = 2;
+    let (me, size) = (world.rank(), world.size());
+    let send = (0..size * 3).flat_map(|row| [parcel(me, row / 3, row % 3); WIDTH]).collect::<Vec<_>>();
+    let (send, mut recv) = (on(device, &send), on(device, &vec![f32::NAN; size * 3 * WIDTH]));
+    let from = (0..size).map(|to| to * 3 + 1..to * 3 + 2).collect::<Vec<_>>();
+    let into = (0..size).map(|from| size - 1 - from).map(|block| block * 3..block * 3 + 1).collect::<Vec<_>>();
+    let done = world.all_to_all_v(device, WIDTH, (View::of(&send), &from), (ViewMut::of(&mut recv), &into));
+    device.wait(&done.unwrap());
+    for (block, rows) in back(device, &recv).chunks_exact(3 * WIDTH).enumerate() {
+        assert_eq!(rows[..WIDTH], [parcel(size - 1 - block, me, 1); WIDTH], "scattered rows, by {me}/{size}");
+        assert!(rows[WIDTH..].iter().all(|value| value.is_nan()), "rows between were written, by {me}/{size}");
     }
 }
 
@@ -122,12 +131,12 @@ fn reduces<D: Device, T: Reducible>(
     };
 
     let mut buffer = on(device, &of_rank(me, 0..len));
-    world.all_reduce(device, ViewMut::of(&mut buffer), op).unwrap();
+    device.wait(&world.all_reduce(device, ViewMut::of(&mut buffer), op).unwrap());
     let same = T::as_bytes(&back(device, &buffer)) == T::as_bytes(&reduced(0..len));
     assert!(same, "all_reduce {op:?} of {len} {} by {me}/{size}", T::NAME);
 
     let (send, mut recv) = (on(device, &of_rank(me, 0..len * size)), on(device, &vec![T::default(); len]));
-    world.reduce_scatter(device, View::of(&send), ViewMut::of(&mut recv), op).unwrap();
+    device.wait(&world.reduce_scatter(device, View::of(&send), ViewMut::of(&mut recv), op).unwrap());
     let same = T::as_bytes(&back(device, &recv)) == T::as_bytes(&reduced(me * len..(me + 1) * len));
     assert!(same, "reduce_scatter {op:?} of {len} {} by {me}/{size}", T::NAME);
 }
@@ -137,13 +146,13 @@ fn copies<D: Device>(device: &D, world: &impl Communicator<D>) {
     for len in [0, 1, 5, 5000] {
         let send = (0..len).map(|index| parcel(me, 0, index)).collect::<Vec<_>>();
         let (send, mut recv) = (on(device, &send), on(device, &vec![f32::NAN; len * size]));
-        world.all_gather(device, View::of(&send), ViewMut::of(&mut recv)).unwrap();
+        device.wait(&world.all_gather(device, View::of(&send), ViewMut::of(&mut recv)).unwrap());
         let expected = (0..len * size).map(|at| parcel(at / len, 0, at % len)).collect::<Vec<_>>();
         assert_eq!(back(device, &recv), expected, "all_gather of {len} by {me}/{size}");
 
         for root in 0..size {
             let mut buffer = on(device, &(0..len).map(|index| parcel(me, root, index)).collect::<Vec<_>>());
-            world.broadcast(device, ViewMut::of(&mut buffer), root).unwrap();
+            device.wait(&world.broadcast(device, ViewMut::of(&mut buffer), root).unwrap());
             let expected = (0..len).map(|index| parcel(root, root, index)).collect::<Vec<_>>();
             assert_eq!(back(device, &buffer), expected, "broadcast of {len} from {root} by {me}/{size}");
         }
@@ -189,7 +198,7 @@ fn splits<D: Device>(device: &D, world: &impl Communicator<D>) {
 /// Groups do not hear each other: the sum is that of the members alone.
 fn group_sum<D: Device>(device: &D, group: &impl Communicator<D>) {
     let mut sum = on(device, &[group.members()[group.rank()].0 as i32; 3]);
-    group.all_reduce(device, ViewMut::of(&mut sum), ReduceOp::Sum).unwrap();
+    device.wait(&group.all_reduce(device, ViewMut::of(&mut sum), ReduceOp::Sum).unwrap());
     let expected = group.members().iter().map(|rank| rank.0 as i32).sum::<i32>();
     assert_eq!(back(device, &sum), [expected; 3], "sum over {:?}", group.members());
 }

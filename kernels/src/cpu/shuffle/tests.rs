@@ -26,7 +26,7 @@ fn shuffle_plan(dims: ShuffleDims, ids: &Vec<i32>, weights: &Vec<f32>) -> Planne
     let bound = dims.tokens * dims.rows_per_token();
     let per_choice = (bound + SPARE) * dims.top_k;
     let mut plan = Planned {
-        send_counts: vec![UNTOUCHED; dims.ranks],
+        send_counts: vec![UNTOUCHED; 2 * dims.ranks],
         row_token: vec![UNTOUCHED; bound + SPARE],
         row_experts: vec![UNTOUCHED; per_choice],
         row_choice: vec![UNTOUCHED; per_choice],
@@ -76,7 +76,7 @@ fn reference_plan(dims: ShuffleDims, ids: &[i32], weights: &[f32]) -> Planned {
         choice => weights[choice as usize],
     };
     let mut plan = Planned {
-        send_counts: vec![0; dims.ranks],
+        send_counts: vec![0; 2 * dims.ranks],
         row_token: vec![UNTOUCHED; bound + SPARE],
         row_experts: padded(&|choice| choice.2 as i32),
         row_weights: row_choice.iter().map(weight).collect(),
@@ -87,6 +87,7 @@ fn reference_plan(dims: ShuffleDims, ids: &[i32], weights: &[f32]) -> Planned {
     for (r, row) in rows.iter().enumerate() {
         let (rank, token, ..) = row[0];
         plan.send_counts[rank] += 1;
+        plan.send_counts[dims.ranks + rank] += row.len() as i32;
         plan.row_token[r] = token as i32;
         let free = plan.token_rows[token * per_token..].iter().position(|&row| row == -1).unwrap();
         plan.token_rows[token * per_token + free] = r as i32;
@@ -99,7 +100,7 @@ fn a_small_plan_by_hand() {
     // Experts 0, 1 on rank 0 and 2, 3 on rank 1. Token 1 has both experts of rank 1, token 2 nothing.
     let dims = ShuffleDims { tokens: 3, top_k: 2, experts: 4, ranks: 2 };
     let plan = shuffle_plan(dims, &vec![2, 0, 3, 2, -1, -1], &vec![0.1, 0.2, 0.3, 0.4, 0.5, 0.6]);
-    assert_eq!((plan.rows[0], plan.send_counts.as_slice()), (3, [1, 2].as_slice()));
+    assert_eq!((plan.rows[0], plan.send_counts.as_slice()), (3, [1, 2, 1, 3].as_slice()));
     assert_eq!(plan.row_token[..3], [0, 0, 1]);
     assert_eq!(plan.row_experts[..6], [0, -1, 0, -1, 0, 1]);
     assert_eq!(plan.row_choice[..6], [1, -1, 0, -1, 3, 2]);

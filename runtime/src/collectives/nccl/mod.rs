@@ -3,8 +3,7 @@
 //! Owns the ordering of that stream against the caller's by events, the cut of reductions, and what a collective that fails is
 //! reported as. What ranks exchange in host memory, and what a rank alone does, a [`HostCommunicator`] of the same ranks does.
 //!
-//! A collective is issued and returns; the host waits where the counts of an `all_to_all_v` are needed, and the first time two ranks
-//! talk, until they are connected. All groups of a worker issue to one stream, in the order of their calls: two communicators that
+//! A collective is issued and returns; the host waits the first time two ranks talk, until they are connected. All groups of a worker issue to one stream, in the order of their calls: two communicators that
 //! wait for each other's multiprocessors cannot come about.
 //!
 //! Reductions are exchanges and a fold in ascending rank order, and not NCCL's own: those add in the order of a ring that is another for
@@ -16,17 +15,18 @@ mod reduce;
 mod watch;
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use moe_kernels::cuda::{Cuda, CudaAct, Event, address, address_mut};
-use moe_kernels::{Device, Element, View, ViewMut};
+use moe_kernels::{Element, View, ViewMut};
 use nccl_rs::{DeviceSlice, DeviceSliceMut};
 
 pub use meeting::{MeetError, Meeting, OnFailure};
 
 use super::exchange::Collective;
-use super::{CollectiveError, Communicator, Context, HostCommunicator, Place, ReduceOp, Reducible};
+use super::{CollectiveError, Communicator, Context, HostCommunicator, Place, ReduceOp, Reducible, fit};
 use crate::topology::Rank;
 use plane::Plane;
 
@@ -60,8 +60,8 @@ impl<A: CudaAct> fmt::Debug for NcclCommunicator<A> {
 
 /// A view as NCCL sees it: bytes.
 fn source<A: CudaAct, T: Element>(view: View<'_, Cuda<A>, T>) -> DeviceSlice<u8> {
-    // SAFETY: the view is of a live buffer of the GPU that the communicator is made with. Freeing it waits for the device, and what its
-    // queue does after the collective waits for the collective's event: so it lives, unchanged, until the stream has passed.
+    // SAFETY: the view is of a live buffer of the GPU that the communicator is made with, and freeing it waits for the device: so it
+    // lives until the stream has passed. Who writes to it before waiting for the collective's event garbles numbers, not memory.
     unsafe { DeviceSlice::new(address(view), view.len() * T::BYTES) }
 }
 
@@ -126,33 +126,34 @@ impl<A: CudaAct> Link<A> {
         &self,
         queue: &Cuda<A>,
         width: usize,
-        (send, send_counts): (View<'_, Cuda<A>, T>, View<'_, Cuda<A>, i32>),
-        (recv, recv_counts): (ViewMut<'_, Cuda<A>, T>, View<'_, Cuda<A>, i32>),
+        (send, send_rows): (View<'_, Cuda<A>, T>, &[Range<usize>]),
+        (mut recv, recv_rows): (ViewMut<'_, Cuda<A>, T>, &[Range<usize>]),
     ) -> Result<Event> {
-        let mut call = self.call(Collective::AllToAllV, 0);
-        call.plane.check()?;
-        let mut counts = [vec![0; self.size()], vec![0; self.size()]];
-        let views = [("send", send_counts, send.len()), ("receive", recv_counts, recv.len())];
-        for ((what, view, len), counts) in views.into_iter().zip(&mut counts) {
-            queue.read_to_host(view, counts)?;
-            call.plane.check()?;
+        let bytes = send_rows.iter().map(|rows| rows.len() * width * T::BYTES).sum::<usize>();
+        let call = self.call(Collective::AllToAllV, bytes);
+        for (what, ranges, len) in [("send", send_rows, send.len()), ("receive", recv_rows, recv.len())] {
             let rows = len / width;
-            let counted = counts.iter().try_fold(0_usize, |sum, count| Some(sum + usize::try_from(*count).ok()?));
-            if counted.is_none_or(|counted| counted > rows) {
+            if !fit(ranges, rows) {
                 let Place { collective, group, step, .. } = call.place;
-                let (group, counts) = (group.to_string(), counts.clone());
+                let (group, ranges) = (group.to_string(), ranges.to_vec());
                 // The others wait for what this rank does not send.
-                return Err(call.plane.fail(CollectiveError::Counts { collective, group, step, what, counts, rows }));
+                return Err(call.plane.fail(CollectiveError::Rows { collective, group, step, what, ranges, rows }));
             }
         }
-        let [send_bytes, recv_bytes] =
-            counts.map(|counts| counts.into_iter().map(|rows| rows as usize * width * T::BYTES).collect::<Vec<_>>());
-        let bytes = send_bytes.iter().sum::<usize>();
-        call.place.bytes = bytes as u64;
-        self.count_sent(Collective::AllToAllV, bytes - send_bytes[self.rank()]);
-        let (send, mut recv) = (source(send), target(recv));
+        self.count_sent(Collective::AllToAllV, bytes - send_rows[self.rank()].len() * width * T::BYTES);
+        let elements = |rows: &Range<usize>| rows.start * width..rows.end * width;
         call.run(queue, |call| {
-            call.group(|group, stream| group.all_to_all_v((send, &send_bytes), (&mut recv, &recv_bytes), stream))
+            call.group(|group, stream| {
+                for (peer, (outgoing, incoming)) in send_rows.iter().zip(recv_rows).enumerate() {
+                    if !outgoing.is_empty() {
+                        group.send(source(send.slice(elements(outgoing))), peer, stream)?;
+                    }
+                    if !incoming.is_empty() {
+                        group.recv(&mut target(recv.reborrow().slice(elements(incoming))), peer, stream)?;
+                    }
+                }
+                Ok(())
+            })
         })
     }
 
@@ -226,22 +227,16 @@ impl<A: CudaAct> Communicator<Cuda<A>> for NcclCommunicator<A> {
         &self,
         queue: &Cuda<A>,
         width: usize,
-        send: View<'_, Cuda<A>, T>,
-        send_counts: View<'_, Cuda<A>, i32>,
-        recv: ViewMut<'_, Cuda<A>, T>,
-        recv_counts: View<'_, Cuda<A>, i32>,
+        outgoing: (View<'_, Cuda<A>, T>, &[Range<usize>]),
+        incoming: (ViewMut<'_, Cuda<A>, T>, &[Range<usize>]),
     ) -> Result<Event> {
-        let Some(link) = &self.link else {
-            return self.control.all_to_all_v(queue, width, send, send_counts, recv, recv_counts);
-        };
-        let size = link.size();
+        let Some(link) = &self.link else { return self.control.all_to_all_v(queue, width, outgoing, incoming) };
+        let (size, sends, receives) = (link.size(), outgoing.1.len(), incoming.1.len());
         assert!(
-            width > 0 && send_counts.len() == size && recv_counts.len() == size,
-            "all_to_all_v over {size} ranks: width {width}, {} send and {} receive counts",
-            send_counts.len(),
-            recv_counts.len()
+            width > 0 && sends == size && receives == size,
+            "all_to_all_v over {size} ranks: width {width}, {sends} send and {receives} receive ranges"
         );
-        link.all_to_all_v(queue, width, (send, send_counts), (recv, recv_counts))
+        link.all_to_all_v(queue, width, outgoing, incoming)
     }
 
     fn all_reduce<T: Reducible>(

@@ -1,6 +1,6 @@
 //! What all groups of a worker share: the stream of their collectives, its watch, the first failure.
 //!
-//! Owns the life of one collective on the host: ordered after the caller's queue, issued, ordered before what the caller issues next.
+//! Owns the life of one collective on the host: ordered after the caller's queue, issued, its end marked.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -85,16 +85,14 @@ impl<A: CudaAct> Plane<A> {
 }
 
 impl<A: CudaAct> Call<'_, A> {
-    /// Issues the collective after what `queue` has been given, and has `queue` wait for it. `work` issues to the plane's queue.
+    /// Issues the collective after what `queue` has been given, and returns its end. `work` issues to the plane's queue.
     pub(super) fn run(self, queue: &Cuda<A>, work: impl FnOnce(&Self) -> Result<()>) -> Result<Event> {
         let plane = self.plane;
         let _turn = lock(&plane.turn);
         plane.check()?;
         let ready = queue.record();
         plane.queue.wait(&ready);
-        let issued = self.watched(ready, || work(&self))?;
-        queue.wait(&issued);
-        Ok(issued)
+        self.watched(ready, || work(&self))
     }
 
     /// Splits the group's communicator.

@@ -2,18 +2,23 @@
 //!
 //! Owns the order of the stages and the chunks of tokens they run in; each stage is a module of its own. It never names a
 //! transport: it is given the expert group's communicator.
+//!
+//! A chunk's tokens leave before the experts begin with those of the chunk before it, and its results before they begin with the next: so
+//! each chunk's shuffle runs beside another's experts, forward and backward, and only the first journey and the last are waited for. The
+//! experts work on one chunk after another; the first replaces their gradients in a step's first pass, the others add.
+
+mod shared;
 
 use std::ops::Range;
 
-use moe_kernels::{Accumulate, Backend, DeviceError, GemmDims, ShuffleDims, View, ViewMut};
+use moe_kernels::{Accumulate, Backend, DeviceError, ShuffleDims, View, ViewMut};
 
 use super::ModelError;
 use super::config::{ModelConfig, Recompute};
-use super::feed_forward::DenseFeedForward;
 use super::layout::MoeTensors;
 use super::parameters::{Gradients, Weights};
 use crate::collectives::Communicator;
-use crate::dispatch::{RoutedTokens, Shuffle, ShuffleScratch, ShuffledRows};
+use crate::dispatch::{Room, RoutedTokens, Shuffle, ShuffleScratch, ShuffledRows};
 use crate::experts::{ExpertBackward, ExpertScratch, ExpertShape, ExpertWeights, Experts};
 use crate::memory::{Kind, Slot, Tally};
 use crate::routing::{
@@ -21,20 +26,12 @@ use crate::routing::{
 };
 use crate::stages::{Stage, StageClock};
 use crate::topology::share;
+use shared::SharedExpert;
 
 /// A shuffle and the experts' activations of one chunk of tokens.
 struct Chunk<B: Backend> {
     shuffle: Shuffle<B>,
     experts: Experts<B>,
-}
-
-/// The shared expert, with the logits of its gate where it has one.
-struct SharedExpert<B: Backend> {
-    feed_forward: DenseFeedForward<B>,
-    out: Slot<B, B::Act>,
-    gate: Slot<B, f32>,
-    dout: Slot<B, B::Act>,
-    dgate: Slot<B, f32>,
 }
 
 /// Rows and gradients under way, shared by all layers.
@@ -86,6 +83,8 @@ pub(super) struct MoeShape {
     pub seed: u64,
     /// What is computed again.
     pub recompute: Recompute,
+    /// What a chunk may bring at a time.
+    pub room: Room,
 }
 
 /// What a layer works with in a pass.
@@ -130,22 +129,14 @@ impl<B: Backend> MoeLayer<B> {
             ffn_size: config.expert_ffn_size,
         };
         let chunk = |_| {
-            let shuffle = Shuffle::new(device, dims, config.hidden_size)?;
+            let shuffle = Shuffle::new(device, dims, config.hidden_size, shape.room)?;
             let experts = match shape.recompute {
                 Recompute::None => Experts::keeping(device, experts)?,
                 Recompute::Experts => Experts::recomputing(experts),
             };
             Ok(Chunk { shuffle, experts })
         };
-        let shared = (config.shared_expert_ffn_size > 0).then(|| {
-            Ok::<_, DeviceError>(SharedExpert {
-                feed_forward: DenseFeedForward::new(device, config.hidden_size, config.shared_expert_ffn_size)?,
-                out: Slot::new(device, "shared expert outputs")?,
-                gate: Slot::new(device, "shared expert gates")?,
-                dout: Slot::new(device, "shared expert output gradients")?,
-                dgate: Slot::new(device, "shared expert gate gradients")?,
-            })
-        });
+        let shared = (config.shared_expert_ffn_size > 0).then(|| SharedExpert::new(device, config));
         Ok(Self {
             router: Router::new(device, router, shape.seed, layer)?,
             index,
@@ -176,6 +167,11 @@ impl<B: Backend> MoeLayer<B> {
         rows
     }
 
+    /// Rounds that chunks needed on this rank beyond their first, so far.
+    pub(super) fn extra_rounds(&self) -> u64 {
+        self.chunks.iter().map(|chunk| chunk.shuffle.extra_rounds()).sum()
+    }
+
     /// The tokens of a chunk.
     fn chunk_tokens(&self, tokens: usize, chunk: usize) -> Range<usize> {
         share(tokens, self.chunks.len(), chunk)
@@ -195,26 +191,85 @@ impl<B: Backend> MoeLayer<B> {
         let weights = router_weights(pass);
         clock.enter(Stage::Route);
         self.router.forward(device, pass.route, x_TH, &weights, counts, prob_sums)?;
-        for index in 0..self.chunks.len() {
-            let tokens = self.chunk_tokens(t, index);
-            let Chunk { shuffle, experts } = &mut self.chunks[index];
-            let routed = routed(&self.router, x_TH, t, tokens.clone());
+        let (chunks, k) = (self.chunks.len(), self.top_k);
+        clock.enter(Stage::Dispatch);
+        for index in 0..chunks {
+            let routed = routed(&self.router, x_TH, t, self.chunk_tokens(t, index));
+            self.chunks[index].shuffle.plan(device, &mut scratch.shuffle, (index, chunks), routed)?;
+        }
+        scratch.shuffle.settle(device, pass.group, self.chunks.iter_mut().map(|chunk| &mut chunk.shuffle))?;
+        self.send_tokens(pass, scratch, 0, x_TH)?;
+        for index in 0..chunks {
             clock.enter(Stage::Dispatch);
-            shuffle.dispatch(device, pass.group, &mut scratch.shuffle, routed)?;
-            let (grouped, rows) = (shuffle.grouped(), &mut scratch.experts);
-            let len = grouped.rows.bound * h;
-            shuffle.expanded(device, routed.x_TH, rows.rows_mut(device, len)?);
-            clock.enter(Stage::Experts);
-            experts.forward(device, rows, grouped, expert_weights(pass))?;
-            clock.enter(Stage::Combine);
-            let tensors = (rows.rows(len), out_TH.reborrow().slice(tokens.start * h..tokens.end * h));
-            shuffle.combine(device, pass.group, &mut scratch.shuffle, routed.weights, tensors)?;
+            self.send_tokens(pass, scratch, index + 1, x_TH)?;
+            let tokens = self.chunk_tokens(t, index);
+            let (rows, choices) = (tokens.start * h..tokens.end * h, tokens.start * k..tokens.end * k);
+            let Chunk { shuffle, experts } = &mut self.chunks[index];
+            let x = x_TH.slice(rows.clone());
+            experts.keep(shuffle.is_kept());
+            for round in 0..shuffle.rounds() {
+                clock.enter(Stage::Dispatch);
+                if round > 0 {
+                    shuffle.send_tokens(device, pass.group, &mut scratch.shuffle, round, x)?;
+                }
+                shuffle.receive_tokens(device, round, routed(&self.router, x_TH, t, tokens.clone()))?;
+                let grouped = shuffle.grouped(round);
+                if shuffle.computes(round) {
+                    shuffle.expanded(device, round, x, scratch.experts.rows_mut(device, grouped, h)?);
+                    clock.enter(Stage::Experts);
+                    experts.forward(device, &mut scratch.experts, grouped, expert_weights(pass))?;
+                }
+                clock.enter(Stage::Combine);
+                let weights = self.router.weights(t).slice(choices.clone());
+                let tensors = (scratch.experts.rows(grouped, h), out_TH.reborrow().slice(rows.clone()));
+                shuffle.send_results(device, pass.group, &mut scratch.shuffle, round, weights, tensors)?;
+            }
+        }
+        for index in 0..chunks {
+            let tokens = self.chunk_tokens(t, index);
+            let out = out_TH.reborrow().slice(tokens.start * h..tokens.end * h);
+            self.chunks[index].shuffle.receive_results(device, &scratch.shuffle, out);
         }
         clock.enter(Stage::Aggregate);
         if let Some(shared) = &mut self.shared {
             shared.forward(pass, h, x_TH, out_TH)?;
         }
         Ok(())
+    }
+
+    /// Sends the tokens of a chunk's first round, if there is such a chunk.
+    fn send_tokens<C: Communicator<B>>(
+        &mut self,
+        pass: &MoePass<'_, B, C>,
+        scratch: &mut MoeScratch<B>,
+        index: usize,
+        x_TH: View<'_, B, B::Act>,
+    ) -> Result<(), ModelError> {
+        if index == self.chunks.len() {
+            return Ok(());
+        }
+        let tokens = self.chunk_tokens(pass.route.tokens, index);
+        let shuffle = &mut self.chunks[index].shuffle;
+        let x = x_TH.slice(tokens.start * self.hidden_size..tokens.end * self.hidden_size);
+        Ok(shuffle.send_tokens(pass.device, pass.group, &mut scratch.shuffle, 0, x)?)
+    }
+
+    /// As [`MoeLayer::send_tokens`], of the backward pass.
+    fn send_gradients<C: Communicator<B>>(
+        &mut self,
+        pass: &MoePass<'_, B, C>,
+        scratch: &mut MoeScratch<B>,
+        index: usize,
+        (x_TH, dout_TH): (View<'_, B, B::Act>, View<'_, B, B::Act>),
+    ) -> Result<(), ModelError> {
+        if index == self.chunks.len() {
+            return Ok(());
+        }
+        let tokens = self.chunk_tokens(pass.route.tokens, index);
+        let shuffle = &mut self.chunks[index].shuffle;
+        let rows = tokens.start * self.hidden_size..tokens.end * self.hidden_size;
+        let tensors = (x_TH.slice(rows.clone()), dout_TH.slice(rows));
+        Ok(shuffle.send_gradients(pass.device, pass.group, &mut scratch.shuffle, 0, tensors)?)
     }
 
     /// Forms the losses of a noisy gate; others have none beside the balance loss.
@@ -246,37 +301,54 @@ impl<B: Backend> MoeLayer<B> {
         let MoeBackward { x_TH, dout_TH, mut dx_TH } = tensors;
         let (device, t, h, k) = (pass.device, pass.route.tokens, self.hidden_size, self.top_k);
         scratch.dweights.reserve(device, t * k)?;
+        clock.enter(Stage::Combine);
+        self.send_gradients(pass, scratch, 0, (x_TH, dout_TH))?;
+        for index in 0..self.chunks.len() {
+            clock.enter(Stage::Combine);
+            self.send_gradients(pass, scratch, index + 1, (x_TH, dout_TH))?;
+            let tokens = self.chunk_tokens(t, index);
+            let (rows, choices) = (tokens.start * h..tokens.end * h, tokens.start * k..tokens.end * k);
+            let (x, dout) = (x_TH.slice(rows.clone()), dout_TH.slice(rows.clone()));
+            for round in 0..self.chunks[index].shuffle.rounds() {
+                let Chunk { shuffle, experts } = &mut self.chunks[index];
+                clock.enter(Stage::Combine);
+                if round > 0 {
+                    shuffle.send_gradients(device, pass.group, &mut scratch.shuffle, round, (x, dout))?;
+                }
+                shuffle.receive_gradients(device, round, routed(&self.router, x_TH, t, tokens.clone()))?;
+                let grouped = shuffle.grouped(round);
+                if shuffle.computes(round) {
+                    if experts.recomputes() {
+                        clock.enter(Stage::Experts);
+                        // Before the gradient comes into the rows: the input is expanded once more instead of into a buffer of its own.
+                        shuffle.expanded(device, round, x, scratch.experts.rows_mut(device, grouped, h)?);
+                        experts.project(device, &mut scratch.experts, grouped, expert_weights(pass).gate_up)?;
+                    }
+                    clock.enter(Stage::Combine);
+                    let dy = scratch.experts.rows_mut(device, grouped, h)?;
+                    shuffle.gradients(device, &scratch.shuffle, round, (dout, dy));
+                    let dweights = scratch.dweights.view_mut(t * k).slice(choices.clone());
+                    let weights = self.router.weights(t).slice(choices.clone());
+                    let gated = shuffle.gated(device, &mut scratch.shuffle, round, weights, dweights);
+                    clock.enter(Stage::Experts);
+                    let (flat, [gate_up, down]) =
+                        gradients.several([pass.tensors.experts.gate_up, pass.tensors.experts.down]);
+                    let accumulate = std::mem::replace(&mut self.accumulate, Accumulate::Add);
+                    let weights = expert_weights(pass);
+                    let tensors = ExpertBackward { gated, weights, gradients: flat, gate_up, down, accumulate };
+                    let expand = |to: ViewMut<'_, B, B::Act>| shuffle.expanded(device, round, x, to);
+                    experts.backward(device, &mut scratch.experts, grouped, tensors, expand)?;
+                }
+                clock.enter(Stage::Dispatch);
+                let tensors = (scratch.experts.rows(grouped, h), dx_TH.reborrow().slice(rows.clone()));
+                shuffle.send_input_gradients(device, pass.group, &mut scratch.shuffle, round, tensors)?;
+            }
+        }
         for index in 0..self.chunks.len() {
             let tokens = self.chunk_tokens(t, index);
-            let rows = tokens.start * h..tokens.end * h;
-            let Chunk { shuffle, experts } = &mut self.chunks[index];
-            let grouped = shuffle.grouped();
-            let len = grouped.rows.bound * h;
-            let (x, dout) = (x_TH.slice(rows.clone()), dout_TH.slice(rows.clone()));
-            if experts.recomputes() {
-                clock.enter(Stage::Experts);
-                // Before the gradient comes into the rows: the input is expanded once more instead of into a buffer of its own.
-                shuffle.expanded(device, x, scratch.experts.rows_mut(device, len)?);
-                experts.project(device, &mut scratch.experts, grouped, expert_weights(pass).gate_up)?;
-            }
-            clock.enter(Stage::Combine);
-            let dy = scratch.experts.rows_mut(device, len)?;
-            shuffle.combine_backward(device, pass.group, &mut scratch.shuffle, (dout, dy))?;
-            let mut dweights = scratch.dweights.view_mut(t * k).slice(tokens.start * k..tokens.end * k);
-            let row_weights = self.router.weights(t).slice(tokens.start * k..tokens.end * k);
-            let gated = shuffle.gated(device, &mut scratch.shuffle, row_weights, dweights.reborrow())?;
-            clock.enter(Stage::Experts);
-            let (flat, [gate_up, down]) = gradients.several([pass.tensors.experts.gate_up, pass.tensors.experts.down]);
-            let accumulate = std::mem::replace(&mut self.accumulate, Accumulate::Add);
-            let weights = expert_weights(pass);
-            let tensors = ExpertBackward { gated, weights, gradients: flat, gate_up, down, accumulate };
-            let expand = |to: ViewMut<'_, B, B::Act>| shuffle.expanded(device, x, to);
-            experts.backward(device, &mut scratch.experts, grouped, tensors, expand)?;
-            clock.enter(Stage::Combine);
-            shuffle.dweights_home(device, pass.group, &mut scratch.shuffle, dweights)?;
-            clock.enter(Stage::Dispatch);
-            let tensors = (scratch.experts.rows(len), dx_TH.reborrow().slice(rows));
-            shuffle.dispatch_backward(device, pass.group, &mut scratch.shuffle, tensors)?;
+            let dweights = scratch.dweights.view_mut(t * k).slice(tokens.start * k..tokens.end * k);
+            let dx = dx_TH.reborrow().slice(tokens.start * h..tokens.end * h);
+            self.chunks[index].shuffle.receive_input_gradients(device, &scratch.shuffle, dweights, dx);
         }
         if let Some(shared) = &mut self.shared {
             clock.enter(Stage::Aggregate);
@@ -342,63 +414,4 @@ pub(super) struct MoeBackward<'a, B: Backend> {
     pub dout_TH: View<'a, B, B::Act>,
     /// Gradient of the input, overwritten.
     pub dx_TH: ViewMut<'a, B, B::Act>,
-}
-
-impl<B: Backend> SharedExpert<B> {
-    /// Counts its buffers.
-    fn tally(&self, tally: &mut Tally) {
-        tally.add(Kind::Activations, [self.out.bytes(), self.gate.bytes(), self.dout.bytes(), self.dgate.bytes()]);
-        self.feed_forward.tally(tally);
-    }
-
-    /// Adds the shared expert's output to `out_TH`.
-    fn forward<C>(
-        &mut self,
-        pass: &MoePass<'_, B, C>,
-        h: usize,
-        x_TH: View<'_, B, B::Act>,
-        out_TH: ViewMut<'_, B, B::Act>,
-    ) -> Result<(), DeviceError> {
-        let Some(tensors) = pass.tensors.shared else { return Ok(()) };
-        let (device, t) = (pass.device, pass.route.tokens);
-        self.out.reserve(device, t * h)?;
-        self.feed_forward.forward(device, pass.weights, tensors, x_TH, self.out.view_mut(t * h))?;
-        match pass.tensors.shared_router {
-            None => device.add(self.out.view(t * h), out_TH),
-            Some(gate) => {
-                self.gate.reserve(device, t)?;
-                let dims = GemmDims { m: t, n: 1, k: h };
-                device.linear_f32(dims, x_TH, pass.weights.get(gate), self.gate.view_mut(t));
-                device.sigmoid_gate(h, self.gate.view(t), self.out.view(t * h), out_TH);
-            }
-        }
-        Ok(())
-    }
-
-    /// Adds the shared expert's part to `dx_TH`.
-    fn backward<C>(
-        &mut self,
-        pass: &MoePass<'_, B, C>,
-        gradients: &mut Gradients<'_, B>,
-        h: usize,
-        tensors: MoeBackward<'_, B>,
-    ) -> Result<(), DeviceError> {
-        let MoeBackward { x_TH, dout_TH, mut dx_TH } = tensors;
-        let Some(tensors) = pass.tensors.shared else { return Ok(()) };
-        let (device, t) = (pass.device, pass.route.tokens);
-        let dout = if let Some(gate) = pass.tensors.shared_router {
-            self.dout.reserve(device, t * h)?;
-            self.dgate.reserve(device, t)?;
-            let (logits, out) = (self.gate.view(t), self.out.view(t * h));
-            device.sigmoid_gate_grad(h, dout_TH, logits, out, self.dout.view_mut(t * h), self.dgate.view_mut(t));
-            let dims = GemmDims { m: t, n: 1, k: h };
-            let (dgate, weight) = (self.dgate.view(t), pass.weights.get(gate));
-            device.linear_f32_grad_input(dims, dgate, weight, dx_TH.reborrow(), Accumulate::Add);
-            device.linear_f32_grad_weight(dims, dgate, x_TH, gradients.get(gate));
-            self.dout.view(t * h)
-        } else {
-            dout_TH
-        };
-        self.feed_forward.backward(device, (pass.weights, gradients), tensors, x_TH, dout, dx_TH, Accumulate::Add)
-    }
 }

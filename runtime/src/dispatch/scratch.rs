@@ -1,0 +1,111 @@
+//! What all layers' shuffles share: rows under way, and the counts of the layer that is about to send.
+
+use moe_kernels::{Backend, DeviceError, Element, View, ViewMut};
+
+use super::traffic::Traffic;
+use super::{Shuffle, ShuffleError};
+use crate::collectives::Communicator;
+use crate::memory::{Kind, Slot, Tally};
+
+/// Rows under way, shared by all layers: a layer's journeys are over before the next one's begin. Each chunk of a layer has a stretch of
+/// its own. A lone rank has none.
+pub struct ShuffleScratch<B: Backend> {
+    /// Rows at their token's rank.
+    pub(super) home: Slot<B, B::Act>,
+    /// Rows at their experts' rank, but for the tokens of the forward pass, which stay.
+    pub(super) away: Slot<B, B::Act>,
+    pub(super) row_dweights: Slot<B, f32>,
+    pub(super) home_dweights: Slot<B, f32>,
+    /// `[chunks, 2, W]`: what this rank sends.
+    counts: Slot<B, i32>,
+    /// `[W, chunks, 2, W]`: what all send.
+    all_counts: Slot<B, i32>,
+    traffic: Traffic,
+}
+
+impl<B: Backend> ShuffleScratch<B> {
+    /// Counts its buffers.
+    pub fn tally(&self, tally: &mut Tally) {
+        tally.add(
+            Kind::Communication,
+            [self.home.bytes(), self.away.bytes(), self.row_dweights.bytes(), self.home_dweights.bytes()],
+        );
+        tally.add(Kind::Communication, [self.counts.bytes(), self.all_counts.bytes()]);
+    }
+
+    /// Empty scratch.
+    pub fn new(device: &B) -> Result<Self, DeviceError> {
+        Ok(Self {
+            home: Slot::new(device, "rows at their token's rank")?,
+            away: Slot::new(device, "rows at their expert's rank")?,
+            row_dweights: Slot::new(device, "weight gradients at their expert's rank")?,
+            home_dweights: Slot::new(device, "weight gradients at their token's rank")?,
+            counts: Slot::new(device, "shuffle counts")?,
+            all_counts: Slot::new(device, "shuffle counts of all ranks")?,
+            traffic: Traffic::default(),
+        })
+    }
+
+    /// Makes the counts of `chunks` chunks among `ranks` ranks ready to be written.
+    pub(super) fn begin(&mut self, device: &B, ranks: usize, chunks: usize) -> Result<(), DeviceError> {
+        if (self.traffic.ranks, self.traffic.chunks) != (ranks, chunks) {
+            self.traffic = Traffic::sized(ranks, chunks);
+        }
+        self.counts.reserve(device, Traffic::own_len(ranks, chunks))?;
+        self.all_counts.reserve(device, Traffic::len(ranks, chunks))
+    }
+
+    /// Where the plan of a chunk leaves its counts.
+    pub(super) fn counts_of(&mut self, chunk: usize) -> ViewMut<'_, B, i32> {
+        let Traffic { ranks, chunks, .. } = self.traffic;
+        self.counts.view_mut(Traffic::own_len(ranks, chunks)).slice(Traffic::own(ranks, chunk))
+    }
+
+    /// Tells all ranks of the group how many rows the chunks of a layer bring them, in one exchange, and finds room for them. It is the one
+    /// time that a layer's shuffle waits for the device: buffers must hold what comes, and NCCL wants numbers from the host.
+    /// `shuffles` have been planned, in the order of their chunks.
+    ///
+    /// # Errors
+    /// The device's or the collective's.
+    pub fn settle<'a, C: Communicator<B>>(
+        &mut self,
+        device: &B,
+        group: &C,
+        shuffles: impl Iterator<Item = &'a mut Shuffle<B>>,
+    ) -> Result<(), ShuffleError> {
+        let Traffic { ranks, chunks, .. } = self.traffic;
+        if ranks < 2 {
+            return Ok(());
+        }
+        let (own, all) = (Traffic::own_len(ranks, chunks), Traffic::len(ranks, chunks));
+        device.wait(&group.all_gather(device, self.counts.view(own), self.all_counts.view_mut(all))?);
+        device.read_to_host(self.all_counts.view(all), &mut self.traffic.counts)?;
+        // Counts of an exchange that was given up are anything.
+        group.check()?;
+        let (mut home, mut away, mut top_k, mut hidden) = (0, 0, 0, 0);
+        for (chunk, shuffle) in shuffles.enumerate() {
+            let needs = shuffle.settle(device, &self.traffic, (chunk, group.rank()), (home, away))?;
+            (home, away) = needs;
+            (top_k, hidden) = (shuffle.dims.top_k, shuffle.hidden_size);
+        }
+        self.home.reserve(device, home * hidden)?;
+        self.away.reserve(device, away * hidden)?;
+        self.row_dweights.reserve(device, away * top_k)?;
+        self.home_dweights.reserve(device, home * top_k)?;
+        Ok(())
+    }
+}
+
+/// Rows `at.0 .. at.0 + at.1` of `width`.
+pub(super) fn stretch<B: Backend, T: Element>(slot: &Slot<B, T>, at: (usize, usize), width: usize) -> View<'_, B, T> {
+    slot.view((at.0 + at.1) * width).slice(at.0 * width..(at.0 + at.1) * width)
+}
+
+/// As [`stretch`], writable.
+pub(super) fn stretch_mut<B: Backend, T: Element>(
+    slot: &mut Slot<B, T>,
+    at: (usize, usize),
+    width: usize,
+) -> ViewMut<'_, B, T> {
+    slot.view_mut((at.0 + at.1) * width).slice(at.0 * width..(at.0 + at.1) * width)
+}
