@@ -8,6 +8,8 @@
 // memory by TMA, the other has the tensor cores. The last columns of a matrix are 64 or 128 wide where that is all there is. One thread copies operands, four
 // stages of 64 rows; a warp zeroes rows beyond the group's end. Blocks ask for their next tile one ahead, so that they stay close
 // together in L2 whatever the groups' sizes. The order of sums is fixed: rows ascending.
+// Versions, of torch._grouped_mm's rate, geometric mean of 18 cases: a tile of 128 × 256 for both warpgroups 0.96 → a tile each 0.97 →
+// tiles asked for 1.01 → four stages instead of five 1.03 (docs/benchmarks.md).
 
 #include "grouped_schedule.cuh"
 #include "wgmma_transposed.cuh"
