@@ -5,16 +5,15 @@
 //   linear       y[i, out]   = x[i, in] · w[g]ᵀ                           both operands K-major
 //   swiglu       h[i, 2F]    = x · w[g]ᵀ, a[i, F] = silu(h[:, :F])·h[:, F:]  a tile holds 128 gate columns and their 128 up columns
 //   grad_input   dx[i, in]   = dy[i, out] · w[g]                          w is MN-major
-//   grad_weight  dw[g, out, in] (+)= Σ_i dy[i, out] x[i, in], f32         both are MN-major; the last rows beyond the group are zeroed
 // Rows outside the groups are never written; they may hold NaN. Any group size, 0 included. `in` and `out` are multiples of 8; bases
 // of the operands lie on 16 bytes.
 //
-// Bound: tensor cores, 2·N·in·out operations; bytes (N·in + N·out + E·in·out)·2, for grad_weight 4 (or 8 where it adds) a weight.
+// Bound: tensor cores, 2·N·in·out operations; bytes (N·in + N·out + E·in·out)·2. Weight gradients: grouped_grad_weight_sm90.cu.
 // A block is one producer warpgroup, of which one thread issues TMA copies, and two consumer warpgroups of 64 × 256 accumulators each; four
 // stages of 64 deep tiles. Blocks are persistent (schedule in grouped_schedule.cuh): the copies of the next tile run under the epilogue of
 // this one, and a finished tile of rows leaves while the next one's products run. The order of sums is fixed: depth ascending.
 // Versions: rows stored from the accumulators before the next tile begins (qwen3-up 1.70 ms with swiglu) → rounded, kept in registers and
-// stored under the next tile's products (1.47 ms). Weight gradients stored from registers or through shared memory: the same time.
+// stored under the next tile's products (1.47 ms).
 
 #include "grouped_schedule.cuh"
 #include "hopper.cuh"
@@ -25,29 +24,24 @@ constexpr int BM = 128, BN = 256, BK = 64, STAGES = 4, BAND = 16, LAG = 3;
 constexpr int CONSUMERS = 256, THREADS = CONSUMERS + 128;
 constexpr int A_BYTES = BM * BK * 2, B_BYTES = BN * BK * 2, STAGE_BYTES = A_BYTES + B_BYTES;
 constexpr int BOX_BYTES = 64 * 128; // 64 rows of 64 bf16, as TMA writes them
-constexpr int OUT_BYTES = 16 * 128, STAGING = 2; // a box that leaves a consumer warp (GradWeight), and how many at once
 constexpr int ALIGNMENT = 1024;     // of tiles in the 128-byte swizzle
 
-enum class Form { Linear, Swiglu, GradInput, GradWeight };
+enum class Form { Linear, Swiglu, GradInput };
 
 struct Shared {
     uint8_t* stages;
-    uint64_t *full, *empty, *repaired;
+    uint64_t *full, *empty;
     int* first;
 
     __device__ explicit Shared(uint8_t* raw) {
         const uint32_t offset = (ALIGNMENT - shared_address(raw) % ALIGNMENT) % ALIGNMENT;
         stages = raw + offset;
-        full = reinterpret_cast<uint64_t*>(stages + STAGES * STAGE_BYTES + CONSUMERS / 32 * STAGING * OUT_BYTES);
+        full = reinterpret_cast<uint64_t*>(stages + STAGES * STAGE_BYTES);
         empty = full + STAGES;
-        repaired = empty + STAGES;
-        first = reinterpret_cast<int*>(staging(0, 0)); // GradWeight has no use for it, the others none for staging
+        first = reinterpret_cast<int*>(empty + STAGES);
     }
     __device__ uint8_t* a(int stage) const { return stages + stage * STAGE_BYTES; }
     __device__ uint8_t* b(int stage) const { return a(stage) + A_BYTES; }
-    __device__ uint8_t* staging(int warp, int box) const {
-        return stages + STAGES * STAGE_BYTES + (warp * STAGING + box % STAGING) * OUT_BYTES;
-    }
 };
 
 // A stage and the parity of its phase.
@@ -61,24 +55,16 @@ struct Cursor {
 struct Sizes {
     const int* offsets;
     int groups;
-    int rows; // output rows of a group's matrix (GradWeight: out), else not used
-    int n;    // output columns: Linear out, Swiglu F, GradInput in, GradWeight in
-    int k;    // depth: Linear and Swiglu in, GradInput out, GradWeight the group's rows
+    int n; // output columns: Linear out, Swiglu F, GradInput in
+    int k; // depth: Linear and Swiglu in, GradInput out
 };
 
-template <Form FORM> __device__ auto schedule(const Sizes& s, const int* first) {
+template <Form FORM> __device__ RowSchedule<BM, BAND> schedule(const Sizes& s, const int* first) {
     constexpr int COLUMNS = FORM == Form::Swiglu ? BN / 2 : BN;
-    const int column_tiles = (s.n + COLUMNS - 1) / COLUMNS;
-    if constexpr (FORM == Form::GradWeight)
-        return DepthSchedule<BAND>{s.offsets, s.groups, (s.rows + BM - 1) / BM, column_tiles};
-    else
-        return RowSchedule<BM, BAND>{s.offsets, first, s.groups, column_tiles};
+    return {s.offsets, first, s.groups, (s.n + COLUMNS - 1) / COLUMNS};
 }
 
-template <Form FORM> __device__ int depth_blocks(const Sizes& s, const Tile& tile) {
-    const int depth = FORM == Form::GradWeight ? tile.rows : s.k;
-    return (depth + BK - 1) / BK;
-}
+__device__ int depth_blocks(const Sizes& s) { return (s.k + BK - 1) / BK; }
 
 // One thread copies all tiles of this block, stage after stage.
 template <Form FORM>
@@ -86,75 +72,41 @@ __device__ void produce(const Shared& shared, const Sizes& s, const CUtensorMap*
     tma_prefetch(map_a);
     tma_prefetch(map_b);
     auto tiles = schedule<FORM>(s, shared.first);
+    const int blocks = depth_blocks(s);
     Cursor at;
     for (int index = blockIdx.x; index < tiles.tiles(); index += gridDim.x) {
         const Tile tile = tiles.at(index);
-        const int blocks = depth_blocks<FORM>(s, tile);
         for (int block = 0; block < blocks; ++block, at.advance()) {
             barrier_wait(&shared.empty[at.stage], at.parity ^ 1);
             uint64_t* full = &shared.full[at.stage];
             uint8_t *a = shared.a(at.stage), *b = shared.b(at.stage);
             barrier_expect(full, STAGE_BYTES);
             const int depth = block * BK;
-            if constexpr (FORM == Form::GradWeight) {
-#pragma unroll
-                for (int i = 0; i < BM / 64; ++i) tma_load(a + i * BOX_BYTES, map_a, full, tile.m * BM + i * 64, tile.start + depth);
-#pragma unroll
-                for (int i = 0; i < BN / 64; ++i) tma_load(b + i * BOX_BYTES, map_b, full, tile.n * BN + i * 64, tile.start + depth);
+            tma_load(a, map_a, full, depth, tile.start + tile.m * BM);
+            if constexpr (FORM == Form::Linear) {
+                tma_load(b, map_b, full, depth, tile.group * s.n + tile.n * BN);
+            } else if constexpr (FORM == Form::Swiglu) {
+                const int gate = tile.group * 2 * s.n + tile.n * (BN / 2);
+                tma_load(b, map_b, full, depth, gate);
+                tma_load(b + B_BYTES / 2, map_b, full, depth, gate + s.n);
             } else {
-                tma_load(a, map_a, full, depth, tile.start + tile.m * BM);
-                if constexpr (FORM == Form::Linear) {
-                    tma_load(b, map_b, full, depth, tile.group * s.n + tile.n * BN);
-                } else if constexpr (FORM == Form::Swiglu) {
-                    const int gate = tile.group * 2 * s.n + tile.n * (BN / 2);
-                    tma_load(b, map_b, full, depth, gate);
-                    tma_load(b + B_BYTES / 2, map_b, full, depth, gate + s.n);
-                } else {
 #pragma unroll
-                    for (int i = 0; i < BN / 64; ++i)
-                        tma_load(b + i * BOX_BYTES, map_b, full, tile.n * BN + i * 64, tile.group * s.k + depth);
-                }
+                for (int i = 0; i < BN / 64; ++i)
+                    tma_load(b + i * BOX_BYTES, map_b, full, tile.n * BN + i * 64, tile.group * s.k + depth);
             }
-        }
-    }
-}
-
-// The rows of a group's last block that are not its own are set to zero in both operands, since a sum runs over them: three warps of the
-// producer's warpgroup do it, so that the consumers need not meet.
-constexpr int REPAIRERS = 96;
-
-__device__ void repair(const Shared& shared, const Sizes& s) {
-    auto tiles = schedule<Form::GradWeight>(s, shared.first);
-    const int thread = threadIdx.x - 32;
-    Cursor at;
-    for (int index = blockIdx.x; index < tiles.tiles(); index += gridDim.x) {
-        const Tile tile = tiles.at(index);
-        const int blocks = depth_blocks<Form::GradWeight>(s, tile), valid = tile.rows % BK;
-        for (int block = 0; block < blocks; ++block, at.advance()) {
-            // Every block is waited for and given back, so that no phase is taken for the one before the last.
-            barrier_wait(&shared.full[at.stage], at.parity);
-            if (valid != 0 && block + 1 == blocks) {
-#pragma unroll
-                for (int box = 0; box < STAGE_BYTES / BOX_BYTES; ++box)
-                    for (int byte = valid * 128 + thread * 16; byte < BOX_BYTES; byte += REPAIRERS * 16)
-                        *reinterpret_cast<uint4*>(shared.a(at.stage) + box * BOX_BYTES + byte) = make_uint4(0, 0, 0, 0);
-                fence_async();
-                barrier_arrive(&shared.repaired[at.stage]);
-            }
-            if (thread % 32 == 0) barrier_arrive(&shared.empty[at.stage]);
         }
     }
 }
 
 // Multiplies one stage into the accumulators: four steps of 16 deep.
 template <Form FORM, bool FRESH> __device__ __forceinline__ void multiply(float (&d)[128], const uint8_t* a, const uint8_t* b) {
-    constexpr int TA = FORM == Form::GradWeight, TB = FORM == Form::GradWeight || FORM == Form::GradInput;
-    const uint64_t da = descriptor(a, TA ? BOX_BYTES : 16, 1024), db = descriptor(b, TB ? BOX_BYTES : 16, 1024);
+    constexpr int TB = FORM == Form::GradInput;
+    const uint64_t da = descriptor(a, 16, 1024), db = descriptor(b, TB ? BOX_BYTES : 16, 1024);
     // Bytes to the next 16 of depth: inside a row, or 16 rows on. In the descriptor's units of 16 bytes.
-    constexpr uint64_t NEXT_A = (TA ? 16 * 128 : 32) / 16, NEXT_B = (TB ? 16 * 128 : 32) / 16;
+    constexpr uint64_t NEXT_A = 32 / 16, NEXT_B = (TB ? 16 * 128 : 32) / 16;
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < BK / 16; ++i) wgmma_n256<TA, TB>(d, da + i * NEXT_A, db + i * NEXT_B, !(FRESH && i == 0));
+    for (int i = 0; i < BK / 16; ++i) wgmma_n256<0, TB>(d, da + i * NEXT_A, db + i * NEXT_B, !(FRESH && i == 0));
     wgmma_commit();
 }
 
@@ -187,10 +139,8 @@ __device__ __forceinline__ float silu(float x) {
 }
 
 struct Outputs {
-    bf16* y;                // [N, n]; Swiglu h [N, 2F]; GradWeight none
-    bf16* a;                // Swiglu [N, F]
-    const CUtensorMap* dw;  // GradWeight [E, rows, n] f32
-    bool add;               // GradWeight: add to what is there
+    bf16* y; // [N, n]; Swiglu h [N, 2F]
+    bf16* a; // Swiglu [N, F]
 };
 
 // A finished tile of bf16 rows that is still to be stored: rounded, it takes half the registers, and leaves while the products of the next
@@ -260,83 +210,32 @@ template <Form FORM> __device__ __forceinline__ void store_part(int part, const 
     else if (part == 3) store<FORM, 3>(pending, s, out, group_of_threads, thread);
 }
 
-__device__ __forceinline__ void send(const Shared& shared, const Outputs& out, const Tile& tile, int warp, int box) {
-    const int x = tile.n * BN + box * 32, y = tile.m * BM + warp * 16;
-    if (out.add) tma_store<true>(out.dw, shared.staging(warp, box), x, y, tile.group);
-    else tma_store<false>(out.dw, shared.staging(warp, box), x, y, tile.group);
-    store_commit();
-}
-
-// The gradient of a group without rows, where it replaces what was there.
-__device__ void store_zeros(const Shared& shared, const Outputs& out, const Tile& tile, int warp, int lane) {
-    if (lane == 0) store_wait_read<0>();
-    __syncwarp();
-    for (int at = lane * 16; at < STAGING * OUT_BYTES; at += 32 * 16) *reinterpret_cast<uint4*>(shared.staging(warp, 0) + at) = make_uint4(0, 0, 0, 0);
-    fence_async();
-    __syncwarp();
-    if (lane == 0)
-        for (int box = 0; box < BN / 32; ++box) send(shared, out, tile, warp, box);
-}
-
-// 16 × 256 f32 of a weight's gradient leave a warp through its shared memory, a box of 16 × 32 after the other. Nobody else adds to these
-// elements in this launch, so that adding in memory keeps the order of sums.
-__device__ void epilogue_grad_weight(const float (&d)[128], const Shared& shared, const Outputs& out, const Tile& tile, int warp, int lane) {
-    const int row = lane / 4, q = lane % 4;
-#pragma unroll
-    for (int box = 0; box < BN / 32; ++box) {
-        uint8_t* to = shared.staging(warp, box);
-        if (lane == 0) store_wait_read<STAGING - 1>();
-        __syncwarp();
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int chunk = (2 * j + q / 2) ^ row; // 16-byte chunks are swizzled as TMA expects
-                const int at = 4 * (box * 4 + j) + 2 * half;
-                *reinterpret_cast<float2*>(to + (row + 8 * half) * 128 + chunk * 16 + q % 2 * 8) = make_float2(d[at], d[at + 1]);
-            }
-        fence_async();
-        __syncwarp();
-        if (lane == 0) send(shared, out, tile, warp, box);
-    }
-}
-
 template <Form FORM> __device__ void consume(const Shared& shared, const Sizes& s, const Outputs& out) {
     const int thread = threadIdx.x % 128, group_of_threads = threadIdx.x / 128 - 1;
-    constexpr bool DEFERS = FORM != Form::GradWeight;
     auto tiles = schedule<FORM>(s, shared.first);
+    const int blocks = depth_blocks(s);
     Cursor at;
     Pending pending;
-    int repaired = 0; // a bit a stage: the parity of its next repair
     // One warpgroup goes LAG blocks ahead: while one is busy with a finished tile the other has the tensor cores.
     bool leads = group_of_threads == 0;
     if (!leads) meet(1, CONSUMERS);
     for (int index = blockIdx.x; index < tiles.tiles(); index += gridDim.x) {
         const Tile tile = tiles.at(index);
-        const int blocks = depth_blocks<FORM>(s, tile);
-        if (FORM == Form::GradWeight && blocks == 0) {
-            if (!out.add) store_zeros(shared, out, tile, threadIdx.x / 32 - 4, thread % 32);
-            continue;
-        }
         float d[128];
         // The A operand of this warpgroup is its own box; the stage of a block is given back when the next one is under way.
         const auto arrive_at = [&](int block) {
             if (leads && block == min(LAG, blocks - 1)) come(1, CONSUMERS), leads = false;
             barrier_wait(&shared.full[at.stage], at.parity);
-            if (FORM == Form::GradWeight && block + 1 == blocks && tile.rows % BK != 0) {
-                barrier_wait(&shared.repaired[at.stage], repaired >> at.stage & 1);
-                repaired ^= 1 << at.stage;
-            }
         };
         arrive_at(0);
         multiply<FORM, true>(d, shared.a(at.stage) + group_of_threads * BOX_BYTES, shared.b(at.stage));
         int before = at.stage;
         at.advance();
-        if (DEFERS && pending.any) store_part<FORM>(0, pending, s, out, group_of_threads, thread);
+        if (pending.any) store_part<FORM>(0, pending, s, out, group_of_threads, thread);
         for (int block = 1; block < blocks; ++block) {
             arrive_at(block);
             multiply<FORM, false>(d, shared.a(at.stage) + group_of_threads * BOX_BYTES, shared.b(at.stage));
-            if (DEFERS && pending.any && block < PARTS) store_part<FORM>(block, pending, s, out, group_of_threads, thread);
+            if (pending.any && block < PARTS) store_part<FORM>(block, pending, s, out, group_of_threads, thread);
             wgmma_wait<1>();
             if (thread % 32 == 0) barrier_arrive(&shared.empty[before]);
             before = at.stage;
@@ -344,31 +243,25 @@ template <Form FORM> __device__ void consume(const Shared& shared, const Sizes& 
         }
         wgmma_wait<0>();
         if (thread % 32 == 0) barrier_arrive(&shared.empty[before]);
-        if constexpr (DEFERS) {
-            if (pending.any)
-                for (int part = blocks; part < PARTS; ++part) store_part<FORM>(part, pending, s, out, group_of_threads, thread);
-            round_up(pending, d, tile);
-        } else {
-            epilogue_grad_weight(d, shared, out, tile, threadIdx.x / 32 - 4, thread % 32);
-        }
+        if (pending.any)
+            for (int part = blocks; part < PARTS; ++part) store_part<FORM>(part, pending, s, out, group_of_threads, thread);
+        round_up(pending, d, tile);
     }
     if (leads) come(1, CONSUMERS);
-    if (DEFERS && pending.any) {
+    if (pending.any) {
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) store_part<FORM>(part, pending, s, out, group_of_threads, thread);
     }
-    if (FORM == Form::GradWeight && thread % 32 == 0) store_wait();
 }
 
 template <Form FORM> __device__ void run(const CUtensorMap* map_a, const CUtensorMap* map_b, const Sizes& s, const Outputs& out) {
     extern __shared__ uint8_t raw[];
     const Shared shared(raw);
-    if (FORM != Form::GradWeight) RowSchedule<BM, BAND>::prepare(shared.first, s.offsets, s.groups);
+    RowSchedule<BM, BAND>::prepare(shared.first, s.offsets, s.groups);
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(&shared.full[i], 1);
-            barrier_init(&shared.repaired[i], REPAIRERS);
-            barrier_init(&shared.empty[i], CONSUMERS / 32 + (FORM == Form::GradWeight ? REPAIRERS / 32 : 0));
+            barrier_init(&shared.empty[i], CONSUMERS / 32);
         }
         fence_barrier_init();
     }
@@ -376,7 +269,6 @@ template <Form FORM> __device__ void run(const CUtensorMap* map_a, const CUtenso
     if (threadIdx.x < 128) {
         registers_down<40>();
         if (threadIdx.x == 0) produce<FORM>(shared, s, map_a, map_b);
-        else if (FORM == Form::GradWeight && threadIdx.x >= 32) repair(shared, s);
     } else {
         registers_up<232>();
         consume<FORM>(shared, s, out);
@@ -389,20 +281,15 @@ template <Form FORM> __device__ void run(const CUtensorMap* map_a, const CUtenso
 
 GROUPED grouped_linear_sm90(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w, const int* offsets, int groups,
                             int n, int k, bf16* y) {
-    run<Form::Linear>(&x, &w, Sizes{offsets, groups, 0, n, k}, Outputs{y, nullptr, nullptr, false});
+    run<Form::Linear>(&x, &w, Sizes{offsets, groups, n, k}, Outputs{y, nullptr});
 }
 
 GROUPED grouped_swiglu_sm90(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w, const int* offsets, int groups,
                             int f, int k, bf16* h, bf16* a) {
-    run<Form::Swiglu>(&x, &w, Sizes{offsets, groups, 0, f, k}, Outputs{h, a, nullptr, false});
+    run<Form::Swiglu>(&x, &w, Sizes{offsets, groups, f, k}, Outputs{h, a});
 }
 
 GROUPED grouped_grad_input_sm90(const __grid_constant__ CUtensorMap dy, const __grid_constant__ CUtensorMap w, const int* offsets,
                                 int groups, int n, int k, bf16* dx) {
-    run<Form::GradInput>(&dy, &w, Sizes{offsets, groups, 0, n, k}, Outputs{dx, nullptr, nullptr, false});
-}
-
-GROUPED grouped_grad_weight_sm90(const __grid_constant__ CUtensorMap dy, const __grid_constant__ CUtensorMap x,
-                                 const __grid_constant__ CUtensorMap dw, const int* offsets, int groups, int rows, int n, int add) {
-    run<Form::GradWeight>(&dy, &x, Sizes{offsets, groups, rows, n, 0}, Outputs{nullptr, nullptr, &dw, add != 0});
+    run<Form::GradInput>(&dy, &w, Sizes{offsets, groups, n, k}, Outputs{dx, nullptr});
 }

@@ -9,6 +9,8 @@
 // logits are read once from memory and written once. Rows begin anywhere: up to the first 16 bytes, and after the last, element by
 // element, so any V will do.
 // Bound: memory, bytes = 2 · rows · V elements (1 for the loss alone).
+// Versions, 4096 × 32000 bf16 on an H100, of the copy rate: two blocks of 512 threads a multiprocessor, exp2f 0.89, without its handling of
+// subnormal results 0.93 → three blocks of 384, three packs in flight instead of four, so that registers allow it, 0.93.
 
 #include <cfloat>
 
@@ -17,16 +19,23 @@
 constexpr int MOST_THREADS = 1024;
 constexpr float LOG2E = 1.4426950408889634f;
 
+// 2^x in one operation; what would be subnormal is zero. exp2f's other operations are for those.
+__device__ __forceinline__ float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Largest value so far, and the sum of exponentials less it. The least is finite, so that −inf less it is no NaN.
 struct Softmax {
     float most = -FLT_MAX, sum = 0.0f;
 
     __device__ __forceinline__ void raise(float to) {
-        if (to > most) sum *= exp2f((most - to) * LOG2E), most = to;
+        if (to > most) sum *= power_of_two((most - to) * LOG2E), most = to;
     }
     __device__ __forceinline__ void take(float x) {
         raise(x);
-        sum += exp2f((x - most) * LOG2E);
+        sum += power_of_two((x - most) * LOG2E);
     }
     template <typename Act, int V> __device__ __forceinline__ void take(const Pack<Act, V>& pack) {
         float largest = to_f32(pack.v[0]);
@@ -34,13 +43,13 @@ struct Softmax {
         for (int e = 1; e < V; ++e) largest = fmaxf(largest, to_f32(pack.v[e]));
         raise(largest);
 #pragma unroll
-        for (int e = 0; e < V; ++e) sum += exp2f((to_f32(pack.v[e]) - most) * LOG2E);
+        for (int e = 0; e < V; ++e) sum += power_of_two((to_f32(pack.v[e]) - most) * LOG2E);
     }
 };
 
 template <bool GRAD, typename Act>
 __device__ void row_loss(int vocab, float scale, const int* targets, Act* logits, float* losses, int kept) {
-    constexpr int V = FULL<Act>, FLIGHT = 4;
+    constexpr int V = FULL<Act>, FLIGHT = 3;
     extern __shared__ __align__(16) unsigned char keep_bytes[];
     __shared__ float scratch[WARP];
     auto* keep = reinterpret_cast<Pack<Act, V>*>(keep_bytes);
@@ -77,7 +86,7 @@ __device__ void row_loss(int vocab, float scale, const int* targets, Act* logits
     }
     for (int r = threadIdx.x; r < single; r += threads) mine.take(to_f32(row[r < head ? r : r + packs * V]));
     const float most = block_max(mine.most, scratch, -FLT_MAX);
-    const float sum = block_sum(mine.sum * exp2f((mine.most - most) * LOG2E), scratch);
+    const float sum = block_sum(mine.sum * power_of_two((mine.most - most) * LOG2E), scratch);
     if (threadIdx.x == 0) losses[blockIdx.x] = logf(sum) - (chosen - most);
     if (!GRAD) return;
 
@@ -96,7 +105,7 @@ __device__ void row_loss(int vocab, float scale, const int* targets, Act* logits
             const int chosen_here = target - head - i * V;
 #pragma unroll
             for (int e = 0; e < V; ++e) {
-                const float p = exp2f((to_f32(x[u].v[e]) - most) * LOG2E) * factor;
+                const float p = power_of_two((to_f32(x[u].v[e]) - most) * LOG2E) * factor;
                 x[u].v[e] = from_f32<Act>(e == chosen_here ? p - scale : p);
             }
             store(body + long(i) * V, x[u]);
@@ -104,7 +113,7 @@ __device__ void row_loss(int vocab, float scale, const int* targets, Act* logits
     }
     for (int r = threadIdx.x; r < single; r += threads) {
         const int i = r < head ? r : r + packs * V;
-        const float p = exp2f((to_f32(row[i]) - most) * LOG2E) * factor;
+        const float p = power_of_two((to_f32(row[i]) - most) * LOG2E) * factor;
         row[i] = from_f32<Act>(i == target ? p - scale : p);
     }
 }

@@ -110,9 +110,10 @@ template <int D> struct Tile {
         }
     }
 
-    // Writes a warp's C fragments times a factor for each row half, rounded, over 16 rows of the tile.
+    // Writes a warp's C fragments times a factor for each row half, rounded, over 16 rows of the tile, which only this warp reads.
     template <int N>
     __device__ static __forceinline__ void put(uint32_t tile, int row, int lane, const float (&c)[N][4], float low, float high) {
+        __syncwarp();
 #pragma unroll
         for (int n = 0; n < N; ++n) {
             store_shared(at(tile, row + lane / 4, n) + lane % 4 * 4, pack(c[n][0] * low, c[n][1] * low));

@@ -8,8 +8,9 @@ use half::bf16;
 use moe_kernels::cuda::{Cuda, CudaAct};
 use moe_kernels::{Accumulate, Cpu, ExpertOps, GroupedDims, Rows, View, ViewMut};
 
-/// Rows of each group; output and input width. The last widths are none that the copy engine takes.
-const CASES: [(&[usize], usize, usize); 9] = [
+/// Rows of each group; output and input width. One has more tiles than a GPU has multiprocessors; the last widths are none that the copy
+/// engine takes.
+const CASES: [(&[usize], usize, usize); 10] = [
     (&[1], 256, 64),
     (&[128], 256, 64),
     (&[0, 0, 0], 64, 64),
@@ -18,6 +19,7 @@ const CASES: [(&[usize], usize, usize); 9] = [
     (&[0, 513, 0, 0], 144, 72),
     (&[300, 1, 127, 128, 129, 0], 384, 320),
     (&[64; 40], 128, 256),
+    (&[70; 40], 384, 448),
     (&[33, 0, 70], 38, 21),
 ];
 /// Rows behind the last group, which hold NaN and stay so.

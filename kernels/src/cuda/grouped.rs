@@ -11,10 +11,11 @@ use super::launch::{Grid, launch};
 use super::{Cuda, CudaAct, pointer, pointer_mut};
 use crate::{Accumulate, Element, GroupedDims, View, ViewMut};
 
-/// Threads and shared memory of the Hopper kernels: four stages of (128 + 256) × 64 bf16, boxes on their way out, barriers, alignment.
+/// Threads and shared memory of the Hopper kernels: four stages of (128 + 256) × 64 bf16, where groups begin, barriers, alignment.
 const HOPPER_THREADS: u32 = 384;
-const HOPPER_SHARED_BYTES: usize = 4 * (128 + 256) * 64 * 2 + 4 * BOX_BYTES + 128 + 1024;
-const BOX_BYTES: usize = 64 * 128;
+const HOPPER_SHARED_BYTES: usize = 4 * (128 + 256) * 64 * 2 + (MOST_GROUPS + 1) * 4 + 128 + 1024;
+/// That of the weight gradients' kernel: four stages of (128 + 192) × 64 bf16, a box on its way out for each of eight warps, as above.
+const GRADIENT_SHARED_BYTES: usize = 4 * (128 + 192) * 64 * 2 + 8 * 16 * 32 * 4 + 256 + 1024;
 /// Threads of the plain kernels, and blocks of them that a multiprocessor runs at once.
 const PLAIN_THREADS: u32 = 256;
 const PLAIN_BLOCKS: usize = 2;
@@ -118,7 +119,9 @@ pub(super) fn grad_weight<A: CudaAct>(
     let Some(dy) = matrix(queue, dy, [rows, dims.n], [64, 64]) else { return };
     let Some(x) = matrix(queue, x, [rows, dims.k], [64, 64]) else { return };
     let Some(dw) = matrices_f32(queue, dw, [dims.experts, dims.n, dims.k], [16, 32]) else { return };
-    launch!(queue, "grouped_grad_weight_sm90", hopper(queue); dy, x, dw, offsets, groups, n, k, add);
+    let Some(asked) = queue.counters() else { return };
+    let grid = hopper(queue).shared(GRADIENT_SHARED_BYTES);
+    launch!(queue, "grouped_grad_weight_sm90", grid; dy, x, dw, offsets, groups, n, k, add, asked.at(0));
 }
 
 /// The rows that the row operand, `width` wide, has room for.

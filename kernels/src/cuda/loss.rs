@@ -28,10 +28,14 @@ impl<A: CudaAct> LossOps for Cuda<A> {
         }
         let (targets, logits, losses) = (pointer(targets), pointer_mut(logits), pointer_mut(losses));
         let row_bytes = (vocab * A::BYTES).next_multiple_of(PACK_BYTES);
-        // Two blocks a multiprocessor, so that one reads while the other reduces; one larger block where the row needs all there is.
-        let (half, whole) =
-            (self.facts().shared_bytes / 2 - OTHER_SHARED_BYTES, self.facts().shared_bytes - OTHER_SHARED_BYTES);
-        let (most, kept_bytes) = if row_bytes <= half { (512, row_bytes) } else { (1024, row_bytes.min(whole)) };
+        // Three blocks a multiprocessor, or two, so that one reads while the others reduce and write; one larger block where the row
+        // needs all there is.
+        let of = |blocks| self.facts().shared_bytes / blocks - OTHER_SHARED_BYTES;
+        let (most, kept_bytes) = match row_bytes {
+            bytes if bytes <= of(3) => (384, bytes),
+            bytes if bytes <= of(2) => (512, bytes),
+            bytes => (1024, bytes.min(of(1))),
+        };
         let kept = kept_bytes / PACK_BYTES;
         let grid = Grid::new(rows, threads::<A>(vocab, most)).shared(kept * PACK_BYTES);
         let kernel = A::pick("cross_entropy_f32", "cross_entropy_bf16");

@@ -1,4 +1,4 @@
-//! What one queue needs beside the buffers of its caller: scratch inside an operation, and cuBLASLt's workspace.
+//! What one queue needs beside the buffers of its caller: scratch inside an operation, cuBLASLt's workspace, and counters.
 //!
 //! Owns memory that grows to the largest need seen and is kept. Growing allocates, and freeing what was there waits for the device: it
 //! happens in the first steps only, while operations meet their shapes for the first time.
@@ -18,6 +18,7 @@ const STEP_BYTES: usize = 1 << 20;
 pub(super) struct QueueMemory {
     scratch: Slot,
     workspace: Slot,
+    counters: Slot,
 }
 
 type Slot = Mutex<Option<CudaBuffer<f32>>>;
@@ -46,6 +47,11 @@ impl<A: CudaAct> Cuda<A> {
     /// As [`Cuda::scratch`], apart from it: what a library's call works in.
     pub(super) fn workspace(&self, bytes: usize) -> Option<Scratch<'_>> {
         lease(&self.gpu, &self.memory.workspace, bytes, "the matrix workspace of a queue")
+    }
+
+    /// Two integers that blocks of a kernel count with: zero, and left as zero by the kernel.
+    pub(super) fn counters(&self) -> Option<Scratch<'_>> {
+        lease(&self.gpu, &self.memory.counters, 2 * size_of::<i32>(), "the counters of a queue")
     }
 }
 

@@ -11,13 +11,15 @@ use moe_runtime::exit::{ExitCode as Code, Failure};
 use moe_runtime::worker::{Device, DeviceChoice, OnDevice, Ranked};
 use serde::Serialize;
 
-use super::measure::{Conditions, failed, gbs, median_ms, print_json, random};
+use super::measure::{Conditions, failed, gbs, median_ms_in_a_row, print_json, random};
 use super::shapes::{LAYERS, Layer, chosen};
 use crate::out::say;
 
 /// Words of the vocabulary of the cross-entropy, and rows of it at once.
 const VOCABULARY: usize = 32_000;
 const LOSS_ROWS: usize = 4096;
+/// Sets of rows that the norms' launches take turns with.
+const NORM_BUFFERS: usize = 4;
 
 /// Permutation of rows, SwiGLU, norms, cross-entropy, AdamW.
 #[derive(Args)]
@@ -91,11 +93,8 @@ struct Bench<'a, B: Backend> {
 }
 
 impl<B: Backend> Bench<'_, B> {
-    fn figure(&self, op: &'static str, bytes: usize, mut work: impl FnMut()) -> Result<Figure, Failure> {
-        let ms = median_ms(self.device, || {
-            work();
-            Ok(())
-        })?;
+    fn figure(&self, op: &'static str, bytes: usize, work: impl FnMut(usize)) -> Result<Figure, Failure> {
+        let ms = median_ms_in_a_row(self.device, work)?;
         let rate = gbs(bytes as f64, ms);
         Ok(Figure { op, ms, gbs: rate, fraction_of_copy: rate / self.ceiling })
     }
@@ -123,13 +122,13 @@ impl<B: Backend> Bench<'_, B> {
         self.device.fill(ViewMut::of(&mut weights), 1.0 / k as f32);
         let act = B::Act::BYTES;
         let dims = CombineDims { slots: k, width: h };
-        let permute = self.figure("permute", (t + n) * h * act + 4 * n, || {
+        let permute = self.figure("permute", (t + n) * h * act + 4 * n, |_| {
             let to = ViewMut::of(&mut rows);
             let (slots, source) = (View::of(&slots), View::of(&source));
             let (arrived, expanded) = (Rows::exactly(t), Rows::exactly(n));
             self.device.expand_rows(arrived, expanded, dims, slots, source, View::of(&tokens), to);
         })?;
-        let unpermute = self.figure("unpermute", (t + n) * h * act + 8 * n, || {
+        let unpermute = self.figure("unpermute", (t + n) * h * act + 8 * n, |_| {
             let (slots, weights, to) = (View::of(&slots), Some(View::of(&weights)), ViewMut::of(&mut out));
             let rows = View::of(&rows);
             self.device.weighted_reduce(Rows::exactly(t), dims, slots, weights, rows, to);
@@ -144,13 +143,13 @@ impl<B: Backend> Bench<'_, B> {
         let (mut a, mut dh) = (self.zeros::<B::Act>(n * f)?, self.zeros::<B::Act>(n * 2 * f)?);
         let act = B::Act::BYTES;
         let rows = Rows::exactly(n);
-        let forward = self.figure("swiglu", 3 * n * f * act, || {
+        let forward = self.figure("swiglu", 3 * n * f * act, |_| {
             self.device.swiglu(rows, f, View::of(&h), ViewMut::of(&mut a));
         })?;
         let origin: Vec<i32> = (0..n as i32).collect();
         let (origin, weights) = (self.ints(&origin)?, self.zeros::<f32>(n)?);
         let mut dweights = self.zeros::<f32>(n)?;
-        let backward = self.figure("swiglu grad", 6 * n * f * act + 12 * n, || {
+        let backward = self.figure("swiglu grad", 6 * n * f * act + 12 * n, |_| {
             let (dh, a, dweights) = (ViewMut::of(&mut dh), ViewMut::of(&mut a), ViewMut::of(&mut dweights));
             let (da, h, weights) = (View::of(&da), View::of(&h), View::of(&weights));
             self.device.weighted_swiglu_grad(rows, f, View::of(&origin), weights, da, h, dh, a, dweights);
@@ -158,19 +157,22 @@ impl<B: Backend> Bench<'_, B> {
         Ok(vec![forward, backward])
     }
 
+    /// Rows in several buffers, so that a launch finds nothing of the one before in a cache.
     fn norm(&self) -> Result<Vec<Figure>, Failure> {
         let Layer { t, h, .. } = self.layer;
         let dims = NormDims { tokens: t, groups: 1, width: h, token_stride: h, eps: 1e-5 };
-        let (x, w, dy) =
-            (random(self.device, t * h, 1.0)?, random(self.device, h, 1.0)?, random(self.device, t * h, 1.0)?);
-        let (mut y, mut rstd, mut dw) = (self.zeros::<B::Act>(t * h)?, self.zeros::<f32>(t)?, self.zeros::<f32>(h)?);
+        let rows = || (0..NORM_BUFFERS).map(|_| random(self.device, t * h, 1.0)).collect::<Result<Vec<_>, _>>();
+        let (x, dy, mut y, w) = (rows()?, rows()?, rows()?, random(self.device, h, 1.0)?);
+        let (mut rstd, mut dw) = (self.zeros::<f32>(t)?, self.zeros::<f32>(h)?);
         let row = h * B::Act::BYTES;
-        let forward = self.figure("rms norm", t * (2 * row + 4), || {
-            self.device.rms_norm(dims, View::of(&x), View::of(&w), ViewMut::of(&mut y), ViewMut::of(&mut rstd));
+        let forward = self.figure("rms norm", t * (2 * row + 4), |launch| {
+            let (x, y) = (&x[launch % NORM_BUFFERS], &mut y[launch % NORM_BUFFERS]);
+            self.device.rms_norm(dims, View::of(x), View::of(&w), ViewMut::of(y), ViewMut::of(&mut rstd));
         })?;
-        let backward = self.figure("rms norm grad", t * (3 * row + 4), || {
-            let (x, w, dy, rstd) = (View::of(&x), View::of(&w), View::of(&dy), View::of(&rstd));
-            let (dx, dw) = (ViewMut::of(&mut y), ViewMut::of(&mut dw));
+        let backward = self.figure("rms norm grad", t * (3 * row + 4), |launch| {
+            let buffer = launch % NORM_BUFFERS;
+            let (x, w, dy, rstd) = (View::of(&x[buffer]), View::of(&w), View::of(&dy[buffer]), View::of(&rstd));
+            let (dx, dw) = (ViewMut::of(&mut y[buffer]), ViewMut::of(&mut dw));
             self.device.rms_norm_grad(dims, dy, x, w, rstd, dx, dw, Accumulate::Overwrite);
         })?;
         Ok(vec![forward, backward])
@@ -181,7 +183,7 @@ impl<B: Backend> Bench<'_, B> {
         let targets = self.ints(&targets)?;
         let mut logits = random(self.device, LOSS_ROWS * VOCABULARY, 1.0)?;
         let mut losses = self.zeros::<f32>(LOSS_ROWS)?;
-        self.figure("cross-entropy", 2 * LOSS_ROWS * VOCABULARY * B::Act::BYTES, || {
+        self.figure("cross-entropy", 2 * LOSS_ROWS * VOCABULARY * B::Act::BYTES, |_| {
             let (logits, losses) = (ViewMut::of(&mut logits), ViewMut::of(&mut losses));
             self.device.cross_entropy(VOCABULARY, 1.0, View::of(&targets), logits, losses);
         })
@@ -198,7 +200,7 @@ impl<B: Backend> Bench<'_, B> {
             AdamW { lr: 1e-4, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 1, grad_scale: 1.0 };
         // Gradient, moments and master are read and written; a rounded compute copy is written only.
         let bytes = n * (if B::Act::HOLDS_F32 { 32 } else { 32 + B::Act::BYTES });
-        self.figure("adamw", bytes, || {
+        self.figure("adamw", bytes, |_| {
             let (grad, m, v) = (ViewMut::of(&mut grad), ViewMut::of(&mut m), ViewMut::of(&mut v));
             let master = master.as_mut().map(|master| ViewMut::of(master));
             self.device.adamw(settings, grad, m, v, master, ViewMut::of(&mut compute));
