@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use moe_runtime::exit::{ExitCode as Code, Failure};
-use moe_runtime::plan::{Job, MemoryPlan, Numbers, Traffic, Usage};
+use moe_runtime::plan::{Job, MemoryPlan, Numbers, StepRows, Traffic, Usage};
 use moe_runtime::topology::{Grid, Rank};
 use moe_runtime::worker::RunDir;
 use serde::Serialize;
@@ -71,9 +71,7 @@ fn lines(job: &Job, usage: &Usage) -> Vec<Line> {
         return lines;
     }
     // Of a step: rows as counted make the bytes exact, rows as expected show how even the routing was.
-    let steps = usage.steps as f64;
-    let rows = (usage.rows.sent as f64 / steps, usage.rows.received as f64 / steps);
-    let exact = Traffic::of_rank(job, Rank(0), rows);
+    let exact = Traffic::of_rank(job, Rank(0), StepRows::counted(usage.rows, usage.steps));
     let even = Traffic::of_rank(job, Rank(0), job.expected_rows(Rank(0)));
     for sent in usage.sent.iter().filter(|sent| sent.collective != "split") {
         let what = format!("{} {}, a step", sent.group, sent.collective);

@@ -156,8 +156,18 @@ impl<B: Backend> Journey<B> {
         self.recv_experts.reserve(device, rows * k)?;
         self.recv_weights.reserve(device, rows * k)?;
         let stays = traffic.rows(me, chunk, me);
-        let crossed =
-            ShuffledRows { sent: (self.course.home.1 - stays) as u64, received: (coming.rows - stays) as u64 };
+        let elsewhere = |home: &[Range<usize>]| -> usize {
+            home.iter().enumerate().filter(|(to, _)| *to != me).map(|(_, rows)| rows.len()).sum()
+        };
+        let again = match self.rounds() {
+            1 => 0,
+            _ => self.course.rounds.iter().map(|round| elsewhere(&round.again.home)).sum(),
+        };
+        let crossed = ShuffledRows {
+            sent: (self.course.home.1 - stays) as u64,
+            received: (coming.rows - stays) as u64,
+            again: again as u64,
+        };
         Ok(((at.0 + self.course.home.1, at.1 + rows), crossed))
     }
 

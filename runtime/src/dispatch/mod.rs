@@ -45,19 +45,23 @@ pub enum ShuffleError {
     Collective(#[from] CollectiveError),
 }
 
-/// Rows of forward passes that crossed from one rank to another.
+/// Rows that crossed from one rank to another.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShuffledRows {
-    /// Left this rank.
+    /// Left this rank in forward passes.
     pub sent: u64,
-    /// Came to it.
+    /// Came to it in forward passes.
     pub received: u64,
+    /// Leave it once more in the backward pass, since they came in rounds and were not kept.
+    #[serde(default)]
+    pub again: u64,
 }
 
 impl std::ops::AddAssign for ShuffledRows {
     fn add_assign(&mut self, other: Self) {
         self.sent += other.sent;
         self.received += other.received;
+        self.again += other.again;
     }
 }
 

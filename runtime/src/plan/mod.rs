@@ -185,12 +185,12 @@ impl Job {
     }
 
     /// Rows of all layers and passes that `rank` is expected to exchange in a step.
-    pub fn expected_rows(&self, rank: Rank) -> (f64, f64) {
+    pub fn expected_rows(&self, rank: Rank) -> StepRows {
         let group = self.grid.expert_group(rank);
         let layers = self.moe_layers() as f64;
         let sent = self.rows_to_others(self.step_tokens(rank) as f64) * layers;
         let others: usize = group.iter().filter(|peer| **peer != rank).map(|peer| self.step_tokens(*peer)).sum();
-        (sent, others as f64 * self.visit_probability() * layers)
+        StepRows { sent, received: others as f64 * self.visit_probability() * layers, again: 0.0 }
     }
 
     fn groups(&self) -> GroupsPlan {
@@ -210,9 +210,23 @@ impl Job {
     }
 }
 
-/// Rows as a run has counted them, for plans that are compared with it.
-pub fn counted_rows(rows: ShuffledRows) -> (f64, f64) {
-    (rows.sent as f64, rows.received as f64)
+/// Rows that a rank exchanges with others in a step, over all layers and passes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepRows {
+    /// Sent in forward passes.
+    pub sent: f64,
+    /// Received in forward passes.
+    pub received: f64,
+    /// Sent once more in backward passes.
+    pub again: f64,
+}
+
+impl StepRows {
+    /// Rows as a run has counted them over `steps` steps, for plans that are compared with it.
+    pub fn counted(rows: ShuffledRows, steps: u64) -> Self {
+        let each = |rows: u64| rows as f64 / steps.max(1) as f64;
+        Self { sent: each(rows.sent), received: each(rows.received), again: each(rows.again) }
+    }
 }
 
 #[cfg(test)]

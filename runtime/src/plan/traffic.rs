@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use serde::Serialize;
 
-use super::Job;
+use super::{Job, StepRows};
 use crate::collectives::volume;
 use crate::model::complete_after;
 use crate::routing::{BalanceScope, RouterKind};
@@ -69,8 +69,8 @@ impl Traffic {
         looked_at.map(of).reduce(busier).unwrap_or_else(|| of(0))
     }
 
-    /// Of `rank`, which exchanges these rows (sent, received) with others in the step, over all layers and passes.
-    pub fn of_rank(job: &Job, rank: Rank, rows: (f64, f64)) -> Self {
+    /// Of `rank`, which exchanges these rows with others in the step.
+    pub fn of_rank(job: &Job, rank: Rank, rows: StepRows) -> Self {
         let flows = flows(job, rank, rows);
         let between = |flow: &Flow| flow.bytes * share_between_nodes(job, rank, flow.group);
         let between_nodes_bytes = flows.iter().map(between).sum();
@@ -125,7 +125,7 @@ fn share_between_nodes(job: &Job, rank: Rank, group: &str) -> f64 {
     if others == 0 { 0.0 } else { away as f64 / others as f64 }
 }
 
-fn flows(job: &Job, rank: Rank, rows: (f64, f64)) -> Vec<Flow> {
+fn flows(job: &Job, rank: Rank, rows: StepRows) -> Vec<Flow> {
     let mut flows = Vec::new();
     let mut add = |purpose, (group, collective), bytes: f64| {
         if bytes > 0.0 {
@@ -144,15 +144,15 @@ fn flows(job: &Job, rank: Rank, rows: (f64, f64)) -> Vec<Flow> {
 type Add<'a> = dyn FnMut(Purpose, (&'static str, &'static str), f64) + 'a;
 
 /// The journeys of rows: out and home, forward and backward.
-fn shuffles(job: &Job, (sent, received): (f64, f64), add: &mut Add<'_>) {
+fn shuffles(job: &Job, StepRows { sent, received, again }: StepRows, add: &mut Add<'_>) {
     let (ep, k) = (job.grid.ep(), job.config.model.top_k as f64);
     let row = (job.config.model.hidden_size * job.numbers.act_bytes) as f64;
     let (layers, chunks) = (job.passes() * job.moe_layers(), job.config.parallel.chunks);
     let journeys = ("expert", "all_to_all_v");
-    add(Purpose::Dispatch, journeys, (sent + received) * row);
+    add(Purpose::Dispatch, journeys, (sent + received + again) * row);
     add(Purpose::Combine, journeys, (received + sent) * row);
     // Experts and weights go out with a row, the weights' gradients come home.
-    add(Purpose::Metadata, journeys, (2.0 * sent + received) * 4.0 * k);
+    add(Purpose::Metadata, journeys, (2.0 * (sent + again) + received) * 4.0 * k);
     // Each rank's rows and choices for each other, of all chunks at once.
     let counts = volume::all_gather(chunks * 2 * ep, 4, ep);
     add(Purpose::Metadata, ("expert", "all_gather"), (layers as u64 * counts) as f64);

@@ -59,6 +59,7 @@ impl Meter {
         let now = Counters::read(trainer);
         self.total.rows.sent += now.rows.sent - self.began.rows.sent;
         self.total.rows.received += now.rows.received - self.began.rows.received;
+        self.total.rows.again += now.rows.again - self.began.rows.again;
         for (key, bytes) in now.sent {
             let before = self.began.sent.get(&key).copied().unwrap_or(0);
             *self.total.sent.entry(key).or_default() += bytes - before;
