@@ -10,6 +10,7 @@ use moe_runtime::checkpoint::{Checkpoint, CheckpointError, HfFolder, Store};
 use moe_runtime::collectives::{Context, Groups, HostCommunicator, local};
 use moe_runtime::config::{Config, DataConfig};
 use moe_runtime::data::{ByteTokenizer, CorpusSpec, FileTokenizer, Tokenizer, tokenizer};
+use moe_runtime::dispatch::Room;
 use moe_runtime::exit::{ExitCode, Failure};
 use moe_runtime::model::{ModelConfig, ModelSetup, Recompute, Transformer};
 use moe_runtime::routing::RouterConfig;
@@ -108,9 +109,7 @@ impl Place {
         // What it was trained with counts, not what it came with.
         let own = match tokenizer_of_run(dir, config) {
             name if name == ByteTokenizer::NAME => Companions::of_bytes(),
-            file if Path::new(&file).exists() => {
-                Companions::of_tokenizer(Path::new(&file), FileTokenizer::open(Path::new(&file))?.end())?
-            }
+            file if Path::new(&file).exists() => Companions::of_tokenizer(&FileTokenizer::open(Path::new(&file))?)?,
             _ => Companions::default(),
         };
         Ok(own.or(brought.without_tokenizer()))
@@ -177,7 +176,7 @@ impl Place {
             rank: Rank(0),
             seed: 0,
             chunks: 1,
-            receive_headroom: 1.4,
+            receive_headroom: Room::HEADROOM,
             max_sequences: sequences,
             sequence_length,
             // No backward pass comes that anything could be kept for.

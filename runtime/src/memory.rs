@@ -72,6 +72,11 @@ impl<B: Device, T: Element> Slot<B, T> {
         Ok(Self { buffer: device.alloc(0, what)?, what })
     }
 
+    /// A slot with room for `len` elements.
+    pub fn sized(device: &B, what: &'static str, len: usize) -> Result<Self, DeviceError> {
+        Ok(Self { buffer: device.alloc(len, what)?, what })
+    }
+
     /// Makes room for `len` elements. Grows by at least a quarter, so that a slowly rising need settles.
     pub fn reserve(&mut self, device: &B, len: usize) -> Result<(), DeviceError> {
         if self.buffer.len() < len {

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::values::{automatic, one_or_many};
 use crate::data::{ByteTokenizer, CorpusSpec, EndOfDocument, SourceSpec};
+use crate::dispatch::Room;
 use crate::model::Recompute;
 
 /// How the ranks share the work.
@@ -31,7 +32,7 @@ pub struct ParallelConfig {
 
 impl Default for ParallelConfig {
     fn default() -> Self {
-        Self { ep: None, chunks: 1, receive_headroom: 1.4, reduce_early: true, shard_optimizer: false }
+        Self { ep: None, chunks: 1, receive_headroom: Room::HEADROOM, reduce_early: true, shard_optimizer: false }
     }
 }
 

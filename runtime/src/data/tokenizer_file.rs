@@ -21,6 +21,7 @@ pub(super) const END_TOKENS: [&str; 7] =
 /// A tokenizer from a file.
 pub struct FileTokenizer {
     name: String,
+    file: PathBuf,
     inner: Inner,
     vocab_size: usize,
     identity: [u8; 32],
@@ -47,11 +48,17 @@ impl FileTokenizer {
         let end = end_token(&file, &inner)?;
         Ok(Self {
             name: path.display().to_string(),
+            file,
             inner,
             vocab_size: largest as usize + 1,
             identity: Sha256::digest(&bytes).into(),
             end,
         })
+    }
+
+    /// The file it was read from.
+    pub fn file(&self) -> &Path {
+        &self.file
     }
 
     /// The token after a document, and its id.

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use moe_kernels::{Backend, DeviceError, Rows, ShuffleDims, ShufflePlan, View};
+use moe_kernels::{Backend, DeviceError, Element, Rows, ShuffleDims, ShufflePlan, View};
 
 use super::scratch::{ShuffleScratch, stretch, stretch_mut};
 use super::traffic::{Parts, Room, Traffic};
@@ -58,12 +58,6 @@ impl<B: Backend> Default for Course<B> {
     }
 }
 
-fn sized<B: Backend>(device: &B, what: &'static str, len: usize) -> Result<Slot<B, i32>, DeviceError> {
-    let mut slot = Slot::new(device, what)?;
-    slot.reserve(device, len)?;
-    Ok(slot)
-}
-
 impl<B: Backend> Journey<B> {
     /// For rows of `h` elements that go to at most `k` experts.
     pub(super) fn new(device: &B, (h, k): (usize, usize), room: Room) -> Result<Self, DeviceError> {
@@ -77,7 +71,7 @@ impl<B: Backend> Journey<B> {
             row_choice: list("choices of shuffled rows")?,
             row_weights: Slot::new(device, "weights of shuffled rows")?,
             token_rows: list("shuffled rows of tokens")?,
-            sent: sized(device, "number of rows sent", 1)?,
+            sent: Slot::sized(device, "number of rows sent", 1)?,
             recv_experts: list("experts of arrived rows")?,
             recv_weights: Slot::new(device, "weights of arrived rows")?,
             arrived: Slot::new(device, "arrived rows")?,
@@ -323,11 +317,8 @@ impl<B: Backend> Journey<B> {
         scratch: &mut ShuffleScratch<B>,
         round: usize,
     ) -> Result<(), CollectiveError> {
-        let (h, home_at, away_at) = (self.h, self.course.home, self.away(round));
-        let Parts { home, away } = &self.course.rounds[round].parts;
-        let rows = stretch(&scratch.away, away_at, h);
-        let to = stretch_mut(&mut scratch.home, home_at, h);
-        self.course.under_way = Some(group.all_to_all_v(device, h, (rows, away), (to, home))?);
+        let ShuffleScratch { away, home, .. } = scratch;
+        self.course.under_way = Some(self.carry_home(device, group, round, self.h, (away, home))?);
         Ok(())
     }
 
@@ -339,11 +330,21 @@ impl<B: Backend> Journey<B> {
         scratch: &mut ShuffleScratch<B>,
         round: usize,
     ) -> Result<(), CollectiveError> {
-        let (k, home_at, away_at) = (self.k, self.course.home, self.away(round));
+        let ShuffleScratch { row_dweights, home_dweights, .. } = scratch;
+        self.carry_home(device, group, round, self.k, (row_dweights, home_dweights)).map(drop)
+    }
+
+    /// Rows of `width` elements from where they are away in `round` to where they were sent from.
+    fn carry_home<T: Element, C: Communicator<B>>(
+        &self,
+        device: &B,
+        group: &C,
+        round: usize,
+        width: usize,
+        (from, to): (&Slot<B, T>, &mut Slot<B, T>),
+    ) -> Result<B::Event, CollectiveError> {
         let Parts { home, away } = &self.course.rounds[round].parts;
-        let rows = stretch(&scratch.row_dweights, away_at, k);
-        let to = stretch_mut(&mut scratch.home_dweights, home_at, k);
-        group.all_to_all_v(device, k, (rows, away), (to, home))?;
-        Ok(())
+        let rows = stretch(from, self.away(round), width);
+        group.all_to_all_v(device, width, (rows, away), (stretch_mut(to, self.course.home, width), home))
     }
 }

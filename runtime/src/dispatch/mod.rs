@@ -95,11 +95,7 @@ impl<B: Backend> Shuffle<B> {
 
     /// An empty handle. `dims.tokens` is set by each plan; `room` is what a chunk may bring at a time.
     pub fn new(device: &B, dims: ShuffleDims, hidden_size: usize, room: Room) -> Result<Self, DeviceError> {
-        let list = |what, len| {
-            let mut slot = Slot::new(device, what)?;
-            slot.reserve(device, len)?;
-            Ok(slot)
-        };
+        let list = |what, len| Slot::sized(device, what, len);
         let journey = || Journey::new(device, (hidden_size, dims.top_k), room);
         Ok(Self {
             dims,

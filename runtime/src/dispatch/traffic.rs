@@ -19,6 +19,9 @@ pub struct Room {
 }
 
 impl Room {
+    /// The headroom of a job that asks for none: before the balance loss has worked, ranks differ by about this.
+    pub const HEADROOM: f64 = 1.4;
+
     /// `headroom` times what `dims.tokens` tokens of each rank bring where they choose evenly; at least one row.
     pub fn planned(headroom: f64, dims: ShuffleDims) -> Self {
         let times = |expected: f64| (headroom * expected).ceil().max(1.0) as usize;

@@ -15,9 +15,6 @@ use crate::routing::{Balance, BatchShare, RoutePass, RouterConfig, RouterLosses,
 use crate::stages::StageClock;
 use crate::topology::{Grid, Rank};
 
-/// Room for rows from other ranks: what a configuration has by default.
-const HEADROOM: f64 = 1.4;
-
 /// An MoE layer: router, dispatch, experts, combine.
 pub struct SingleMoe<B: Backend> {
     device: B,
@@ -48,7 +45,8 @@ impl<B: Backend> SingleMoe<B> {
         let (hidden_size, experts, top_k) = (config.hidden_size, config.experts, config.top_k);
         let shape = RouterShape { hidden_size, experts, top_k, config: router.clone() };
         let ranks = grid.ep();
-        let room = Room::planned(HEADROOM, ShuffleDims { tokens: tokens.div_ceil(chunks), top_k, experts, ranks });
+        let room =
+            Room::planned(Room::HEADROOM, ShuffleDims { tokens: tokens.div_ceil(chunks), top_k, experts, ranks });
         let place = MoeShape { ranks, chunks, seed: 0, recompute: Recompute::None, room };
         let mut parameters = Parameters::new(&device, layout)?;
         parameters.initialize(&device, 0);

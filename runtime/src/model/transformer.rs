@@ -92,8 +92,6 @@ impl<B: Backend> Transformer<B> {
         let blocks = build_blocks(&device, &setup, &layout)?;
         let moe_layers = c.moe_layers().count();
         let slot = |_| Slot::new(&device, "residual stream");
-        let mut total = Slot::new(&device, "loss")?;
-        total.reserve(&device, 1)?;
         let mut model = Self {
             rotary: RotaryTables::new(&device, c, setup.sequence_length)?,
             ids: Slot::new(&device, "token ids")?,
@@ -109,7 +107,7 @@ impl<B: Backend> Transformer<B> {
                 dstream: Slot::new(&device, "residual gradients")?,
                 dbranch: Slot::new(&device, "branch gradients")?,
             },
-            total,
+            total: Slot::sized(&device, "loss", 1)?,
             padding_grad: Slot::new(&device, "gradient of the padding token")?,
             rounds_before: 0,
             parameters: Parameters::new(&device, layout)?,

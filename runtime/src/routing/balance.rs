@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use moe_kernels::{Backend, BalanceSpec, DeviceError, Element, View, ViewMut};
+use moe_kernels::{Backend, BalanceSpec, DeviceError, View, ViewMut};
 
 use super::config::{BalanceScope, RouterConfig};
 use super::router::{RoutePass, RouterStatistics};
@@ -109,25 +109,20 @@ impl<B: Backend> Balance<B> {
     ) -> Result<Self, DeviceError> {
         let max_groups = if config.balance_scope == BalanceScope::Sequence { max_sequences.max(1) } else { 1 };
         let len = layers * max_groups * experts;
-        fn slot<B: Backend, T: Element>(device: &B, what: &'static str, len: usize) -> Result<Slot<B, T>, DeviceError> {
-            let mut slot = Slot::new(device, what)?;
-            slot.reserve(device, len)?;
-            Ok(slot)
-        }
         Ok(Self {
             config: config.clone(),
             layers,
             experts,
             max_groups,
             groups: 1,
-            counts: slot(device, "balance counts", len)?,
-            prob_sums: slot(device, "balance probabilities", len)?,
-            step_counts: slot(device, "balance counts of a step", len)?,
-            step_probs: slot(device, "balance probabilities of a step", len)?,
-            step_dropped: slot(device, "dropped choices of a step", layers * experts)?,
-            step_entropy: slot(device, "gate entropies of a step", layers)?,
-            coefficients: slot(device, "balance coefficients", len)?,
-            losses: slot(device, "balance losses", 3)?,
+            counts: Slot::sized(device, "balance counts", len)?,
+            prob_sums: Slot::sized(device, "balance probabilities", len)?,
+            step_counts: Slot::sized(device, "balance counts of a step", len)?,
+            step_probs: Slot::sized(device, "balance probabilities of a step", len)?,
+            step_dropped: Slot::sized(device, "dropped choices of a step", layers * experts)?,
+            step_entropy: Slot::sized(device, "gate entropies of a step", layers)?,
+            coefficients: Slot::sized(device, "balance coefficients", len)?,
+            losses: Slot::sized(device, "balance losses", 3)?,
         })
     }
 

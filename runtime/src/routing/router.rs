@@ -150,11 +150,7 @@ impl<B: Backend> Router<B> {
     /// The router of MoE layer `layer`.
     pub fn new(device: &B, shape: RouterShape, seed: u64, layer: usize) -> Result<Self, DeviceError> {
         let e = shape.experts;
-        let expert_slot = |what| {
-            let mut slot = Slot::new(device, what)?;
-            slot.reserve(device, e.max(2))?;
-            Ok(slot)
-        };
+        let expert_slot = |what| Slot::sized(device, what, e.max(2));
         let statistics = RouterStatistics {
             sums: expert_slot("router statistics")?,
             dropped: expert_slot("dropped choices")?,

@@ -18,7 +18,7 @@ use crate::memory::{Kind, Slot, Tally};
 use crate::model::{ModelError, PassTokens, StepSums, Transformer};
 use crate::optimizer::{Optimizer, Schedule, Shard};
 use crate::plan::Flops;
-use crate::routing::{BatchShare, RouterKind};
+use crate::routing::{BalanceReport, BatchShare, RouterKind};
 use crate::stages::{Span, Stage, StageClock};
 use crate::telemetry::{BalanceReading, StageMs, StepMetrics};
 use crate::topology::share;
@@ -122,7 +122,8 @@ pub struct Trainer<B: Backend, C, D> {
     clock: StageClock<B>,
     stage_times: Vec<(Stage, f64)>,
     peak_flops: Option<f64>,
-    reading: BalanceReading,
+    /// Of the last step: its number and how its experts were used.
+    last: (u64, BalanceReport),
     sums: Slot<B, f64>,
     selection: Selection,
 }
@@ -151,7 +152,7 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
             clock: StageClock::of(device),
             stage_times: Vec::new(),
             peak_flops: None,
-            reading: BalanceReading::default(),
+            last: Default::default(),
             groups,
             model,
         })
@@ -247,7 +248,7 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
             extra_rounds: (self.groups.expert.size() > 1).then_some(sums.extra_rounds as u64),
             val_loss: None,
         };
-        self.reading = BalanceReading::of(step, tokens as u64, &sums.balance, self.config.model.experts);
+        self.last = (step, sums.balance);
         Ok((metrics, requests))
     }
 
@@ -287,8 +288,9 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
     }
 
     /// How the experts of each layer were used in the last step, over all ranks.
-    pub fn balance(&self) -> &BalanceReading {
-        &self.reading
+    pub fn balance(&self) -> BalanceReading {
+        let (Config { train, model, .. }, (step, report)) = (&self.config, &self.last);
+        BalanceReading::of(*step, (train.global_batch * train.sequence_length) as u64, report, model.experts)
     }
 
     /// Keeps the spans of stages from now on; see [`Trainer::take_spans`].

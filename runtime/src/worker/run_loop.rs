@@ -169,7 +169,7 @@ impl<'a, B: Ranked> RunLoop<'a, B> {
         let (every, last) = (self.surroundings.config.run.balance_every, self.surroundings.config.train.steps);
         let told = metrics.step == 1 || due(metrics.step, every) || metrics.step == last;
         if let Some(file) = self.records.balance.as_mut().filter(|_| told) {
-            file.append(self.trainer.balance())?;
+            file.append(&self.trainer.balance())?;
         }
         if let Some(events) = &mut self.records.events {
             events.append(metrics)?;

@@ -157,8 +157,7 @@ fn use_kept_tokenizer(base: &mut Config, dir: &RunDir) {
 fn keep_tokenizer(config: &Config, dir: &RunDir) -> Result<(), Failure> {
     let name = &config.data.tokenizer;
     if is_path(name) {
-        let path = Path::new(name);
-        Companions::of_tokenizer(path, FileTokenizer::open(path)?.end())?.keep(&dir.tokenizer())?;
+        Companions::of_tokenizer(&FileTokenizer::open(Path::new(name))?)?.keep(&dir.tokenizer())?;
     }
     Ok(())
 }

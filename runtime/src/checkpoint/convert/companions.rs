@@ -85,14 +85,13 @@ impl Companions {
         Self { files: files.into(), special: Map::new() }
     }
 
-    /// A tokenizer file, or the one in a folder, with its settings where they lie beside it; else with those that follow from the token
-    /// after documents, `end`.
+    /// A tokenizer's file, with its settings where they lie beside it; else with those that follow from its token after documents.
     ///
     /// # Errors
     /// It cannot be read.
-    pub fn of_tokenizer(path: &Path, end: Option<(&str, u32)>) -> Result<Self, CheckpointError> {
-        let file = if path.is_dir() { path.join(TOKENIZER) } else { path.to_owned() };
-        let bytes = fs::read(&file).map_err(CheckpointError::io("read", &file))?;
+    pub fn of_tokenizer(tokenizer: &FileTokenizer) -> Result<Self, CheckpointError> {
+        let (file, end) = (tokenizer.file(), tokenizer.end());
+        let bytes = fs::read(file).map_err(CheckpointError::io("read", file))?;
         let mut companions = match file.parent() {
             Some(dir) if file.file_name().is_some_and(|name| name == TOKENIZER) => Self::of_folder(dir)?,
             _ => Self::default(),
