@@ -5,7 +5,8 @@
 //   divided by their sum if asked.
 // sinkhorn_sums: logits [T, E], bias [E] → per stretch of 32 tokens, Σ softmax(logits + bias) [·, E] f64, for sum_stretches; sinkhorn_step
 //   moves the bias by what they lack of an even share.
-// gate_grad: scores, ids, dweights [T, k], coefficients [G, E] or none, logits for the z-loss → dlogits [T, E].
+// gate_grad: scores, ids, dweights [T, k], coefficients [G, E] or none, logits for the z-loss → dlogits [T, E]; with an entropy loss as well.
+// weigh: scores, ids → weights, as the gate gives them.
 // gate_statistics: per stretch of 32 tokens of a group, counts [·, E], probabilities [·, E], and Σ lse² and Σ entropy [·, 2] as f64,
 //   which sum_stretches (statistics.cu) adds up in order.
 // Everything f32. E ≤ 512, k ≤ 32. Sums over E: each lane its places ascending, then a butterfly; over k: ascending (gate), butterfly
@@ -37,9 +38,9 @@ template <int P> __device__ __forceinline__ void sigmoid(float (&x)[P], int expe
     for (int i = 0; i < P; i++) x[i] = i * WARP + lane_id() < experts ? 1.0f / (1.0f + expf(-x[i])) : 0.0f;
 }
 
-// Takes out the experts of all groups but the `chosen` ones with the highest sum of their highest, or two highest, ranks.
+// Takes out the experts of all groups but the `chosen` ones with the highest sum of their `summed` highest ranks, or of all of them (0).
 template <int P>
-__device__ __forceinline__ void limit_groups(int experts, int groups, int chosen, int two_highest, const float (&ranks)[P],
+__device__ __forceinline__ void limit_groups(int experts, int groups, int chosen, int summed, const float (&ranks)[P],
                                              unsigned (&keys)[P]) {
     const int lane = lane_id(), size = experts / groups;
     unsigned mine = NO_KEY;
@@ -47,8 +48,13 @@ __device__ __forceinline__ void limit_groups(int experts, int groups, int chosen
         unsigned of_group[P];
 #pragma unroll
         for (int i = 0; i < P; i++) of_group[i] = (i * WARP + lane) / size == g ? keys[i] : NO_KEY;
-        float rank = value_of(ranks, take_best(of_group));
-        if (two_highest && size > 1) rank += value_of(ranks, take_best(of_group));
+        float rank = 0.0f;
+        if (summed == 0) {
+#pragma unroll
+            for (int i = 0; i < P; i++) rank += of_group[i] != NO_KEY ? ranks[i] : 0.0f;
+            rank = warp_sum(rank);
+        }
+        for (int i = 0; i < min(summed, size); i++) rank += value_of(ranks, take_best(of_group));
         if (lane == g) mine = order_key(rank);
     }
     unsigned allowed = 0;
@@ -67,7 +73,7 @@ __device__ __forceinline__ void limit_groups(int experts, int groups, int chosen
 
 template <int P>
 __device__ void gate(int tokens, int experts, int top_k, int is_sigmoid, int renormalize, float scale, int by_logit, int groups,
-                     int groups_chosen, int two_highest, float enough, int least, const float* logits, const float* bias,
+                     int groups_chosen, int summed, float enough, int least, const float* logits, const float* bias,
                      float* scores, int* ids, float* weights) {
     const int t = blockIdx.x * WARPS + warp_id(), lane = lane_id();
     if (t >= tokens) return;
@@ -89,7 +95,7 @@ __device__ void gate(int tokens, int experts, int top_k, int is_sigmoid, int ren
         if (bias && e < experts) ranks[i] += bias[e];
         keys[i] = e < experts ? order_key(ranks[i]) : NO_KEY;
     }
-    if (groups > 1) limit_groups(experts, groups, groups_chosen, two_highest, ranks, keys);
+    if (groups > 1) limit_groups(experts, groups, groups_chosen, summed, ranks, keys);
     const float probability = is_sigmoid && least < top_k ? 1.0f / (row_sum(x) + TINY) : 1.0f;
     int id = -1;
     float weight = 0.0f, sum = 0.0f;
@@ -127,7 +133,7 @@ __device__ __forceinline__ float choice_grad(bool chosen, float score, float dwe
 
 template <int P>
 __device__ void gate_grad(int tokens, int experts, int top_k, int is_sigmoid, int renormalize, float scale, float z_scale,
-                          int tokens_per_group, const float* logits, const float* scores, const int* ids,
+                          float entropy_scale, int tokens_per_group, const float* logits, const float* scores, const int* ids,
                           const float* dweights, const float* coefficients, float* dlogits) {
     const int t = blockIdx.x * WARPS + warp_id(), lane = lane_id();
     if (t >= tokens) return;
@@ -157,6 +163,21 @@ __device__ void gate_grad(int tokens, int experts, int top_k, int is_sigmoid, in
         }
 #pragma unroll
         for (int i = 0; i < P; i++) grad[i] += factor * (c[i] - mean);
+    }
+
+    // ∂H/∂score_e = factor · (−ln p_e − H), p = factor · score.
+    if (entropy_scale != 0.0f) {
+        const float factor = is_sigmoid ? 1.0f / (row_sum(s) + TINY) : 1.0f;
+        float sum = 0.0f, surprise[P];
+#pragma unroll
+        for (int i = 0; i < P; i++) {
+            surprise[i] = s[i] > 0.0f ? -logf(s[i] * factor) : 0.0f;
+            sum += s[i] * factor * surprise[i];
+        }
+        sum = warp_sum(sum);
+#pragma unroll
+        for (int i = 0; i < P; i++)
+            if (s[i] > 0.0f) grad[i] += entropy_scale * factor * (surprise[i] - sum);
     }
 
     float mean = 0.0f;
@@ -266,6 +287,17 @@ template <int P> __device__ void sinkhorn_sums(int tokens, int experts, const fl
     }
 }
 
+extern "C" __global__ void __launch_bounds__(THREADS) weigh(int tokens, int experts, int top_k, int renormalize, float scale,
+                                                           const float* scores, const int* ids, float* weights) {
+    const int t = blockIdx.x * WARPS + warp_id(), lane = lane_id();
+    if (t >= tokens) return;
+    const int id = lane < top_k ? ids[long(t) * top_k + lane] : -1;
+    const float score = id >= 0 ? scores[long(t) * experts + id] : 0.0f;
+    float sum = 0.0f;
+    for (int j = 0; j < top_k; j++) sum += __shfl_sync(ALL, score, j);
+    if (lane < top_k) weights[long(t) * top_k + lane] = score * (renormalize ? scale / (sum + TINY) : scale);
+}
+
 // bias += ln(share / sum); an expert of no token at all keeps its own.
 extern "C" __global__ void __launch_bounds__(THREADS) sinkhorn_step(int experts, float share, const float* sums, float* bias) {
     const int e = blockIdx.x * THREADS + threadIdx.x;
@@ -283,18 +315,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) sinkhorn_step(int experts,
 
 ALL_SIZES(gate,
           (int tokens, int experts, int top_k, int is_sigmoid, int renormalize, float scale, int by_logit, int groups,
-           int groups_chosen, int two_highest, float enough, int least, const float* logits, const float* bias, float* scores,
+           int groups_chosen, int summed, float enough, int least, const float* logits, const float* bias, float* scores,
            int* ids, float* weights),
-          (tokens, experts, top_k, is_sigmoid, renormalize, scale, by_logit, groups, groups_chosen, two_highest, enough, least,
+          (tokens, experts, top_k, is_sigmoid, renormalize, scale, by_logit, groups, groups_chosen, summed, enough, least,
            logits, bias, scores, ids, weights))
 ALL_SIZES(sinkhorn_sums, (int tokens, int experts, const float* logits, const float* bias, double* sums),
           (tokens, experts, logits, bias, sums))
 ALL_SIZES(gate_grad,
           (int tokens, int experts, int top_k, int is_sigmoid, int renormalize, float scale, float z_scale,
-           int tokens_per_group, const float* logits, const float* scores, const int* ids, const float* dweights,
+           float entropy_scale, int tokens_per_group, const float* logits, const float* scores, const int* ids, const float* dweights,
            const float* coefficients, float* dlogits),
-          (tokens, experts, top_k, is_sigmoid, renormalize, scale, z_scale, tokens_per_group, logits, scores, ids, dweights,
-           coefficients, dlogits))
+          (tokens, experts, top_k, is_sigmoid, renormalize, scale, z_scale, entropy_scale, tokens_per_group, logits, scores, ids,
+           dweights, coefficients, dlogits))
 ALL_SIZES(gate_statistics,
           (int tokens, int experts, int top_k, int is_sigmoid, int tokens_per_group, int stretches, const float* logits,
            const float* scores, const int* ids, double* counts, double* probs, double* totals),

@@ -1,9 +1,10 @@
 // What routing sums over tokens, the small losses made of it, and capacity.                                 (ops/routing.rs)
 //
 // sum_stretches: partial [groups, n, C] f64 → out [groups, C] f32: 32 interleaved sums, ascending, then these ascending.
-// balance_loss: counts, prob_sums [L, G, E] → loss += Σ E·f·P, coefficients [L, G, E]; in f64, one block.
+// balance_loss: counts, prob_sums [L, G, E] → losses [5] += Switch's, devices', cv², difference, entropy; coefficients [L, G, E]; in f64,
+//   one block.
 // importance: ids, weights [T, k] → per stretch of 32 tokens [·, E] f64, for sum_stretches. importance_grad: dweights += dimportance[id].
-// cv_squared: x [E] → loss += var/(mean² + 1e-10), dx [E]; in f64, one block.
+// cv_squared: x [E] → loss += weight · var/(mean² + 1e-10), dx [E]; in f64, one block.
 // apply_capacity: ids, weights [T, k] → kept [T, k], dropped [E]. One block an expert reads all ids: by weight, a radix selection
 //   of the lowest kept key, 8 bits a pass; then in order of tokens, keys above it are kept and as many equal ones as fit.
 // drop_second: ids[t, 1] = −1 where 2·weights[t, 1] ≤ uniform[t].
@@ -35,30 +36,65 @@ extern "C" __global__ void __launch_bounds__(WIDE) sum_stretches(int n, int colu
     out[group * columns + column] = float(total);
 }
 
-extern "C" __global__ void __launch_bounds__(WIDE)
-    balance_loss(int layers, int groups, int experts, int pooled, float f_scale, float p_scale, float coefficient,
-                 const float* counts, const float* prob_sums, double* loss, float* coefficients) {
-    __shared__ double scratch[WARP];
-    const long columns = long(groups) * experts;
-    double sum = 0.0;
-    for (long c = threadIdx.x; c < columns; c += blockDim.x) {
-        double all_counts = 0.0, all_probs = 0.0;
-        if (pooled) {
-            for (int layer = 0; layer < layers; layer++) {
-                all_counts += counts[layer * columns + c];
-                all_probs += prob_sums[layer * columns + c];
-            }
-            sum += experts * (all_counts * f_scale) * (all_probs * p_scale);
-        }
-        for (int layer = 0; layer < layers; layer++) {
-            const long i = layer * columns + c;
-            const double slope = experts * ((pooled ? all_counts : counts[i]) * f_scale) * p_scale;
-            if (!pooled) sum += slope * prob_sums[i];
-            coefficients[i] = float(coefficient * slope);
-        }
+// Number e of a unit, summed over the layers that are pooled.
+struct Unit {
+    const float* first;
+    long layer;
+    int depth;
+
+    __device__ __forceinline__ double operator()(int e) const {
+        double sum = 0.0;
+        for (int i = 0; i < depth; i++) sum += first[i * layer + e];
+        return sum;
     }
-    sum = block_sum(sum, scratch);
-    if (threadIdx.x == 0) *loss += sum;
+};
+
+constexpr int BALANCE_LOSSES = 5;
+
+// A warp a unit. What is the same for all experts is left out of the slopes of losses that are functions of mean probabilities.
+extern "C" __global__ void __launch_bounds__(WIDE)
+    balance_loss(int layers, int groups, int experts, int pooled, float f_scale, float p_scale, float loss_scale, int devices,
+                 float least_entropy, float on_switch, float on_devices, float on_importance, float on_difference,
+                 float on_entropy, const float* counts, const float* prob_sums, double* losses, float* coefficients) {
+    __shared__ double scratch[WARP];
+    const int lane = threadIdx.x % WARP, units = pooled ? groups : layers * groups, depth = pooled ? layers : 1;
+    const int size = experts / devices;
+    const long layer = long(groups) * experts;
+    double sums[BALANCE_LOSSES] = {};
+    for (int u = threadIdx.x / WARP; u < units; u += WIDE / WARP) {
+        const Unit count{counts + long(u) * experts, layer, depth}, prob{prob_sums + long(u) * experts, layer, depth};
+        double all_counts = 0.0, tokens = 0.0, entropy = 0.0;
+        for (int e = lane; e < experts; e += WARP) all_counts += count(e), tokens += prob(e);
+        all_counts = warp_sum(all_counts), tokens = warp_sum(tokens);
+        for (int e = lane; e < experts; e += WARP) {
+            const double part = tokens > 0.0 ? prob(e) / tokens : 0.0;
+            if (part > 0.0) entropy -= part * log(part);
+        }
+        entropy = warp_sum(entropy);
+        const double weight = tokens * p_scale, even = 1.0 / experts, lacking = fmax(0.0, least_entropy - entropy);
+        // cv² = Σ (P − 1/E)² · E² / (E − 1).
+        const double variation = experts > 1 ? double(experts) * experts / (experts - 1) : 0.0;
+        for (int e = lane; e < experts; e += WARP) {
+            const double c = count(e), p = prob(e);
+            double on_device = 0.0;
+            for (int i = e / size * size; i < (e / size + 1) * size; i++) on_device += count(i);
+            const double part = tokens > 0.0 ? p / tokens : 0.0, used = all_counts > 0.0 ? c / all_counts : 0.0;
+            const double of_switch = experts * c * f_scale, of_device = devices * on_device * f_scale;
+            sums[0] += of_switch * p * p_scale;
+            sums[1] += of_device * p * p_scale;
+            sums[2] += weight * (part - even) * (part - even) * variation;
+            sums[3] += weight * (used - part) * (used - part);
+            double slope = on_switch * of_switch + on_devices * of_device + on_importance * 2.0 * (part - even) * variation -
+                           on_difference * 2.0 * (used - part);
+            if (on_entropy != 0.0f && part > 0.0 && lacking > 0.0) slope += on_entropy * log(part);
+            for (int i = 0; i < depth; i++) coefficients[long(u) * experts + i * layer + e] = float(slope * p_scale);
+        }
+        if (lane == 0) sums[4] += weight * lacking;
+    }
+    for (int i = 0; i < BALANCE_LOSSES; i++) {
+        const double sum = block_sum(sums[i], scratch);
+        if (threadIdx.x == 0) losses[i] += loss_scale * sum;
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -85,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         if (ids[i] >= 0) dweights[i] += dimportance[ids[i]];
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) cv_squared(int n, float coefficient, const float* x, double* loss, float* dx) {
+extern "C" __global__ void __launch_bounds__(THREADS) cv_squared(int n, float weight, float coefficient, const float* x, double* loss, float* dx) {
     __shared__ double scratch[WARP];
     if (n < 2) {
         if (threadIdx.x < n) dx[threadIdx.x] = 0.0f;
@@ -99,8 +135,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) cv_squared(int n, float co
     const double variance = block_sum(sum, scratch) / (n - 1), divisor = mean * mean + 1e-10;
     const double through_mean = 2.0 * mean * variance / (n * divisor * divisor);
     for (int e = threadIdx.x; e < n; e += THREADS)
-        dx[e] = float(coefficient * (2.0 * (x[e] - mean) / ((n - 1) * divisor) - through_mean));
-    if (threadIdx.x == 0) *loss += variance / divisor;
+        dx[e] = float(weight * coefficient * (2.0 * (x[e] - mean) / ((n - 1) * divisor) - through_mean));
+    if (threadIdx.x == 0) *loss += weight * variance / divisor;
 }
 
 // Weights as unsigned numbers of the same order; NaN is the lowest weight there is.

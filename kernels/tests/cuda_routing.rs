@@ -7,8 +7,8 @@ use cuda_support::{assert_matches, download, filled, gpu, random_below, random_w
 use half::bf16;
 use moe_kernels::cuda::{Cuda, CudaBuffer};
 use moe_kernels::{
-    BalanceGrad, BalanceSpec, Buffer, Capacity, CapacityPolicy, Choice, Cpu, Enough, GateDims, GateSpec, GroupLimit,
-    GroupRank, RankedBy, RoutingOps, Score, View, ViewMut,
+    BalanceFactors, BalanceGrad, BalanceSpec, Buffer, Capacity, CapacityPolicy, Choice, Cpu, Enough, GateDims,
+    GateSpec, GroupLimit, GroupRank, RankedBy, RoutingOps, Score, TokenLosses, View, ViewMut,
 };
 
 /// (T, E, k): none, one, k = E, off the warp, each length of row that there is a kernel for, many blocks.
@@ -106,7 +106,7 @@ fn limited((_, experts, top_k): (usize, usize, usize)) -> Vec<Choice> {
     let counts: Vec<usize> = (2..=GroupLimit::MOST).filter(|n| experts.is_multiple_of(*n)).collect();
     let limits = [counts.first(), counts.last()].into_iter().flatten().flat_map(|&groups| {
         let chosen = top_k.div_ceil(experts / groups);
-        [GroupRank::Highest, GroupRank::TwoHighest].map(|by| Some(GroupLimit { groups, chosen, by }))
+        [GroupRank::Highest, GroupRank::TwoHighest, GroupRank::All].map(|by| Some(GroupLimit { groups, chosen, by }))
     });
     let enough = [None, Some(Enough { mass: 0.3, least: 1 })];
     limits
@@ -197,22 +197,25 @@ fn gate_gradients_are_the_cpus() {
         let dweights = random_within(4, tokens * top_k, 1.0);
         for spec in specs(size) {
             let gated = gate_on_cpu(spec, &logits, None);
-            for (tokens_per_group, balanced, z_scale) in [(1, false, 0.0), (ONE_GROUP, true, 0.0), (7, true, 0.01)] {
+            for (tokens_per_group, balanced, z_scale, entropy_scale) in
+                [(1, false, 0.0, 0.0), (ONE_GROUP, true, 0.0, 0.5), (7, true, 0.01, 0.0)]
+            {
+                let losses = TokenLosses { z_scale, entropy_scale };
                 let groups = tokens.div_ceil(tokens_per_group);
                 let coefficients = random_within(5, groups * experts, 1.0);
                 let mut want = vec![f32::NAN; logits.len()];
                 let (l, s, i, d) =
                     (View::of(&logits), View::of(&gated.scores), View::of(&gated.ids), View::of(&dweights));
                 let balance = BalanceGrad { coefficients: View::of(&coefficients), tokens_per_group };
-                Cpu.gate_grad(spec, l, s, i, d, balanced.then_some(balance), z_scale, ViewMut::of(&mut want));
+                Cpu.gate_grad(spec, l, s, i, d, balanced.then_some(balance), losses, ViewMut::of(&mut want));
 
                 let (l, s, i) = (upload(&gpu, &logits), upload(&gpu, &gated.scores), upload(&gpu, &gated.ids));
                 let (d, c) = (upload(&gpu, &dweights), upload(&gpu, &coefficients));
                 let mut dlogits = filled(&gpu, logits.len(), f32::NAN);
                 let (l, s, i, d) = (View::of(&l), View::of(&s), View::of(&i), View::of(&d));
                 let balance = BalanceGrad { coefficients: View::of(&c), tokens_per_group };
-                gpu.gate_grad(spec, l, s, i, d, balanced.then_some(balance), z_scale, ViewMut::of(&mut dlogits));
-                let what = format!("{spec:?}, groups of {tokens_per_group}, z {z_scale}");
+                gpu.gate_grad(spec, l, s, i, d, balanced.then_some(balance), losses, ViewMut::of(&mut dlogits));
+                let what = format!("{spec:?}, groups of {tokens_per_group}, {losses:?}");
                 assert_matches(&what, &download(&gpu, &dlogits), &want, tolerance::<f32>(experts.min(32) + 16, 8.0));
             }
         }
@@ -263,20 +266,34 @@ fn balance_losses_are_the_cpus() {
     let Some(gpu) = gpu::<f32>() else { return };
     for (layers, groups, experts, pooled) in [(1, 1, 1, false), (3, 5, 60, false), (3, 5, 60, true), (4, 40, 128, true)]
     {
-        let spec = BalanceSpec { layers, groups, experts, pooled, f_scale: 0.01, p_scale: 0.02, coefficient: 0.5 };
+        let factors = BalanceFactors { switch: 0.5, devices: 0.25, importance: 0.5, difference: 2.0, entropy: 1.0 };
+        let spec = BalanceSpec {
+            layers,
+            groups,
+            experts,
+            pooled,
+            f_scale: 0.01,
+            p_scale: 0.02,
+            loss_scale: 0.5,
+            factors,
+            devices: if experts > 1 { 4 } else { 1 },
+            least_entropy: (experts as f32).ln(),
+        };
         let len = layers * groups * experts;
-        let (counts, sums) = (random_within(7, len, 50.0), random_within(8, len, 50.0));
-        let (mut loss, mut coefficients) = (vec![1.5f64], vec![f32::NAN; len]);
+        let [counts, sums] =
+            [7, 8].map(|seed| random_within(seed, len, 25.0).iter().map(|x| x + 25.0).collect::<Vec<_>>());
+        let (mut loss, mut coefficients) = (vec![1.5f64; BalanceSpec::LOSSES], vec![f32::NAN; len]);
         let (loss_view, c) = (ViewMut::of(&mut loss), ViewMut::of(&mut coefficients));
         Cpu.balance_loss(spec, View::of(&counts), View::of(&sums), loss_view, c);
 
         let (counts, sums) = (upload(&gpu, &counts), upload(&gpu, &sums));
-        let (mut got_loss, mut got) = (upload(&gpu, &[1.5f64]), filled(&gpu, len, f32::NAN));
+        let (mut got_loss, mut got) = (upload(&gpu, &[1.5f64; BalanceSpec::LOSSES]), filled(&gpu, len, f32::NAN));
         let (loss_view, c) = (ViewMut::of(&mut got_loss), ViewMut::of(&mut got));
         gpu.balance_loss(spec, View::of(&counts), View::of(&sums), loss_view, c);
         assert_matches("coefficients", &download(&gpu, &got), &coefficients, tolerance::<f32>(1, 5.0));
-        let error = (download(&gpu, &got_loss)[0] - loss[0]).abs();
-        assert!(error <= 1e-10 * len as f64, "{spec:?}: off by {error:e}");
+        for (got, want) in download(&gpu, &got_loss).iter().zip(&loss) {
+            assert!((got - want).abs() <= 1e-10 * len as f64, "{spec:?}: {got} {want}");
+        }
     }
 }
 
@@ -311,6 +328,41 @@ fn capacity_drops_what_the_cpu_drops() {
                 gpu.apply_capacity(spec.dims, capacity, View::of(&ids), View::of(&weights), k, d);
                 assert_eq!(download(&gpu, &got_dropped), dropped, "{capacity:?} of {:?}", spec.dims);
                 assert!(download(&gpu, &got) == kept, "{capacity:?} of {:?}", spec.dims);
+            }
+        }
+    }
+}
+
+#[test]
+fn rerouted_choices_and_their_weights_are_the_cpus() {
+    let Some(gpu) = gpu::<f32>() else { return };
+    for size in SIZES {
+        let (tokens, experts, top_k) = size;
+        for spec in specs(size) {
+            let gated = gate_on_cpu(spec, &random_within(22, tokens * experts, 2.0), None);
+            for (per_expert, rounds) in [(0, 2), ((tokens * top_k).div_ceil(experts), 6), (3, 1)] {
+                let capacity = Capacity { per_expert, policy: CapacityPolicy::Position };
+                let (mut kept, mut dropped) = (vec![-7; gated.ids.len()], vec![f32::NAN; experts]);
+                let (k, d) = (ViewMut::of(&mut kept), ViewMut::of(&mut dropped));
+                Cpu.apply_capacity(spec.dims, capacity, View::of(&gated.ids), View::of(&gated.weights), k, d);
+                let (scores, g_ids, g_kept) =
+                    (upload(&gpu, &gated.scores), upload(&gpu, &gated.ids), upload(&gpu, &kept));
+                let (mut g_ids, mut g_kept, mut g_dropped) = (g_ids, g_kept, filled(&gpu, experts, f32::NAN));
+                let (i, k, d) = (ViewMut::of(&mut g_ids), ViewMut::of(&mut g_kept), ViewMut::of(&mut g_dropped));
+                gpu.reroute(spec.dims, per_expert, rounds, View::of(&scores), i, k, d);
+                let mut g_weights = filled(&gpu, gated.ids.len(), f32::NAN);
+                gpu.weigh(spec, View::of(&scores), View::of(&g_ids), ViewMut::of(&mut g_weights));
+
+                let mut ids = gated.ids.clone();
+                let (i, k, d) = (ViewMut::of(&mut ids), ViewMut::of(&mut kept), ViewMut::of(&mut dropped));
+                Cpu.reroute(spec.dims, per_expert, rounds, View::of(&gated.scores), i, k, d);
+                let mut weights = vec![f32::NAN; ids.len()];
+                Cpu.weigh(spec, View::of(&gated.scores), View::of(&ids), ViewMut::of(&mut weights));
+                let what = |name: &str| format!("{name} of {spec:?}, {per_expert} an expert, {rounds} rounds");
+                assert!(download(&gpu, &g_ids) == ids, "{}", what("ids"));
+                assert!(download(&gpu, &g_kept) == kept, "{}", what("kept"));
+                assert_eq!(download(&gpu, &g_dropped), dropped, "{}", what("dropped"));
+                assert_matches(&what("weights"), &download(&gpu, &g_weights), &weights, tolerance::<f32>(32, 2.5));
             }
         }
     }
@@ -379,7 +431,7 @@ fn importance_and_its_variation_are_the_cpus() {
         let d = View::of(&dimportance);
         Cpu.importance_grad(dims(size), View::of(&ids), d, ViewMut::of(&mut dweights));
         let (mut loss, mut dx) = (vec![0.25f64], vec![f32::NAN; experts]);
-        Cpu.cv_squared(0.3, View::of(&importance), ViewMut::of(&mut loss), ViewMut::of(&mut dx));
+        Cpu.cv_squared(0.5, 0.6, View::of(&importance), ViewMut::of(&mut loss), ViewMut::of(&mut dx));
 
         let (on_gpu, w, d) = (upload(&gpu, &ids), upload(&gpu, &weights), upload(&gpu, &dimportance));
         let (mut got, mut got_dweights) = (filled(&gpu, experts, f32::NAN), upload(&gpu, &before));
@@ -388,7 +440,7 @@ fn importance_and_its_variation_are_the_cpus() {
         let x = upload(&gpu, &importance);
         assert_eq!(Buffer::len(&x), experts);
         let (mut got_loss, mut got_dx) = (upload(&gpu, &[0.25f64]), filled(&gpu, experts, f32::NAN));
-        gpu.cv_squared(0.3, View::of(&x), ViewMut::of(&mut got_loss), ViewMut::of(&mut got_dx));
+        gpu.cv_squared(0.5, 0.6, View::of(&x), ViewMut::of(&mut got_loss), ViewMut::of(&mut got_dx));
         let allowed = tolerance::<f32>(1, choices as f32 + 1.0);
         assert_matches(&format!("importance, {size:?}"), &download(&gpu, &got), &importance, allowed);
         assert_eq!(download(&gpu, &got_dweights), dweights, "{size:?}");

@@ -13,7 +13,7 @@ use moe_runtime::data::{ByteTokenizer, CorpusSpec, FileTokenizer, Tokenizer, tok
 use moe_runtime::dispatch::Room;
 use moe_runtime::exit::{ExitCode, Failure};
 use moe_runtime::model::{ModelConfig, ModelSetup, Recompute, Transformer};
-use moe_runtime::routing::RouterConfig;
+use moe_runtime::routing::{RouterConfig, check_own_gate};
 use moe_runtime::topology::{Grid, Rank};
 use moe_runtime::training::load_model;
 use moe_runtime::worker::RunDir;
@@ -167,6 +167,7 @@ impl Place {
         sequences: usize,
     ) -> Result<Loaded<B>, Failure> {
         let (model, router) = self.configs();
+        check_own_gate(router, None)?;
         let experts = if model.moe_layers().next().is_some() { model.experts } else { 0 };
         let grid = Grid::new(1, 1, experts).map_err(|error| Failure::new(ExitCode::Internal, error))?;
         let setup = ModelSetup {
@@ -181,6 +182,7 @@ impl Place {
             sequence_length,
             // No backward pass comes that anything could be kept for.
             recompute: Recompute::Experts,
+            gate: None,
         };
         let mut model =
             Transformer::new(device.clone(), setup).map_err(|error| Failure::new(ExitCode::Usage, error))?;

@@ -52,7 +52,7 @@ fn weights(layer: usize) -> Vec<f32> {
 /// Runs both passes of one rank and reports.
 fn report(world: &HostCommunicator, config: &RouterConfig, top_k: usize) -> BalanceReport {
     let rank = Communicator::<Cpu>::rank(world);
-    let shape = RouterShape { hidden_size: HIDDEN, experts: EXPERTS, top_k, config: config.clone() };
+    let shape = RouterShape { hidden_size: HIDDEN, experts: EXPERTS, top_k, config: config.clone(), gate: None };
     let mut balance = Balance::new(&Cpu, config, LAYERS, EXPERTS, 3).unwrap();
     let mut routers: Vec<_> = (0..LAYERS).map(|layer| Router::new(&Cpu, shape.clone(), 1, layer).unwrap()).collect();
     balance.begin_step(&Cpu);
@@ -60,12 +60,19 @@ fn report(world: &HostCommunicator, config: &RouterConfig, top_k: usize) -> Bala
     for (pass, sequences) in SEQUENCES.iter().enumerate() {
         tokens_so_far += tokens(pass);
         let share = BatchShare { global_tokens: all_tokens(), tokens_so_far, pass_tokens: tokens(pass) };
-        let at =
-            RoutePass { tokens: sequences[rank] * LENGTH, sequence_length: LENGTH, first_token: 0, training: true };
+        let at = RoutePass {
+            tokens: sequences[rank] * LENGTH,
+            sequence_length: LENGTH,
+            first_token: 0,
+            training: true,
+            step: 0,
+            ids: &[],
+            tags: &[],
+        };
         balance.begin_pass(at);
         for (layer, router) in routers.iter_mut().enumerate() {
             let (x, weight) = (x(layer, pass, rank), weights(layer));
-            let weights = RouterWeights { router: View::of(&weight), noise: None };
+            let weights = RouterWeights { router: Some(View::of(&weight)), noise: None, hidden: [None; 3] };
             let (counts, probabilities) = balance.layer_mut(layer);
             router.forward(&Cpu, at, View::of(&x), &weights, counts, probabilities).unwrap();
         }
@@ -198,7 +205,7 @@ fn balance_losses_are_those_of_the_formula() {
                 (router.balance_scope, router.balance_pooled) = (scope, pooled);
                 let reports = local::run(2, |world| report(&world, &router, model.top_k));
                 let what = format!("{}, {scope:?}, pooled {pooled}", gate.name);
-                let found: f64 = reports.iter().map(|report| report.balance_loss).sum();
+                let found: f64 = reports.iter().map(|report| report.losses.balance).sum();
                 let expected = expected(router.kind, model.top_k, scope, pooled);
                 println!("{what}: {found:.6}, expected {expected:.6}");
                 assert!(near(found, expected), "{what}: {found}, expected {expected}");

@@ -15,7 +15,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use moe_kernels::{
-    Accumulate, Backend, Choice, Cpu, DenseOps, GateDims, GateSpec, GemmDims, RoutingOps, Score, View, ViewMut,
+    Accumulate, Backend, Choice, Cpu, DenseOps, GateDims, GateSpec, GemmDims, RoutingOps, Score, TokenLosses, View,
+    ViewMut,
 };
 use moe_runtime::checkpoint::HfFolder;
 use moe_runtime::checkpoint::names::tensor_name;
@@ -147,6 +148,7 @@ impl Fixture {
             max_sequences: data.sequences,
             sequence_length: data.length,
             recompute: Recompute::None,
+            gate: None,
         };
         let mut transformer = Transformer::new(device.fork(), setup).unwrap();
         let queue = transformer.device().clone();
@@ -227,13 +229,8 @@ fn gradients(site: &impl Site, tolerance: f64) {
                 let (mut model, groups, data) = fixture.model(device, comm, ep);
                 let mut batch = Batch::default();
                 data.train_pass(0, 0, &mut batch);
-                let tokens = PassTokens {
-                    inputs: &batch.inputs,
-                    targets: &batch.targets,
-                    starts: None,
-                    sequence_length: data.length,
-                    first_token: 0,
-                };
+                let tokens =
+                    PassTokens { targets: &batch.targets, ..PassTokens::of_inputs(&batch.inputs, data.length) };
                 let all = data.sequences * data.length;
                 let share = BatchShare { global_tokens: all, tokens_so_far: all, pass_tokens: all };
                 let scale = 1.0 / (data.sequences * (data.length - 1)) as f32;
@@ -316,6 +313,7 @@ fn trajectories(site: &impl Site, wider: f64) {
                         beta2: optimizer["betas"][1].as_f64().unwrap(),
                         eps: setting("eps"),
                         weight_decay: setting("weight_decay"),
+                        expert_weight_decay: None,
                         decay: DecayGroups::All,
                         clip_grad_norm: setting("clip_grad_norm"),
                     },
@@ -473,12 +471,21 @@ impl NoisyGate {
         }
 
         let (mut loss, mut dimportance, mut dload) = (vec![0.0f64], zeros(e), zeros(e));
-        Cpu.cv_squared(COEFFICIENT, View::of(&importance), ViewMut::of(&mut loss), ViewMut::of(&mut dimportance));
-        Cpu.cv_squared(COEFFICIENT, View::of(&load), ViewMut::of(&mut loss), ViewMut::of(&mut dload));
+        Cpu.cv_squared(1.0, COEFFICIENT, View::of(&importance), ViewMut::of(&mut loss), ViewMut::of(&mut dimportance));
+        Cpu.cv_squared(1.0, COEFFICIENT, View::of(&load), ViewMut::of(&mut loss), ViewMut::of(&mut dload));
         let (mut dweights, mut dnoisy, mut dclean, mut draw) = (zeros(tk), zeros(te), zeros(te), zeros(te));
         let (scores, ids) = (View::of(&scores), View::of(&ids));
         Cpu.importance_grad(dims, ids, View::of(&dimportance), ViewMut::of(&mut dweights));
-        Cpu.gate_grad(spec, noisy, scores, ids, View::of(&dweights), None, 0.0, ViewMut::of(&mut dnoisy));
+        Cpu.gate_grad(
+            spec,
+            noisy,
+            scores,
+            ids,
+            View::of(&dweights),
+            None,
+            TokenLosses::default(),
+            ViewMut::of(&mut dnoisy),
+        );
         let (incoming, dload) = (View::of(&dnoisy), View::of(&dload));
         let (dclean_out, draw_out) = (ViewMut::of(&mut dclean), ViewMut::of(&mut draw));
         Cpu.noisy_logits_grad(dims, clean, raw, noise, noisy, incoming, dload, dclean_out, draw_out);

@@ -10,6 +10,7 @@ mod embedding;
 mod expert;
 mod gemm;
 mod grouped;
+mod logits;
 mod loss;
 mod norm;
 mod optimizer;

@@ -2,11 +2,13 @@
 //!
 //! Owns the checks of shapes. It computes nothing itself, and nothing below it knows a view.
 
+mod balance_loss;
 mod capacity;
 mod columns;
-mod gate;
+pub(super) mod gate;
 mod noisy;
 mod normal;
+mod reroute;
 mod sinkhorn;
 mod statistics;
 
@@ -17,7 +19,7 @@ mod noisy_tests;
 
 use super::{slice, slice_mut};
 use crate::ops::check_len;
-use crate::{BalanceGrad, BalanceSpec, Capacity, Cpu, GateDims, GateSpec, RoutingOps, View, ViewMut};
+use crate::{BalanceGrad, BalanceSpec, Capacity, Cpu, GateDims, GateSpec, RoutingOps, TokenLosses, View, ViewMut};
 
 impl RoutingOps for Cpu {
     fn gate(
@@ -59,7 +61,7 @@ impl RoutingOps for Cpu {
         ids: View<'_, Self, i32>,
         dweights: View<'_, Self, f32>,
         balance: Option<BalanceGrad<'_, Self>>,
-        z_scale: f32,
+        losses: TokenLosses,
         dlogits: ViewMut<'_, Self, f32>,
     ) {
         check_len("logits", logits.len(), spec.logits_len());
@@ -80,7 +82,7 @@ impl RoutingOps for Cpu {
             ids: slice(ids),
             dweights: slice(dweights),
             balance,
-            z_scale,
+            losses,
         };
         gate::gate_grad(spec, &given, slice_mut(dlogits));
     }
@@ -113,13 +115,15 @@ impl RoutingOps for Cpu {
         spec: BalanceSpec,
         counts: View<'_, Self, f32>,
         prob_sums: View<'_, Self, f32>,
-        loss: ViewMut<'_, Self, f64>,
+        losses: ViewMut<'_, Self, f64>,
         coefficients: ViewMut<'_, Self, f32>,
     ) {
+        check_len("losses", losses.len(), BalanceSpec::LOSSES);
         check_len("counts", counts.len(), spec.layers * spec.groups * spec.experts);
         check_len("prob_sums", prob_sums.len(), counts.len());
         check_len("coefficients", coefficients.len(), counts.len());
-        slice_mut(loss)[0] += statistics::balance_loss(spec, slice(counts), slice(prob_sums), slice_mut(coefficients));
+        let formed = balance_loss::form(spec, slice(counts), slice(prob_sums), slice_mut(coefficients));
+        slice_mut(losses).iter_mut().zip(formed).for_each(|(sum, loss)| *sum += loss);
     }
 
     fn apply_capacity(
@@ -136,6 +140,37 @@ impl RoutingOps for Cpu {
         check_len("kept", kept.len(), ids.len());
         check_len("dropped", dropped.len(), dims.experts);
         capacity::apply(dims, capacity, slice(ids), slice(weights), slice_mut(kept), slice_mut(dropped));
+    }
+
+    fn reroute(
+        &self,
+        dims: GateDims,
+        per_expert: usize,
+        rounds: usize,
+        scores: View<'_, Self, f32>,
+        ids: ViewMut<'_, Self, i32>,
+        kept: ViewMut<'_, Self, i32>,
+        dropped: ViewMut<'_, Self, f32>,
+    ) {
+        check_len("scores", scores.len(), dims.logits_len());
+        check_len("ids", ids.len(), dims.choices_len());
+        check_len("kept", kept.len(), ids.len());
+        check_len("dropped", dropped.len(), dims.experts);
+        let choices = reroute::Choices { ids: slice_mut(ids), kept: slice_mut(kept) };
+        reroute::reroute(dims, (per_expert, rounds), slice(scores), choices, slice_mut(dropped));
+    }
+
+    fn weigh(
+        &self,
+        spec: GateSpec,
+        scores: View<'_, Self, f32>,
+        ids: View<'_, Self, i32>,
+        weights: ViewMut<'_, Self, f32>,
+    ) {
+        check_len("scores", scores.len(), spec.logits_len());
+        check_len("ids", ids.len(), spec.dims.choices_len());
+        check_len("weights", weights.len(), ids.len());
+        gate::weigh_all(spec, slice(scores), slice(ids), slice_mut(weights));
     }
 
     fn drop_second(
@@ -224,12 +259,13 @@ impl RoutingOps for Cpu {
 
     fn cv_squared(
         &self,
+        weight: f32,
         coefficient: f32,
         x: View<'_, Self, f32>,
         loss: ViewMut<'_, Self, f64>,
         dx: ViewMut<'_, Self, f32>,
     ) {
         check_len("dx", dx.len(), x.len());
-        slice_mut(loss)[0] += statistics::cv_squared(coefficient, slice(x), slice_mut(dx));
+        slice_mut(loss)[0] += statistics::cv_squared((weight, coefficient), slice(x), slice_mut(dx));
     }
 }

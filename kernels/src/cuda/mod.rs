@@ -11,6 +11,7 @@ mod expert;
 mod gpu;
 mod grouped;
 mod launch;
+mod logits;
 mod loss;
 mod memory;
 mod norm;

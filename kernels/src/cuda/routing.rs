@@ -6,8 +6,8 @@ use super::launch::{Grid, launch};
 use super::{Cuda, CudaAct, pointer, pointer_mut, pointer_or_null};
 use crate::ops::check_len;
 use crate::{
-    BalanceGrad, BalanceSpec, Capacity, CapacityPolicy, Choice, Device, GateDims, GateSpec, GroupRank, RankedBy,
-    RoutingOps, Score, View, ViewMut,
+    BalanceFactors, BalanceGrad, BalanceSpec, Capacity, CapacityPolicy, Choice, Device, GateDims, GateSpec, GroupRank,
+    RankedBy, RoutingOps, Score, TokenLosses, View, ViewMut,
 };
 
 /// Threads of a block, and tokens of it where each warp has one.
@@ -38,6 +38,15 @@ fn sizes(dims: GateDims) -> (i32, i32, i32) {
 
 fn is_sigmoid(spec: GateSpec) -> i32 {
     i32::from(spec.score == Score::Sigmoid)
+}
+
+/// How many of a group's highest ranks count, as the kernel takes it; 0: all.
+fn summed_ranks(by: GroupRank) -> i32 {
+    match by {
+        GroupRank::Highest => 1,
+        GroupRank::TwoHighest => 2,
+        GroupRank::All => 0,
+    }
 }
 
 macro_rules! sized {
@@ -83,13 +92,13 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
         }
         let (tokens, experts, top_k) = sizes(spec.dims);
         let Choice { by, groups, enough } = spec.choice;
-        let (groups, groups_chosen, by_two) =
-            groups.map_or((1, 1, false), |limit| (limit.groups, limit.chosen, limit.by == GroupRank::TwoHighest));
+        let (groups, groups_chosen, summed) =
+            groups.map_or((1, 1, 0), |limit| (limit.groups, limit.chosen, summed_ranks(limit.by)));
         let (mass, least) = enough.map_or((0.0, top_k), |enough| (enough.mass, enough.least as i32));
         launch!(
             self, sized!("gate", spec.dims.experts), warp_a_token(spec.dims);
             tokens, experts, top_k, is_sigmoid(spec), i32::from(spec.renormalize), spec.scale,
-            i32::from(by == RankedBy::Logit), groups as i32, groups_chosen as i32, i32::from(by_two), mass, least,
+            i32::from(by == RankedBy::Logit), groups as i32, groups_chosen as i32, summed, mass, least,
             pointer(logits), pointer_or_null(bias), pointer_mut(scores), pointer_mut(ids), pointer_mut(weights)
         );
     }
@@ -128,7 +137,7 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
         ids: View<'_, Self, i32>,
         dweights: View<'_, Self, f32>,
         balance: Option<BalanceGrad<'_, Self>>,
-        z_scale: f32,
+        losses: TokenLosses,
         dlogits: ViewMut<'_, Self, f32>,
     ) {
         check_len("logits", logits.len(), logits_len(spec.dims));
@@ -144,9 +153,10 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
             (pointer(balance.coefficients), tokens_per_group)
         });
         let (tokens, experts, top_k) = sizes(spec.dims);
+        let TokenLosses { z_scale, entropy_scale } = losses;
         launch!(
             self, sized!("gate_grad", spec.dims.experts), warp_a_token(spec.dims);
-            tokens, experts, top_k, is_sigmoid(spec), i32::from(spec.renormalize), spec.scale, z_scale,
+            tokens, experts, top_k, is_sigmoid(spec), i32::from(spec.renormalize), spec.scale, z_scale, entropy_scale,
             tokens_per_group as i32, pointer(logits), pointer(scores), pointer(ids), pointer(dweights), coefficients,
             pointer_mut(dlogits)
         );
@@ -197,17 +207,20 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
         spec: BalanceSpec,
         counts: View<'_, Self, f32>,
         prob_sums: View<'_, Self, f32>,
-        loss: ViewMut<'_, Self, f64>,
+        losses: ViewMut<'_, Self, f64>,
         coefficients: ViewMut<'_, Self, f32>,
     ) {
+        check_len("losses", losses.len(), BalanceSpec::LOSSES);
         check_len("counts", counts.len(), spec.layers * spec.groups * spec.experts);
         check_len("prob_sums", prob_sums.len(), counts.len());
         check_len("coefficients", coefficients.len(), counts.len());
+        let BalanceFactors { switch, devices, importance, difference, entropy } = spec.factors;
         launch!(
             self, "balance_loss", Grid::new(1, WIDE);
             spec.layers as i32, spec.groups as i32, spec.experts as i32, i32::from(spec.pooled),
-            spec.f_scale, spec.p_scale, spec.coefficient,
-            pointer(counts), pointer(prob_sums), pointer_mut(loss), pointer_mut(coefficients)
+            spec.f_scale, spec.p_scale, spec.loss_scale, spec.devices as i32, spec.least_entropy,
+            switch, devices, importance, difference, entropy,
+            pointer(counts), pointer(prob_sums), pointer_mut(losses), pointer_mut(coefficients)
         );
     }
 
@@ -229,6 +242,56 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
             self, "apply_capacity", Grid::new(dims.experts, WIDE);
             ids.len() as i32, per_expert, i32::from(capacity.policy == CapacityPolicy::Probability),
             pointer(ids), pointer(weights), pointer_mut(kept), pointer_mut(dropped)
+        );
+    }
+
+    fn reroute(
+        &self,
+        dims: GateDims,
+        per_expert: usize,
+        rounds: usize,
+        scores: View<'_, Self, f32>,
+        ids: ViewMut<'_, Self, i32>,
+        kept: ViewMut<'_, Self, i32>,
+        dropped: ViewMut<'_, Self, f32>,
+    ) {
+        check_len("scores", scores.len(), logits_len(dims));
+        check_len("ids", ids.len(), dims.choices_len());
+        check_len("kept", kept.len(), ids.len());
+        check_len("dropped", dropped.len(), dims.experts);
+        let (choices, e) = (dims.choices_len(), dims.experts);
+        let room_bytes = e * size_of::<i32>();
+        let Some(scratch) = self.scratch(room_bytes.next_multiple_of(16) + choices * size_of::<i32>()) else { return };
+        let (room, wishes) = (scratch.at(0), scratch.at(room_bytes.next_multiple_of(16)));
+        let (n, per_expert) = (choices as i32, per_expert.min(i32::MAX as usize) as i32);
+        let (tokens, experts, top_k) = sizes(dims);
+        let (scores, ids, kept, dropped) = (pointer(scores), pointer_mut(ids), pointer_mut(kept), pointer_mut(dropped));
+        let an_expert = || Grid::new(e, WIDE);
+        launch!(self, "reroute_count", an_expert(); n, per_expert, ids, kept, room, dropped);
+        for _ in 0..rounds {
+            launch!(
+                self, sized!("reroute_wish", e), warp_a_token(dims);
+                tokens, experts, top_k, scores, room, ids, kept, wishes
+            );
+            launch!(self, "reroute_take", an_expert(); n, room, wishes, ids, kept);
+        }
+        launch!(self, "reroute_count", an_expert(); n, per_expert, ids, kept, room, dropped);
+    }
+
+    fn weigh(
+        &self,
+        spec: GateSpec,
+        scores: View<'_, Self, f32>,
+        ids: View<'_, Self, i32>,
+        weights: ViewMut<'_, Self, f32>,
+    ) {
+        check_len("scores", scores.len(), logits_len(spec.dims));
+        check_len("ids", ids.len(), spec.dims.choices_len());
+        check_len("weights", weights.len(), ids.len());
+        let (tokens, experts, top_k) = sizes(spec.dims);
+        launch!(
+            self, "weigh", warp_a_token(spec.dims);
+            tokens, experts, top_k, i32::from(spec.renormalize), spec.scale, pointer(scores), pointer(ids), pointer_mut(weights)
         );
     }
 
@@ -340,6 +403,7 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
 
     fn cv_squared(
         &self,
+        weight: f32,
         coefficient: f32,
         x: View<'_, Self, f32>,
         loss: ViewMut<'_, Self, f64>,
@@ -348,7 +412,7 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
         check_len("dx", dx.len(), x.len());
         launch!(
             self, "cv_squared", Grid::new(1, THREADS);
-            x.len() as i32, coefficient, pointer(x), pointer_mut(loss), pointer_mut(dx)
+            x.len() as i32, weight, coefficient, pointer(x), pointer_mut(loss), pointer_mut(dx)
         );
     }
 }

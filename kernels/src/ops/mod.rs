@@ -5,19 +5,21 @@
 mod attention;
 mod dense;
 mod expert;
+mod logits;
 mod loss;
 mod optimizer;
 mod routing;
 
 pub use attention::{AttentionDims, AttentionOps, RotaryDirection};
-pub use dense::{Accumulate, DenseOps, GemmDims, NormDims, Rows};
+pub use dense::{Accumulate, ActivationKind, DenseOps, GemmDims, NormDims, Rows};
 pub use expert::{CombineDims, ExpandPlan, ExpertOps, GroupedDims, ShuffleDims, ShufflePlan};
+pub use logits::{Fold, LogitOps, Places, RandomFactor};
 pub use loss::LossOps;
 pub(crate) use optimizer::AdamWFactors;
 pub use optimizer::{AdamW, OptimizerOps};
 pub use routing::{
-    BalanceGrad, BalanceSpec, Capacity, CapacityPolicy, Choice, Enough, GateDims, GateSpec, GroupLimit, GroupRank,
-    RankedBy, RoutingOps, Score,
+    BalanceFactors, BalanceGrad, BalanceSpec, Capacity, CapacityPolicy, Choice, Enough, GateDims, GateSpec, GroupLimit,
+    GroupRank, RankedBy, RoutingOps, Score, TokenLosses,
 };
 
 use crate::Device;
@@ -29,6 +31,9 @@ pub(crate) fn check_len(what: &str, got: usize, want: usize) {
 }
 
 /// A device with the whole op set.
-pub trait Backend: Device + DenseOps + AttentionOps + RoutingOps + ExpertOps + LossOps + OptimizerOps {}
+pub trait Backend:
+    Device + DenseOps + AttentionOps + LogitOps + RoutingOps + ExpertOps + LossOps + OptimizerOps
+{
+}
 
-impl<D: Device + DenseOps + AttentionOps + RoutingOps + ExpertOps + LossOps + OptimizerOps> Backend for D {}
+impl<D: Device + DenseOps + AttentionOps + LogitOps + RoutingOps + ExpertOps + LossOps + OptimizerOps> Backend for D {}

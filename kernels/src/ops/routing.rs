@@ -46,6 +46,8 @@ pub enum GroupRank {
     Highest,
     /// The two highest (DeepSeek-V3).
     TwoHighest,
+    /// All of them: where ranks are a softmax, the group's own probability.
+    All,
 }
 
 /// A bound on the groups of experts that a token's choices may come from: `groups` of E / `groups` consecutive experts each.
@@ -154,8 +156,33 @@ pub struct BalanceGrad<'a, D: Device> {
     pub tokens_per_group: usize,
 }
 
-/// How balance statistics become a loss: `Σ_units E · Σ_e f_e · P_e`, `f = counts · f_scale`, `P = prob_sums · p_scale`.
-/// A unit is a (layer, group), or a group with its layers pooled (sums over layers first), as Hugging Face does.
+/// What a token's own probabilities cost: losses that no other token has a part in.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct TokenLosses {
+    /// Factor of Σ_t lse², the z-loss (ST-MoE, Zoph et al. 2022).
+    pub z_scale: f32,
+    /// Factor of Σ_t of the entropy of a token's probabilities (LIMoE's local loss, Mustafa et al. 2022).
+    pub entropy_scale: f32,
+}
+
+/// Factors of the balance losses in the training objective: applied to the coefficients, not to the reported losses. In a unit of n tokens,
+/// with f = counts · f_scale, p = prob_sums · p_scale, P = prob_sums / n:
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct BalanceFactors {
+    /// Of `E · Σ_e f_e · p_e` (Switch, Fedus et al. 2021).
+    pub switch: f32,
+    /// Of `D · Σ_d (Σ_{e of d} f_e) · (Σ_{e of d} p_e)`, over D groups of neighbouring experts (DeepSeekMoE's device-level loss, 2024).
+    pub devices: f32,
+    /// Of cv²(P), weighted by n · p_scale (Shazeer et al. 2017).
+    pub importance: f32,
+    /// Of Σ_e (counts_e / Σ counts − P_e)², weighted likewise.
+    pub difference: f32,
+    /// Of max(0, least_entropy − H(P)), weighted likewise (LIMoE's global loss).
+    pub entropy: f32,
+}
+
+/// How balance statistics become losses, those of [`BalanceFactors`] in its order, summed over units. A unit is a (layer, group), or a group
+/// with its layers pooled (sums over layers first), as Hugging Face does.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct BalanceSpec {
     /// L: layers in the statistics.
@@ -170,8 +197,19 @@ pub struct BalanceSpec {
     pub f_scale: f32,
     /// P for each unit of probability.
     pub p_scale: f32,
-    /// The loss's factor in the training objective: applied to the coefficients, not to the reported loss.
-    pub coefficient: f32,
+    /// Factor of the reported losses: 1 over the ranks that form the same ones.
+    pub loss_scale: f32,
+    /// Factors in the objective.
+    pub factors: BalanceFactors,
+    /// D, a divisor of E.
+    pub devices: usize,
+    /// Entropy in nats from which on the entropy loss is 0.
+    pub least_entropy: f32,
+}
+
+impl BalanceSpec {
+    /// How many losses there are.
+    pub const LOSSES: usize = 5;
 }
 
 /// Routing operations and their backward passes.
@@ -198,8 +236,7 @@ pub trait RoutingOps: Device {
         bias: ViewMut<'_, Self, f32>,
     );
     /// Backward of [`RoutingOps::gate`]: `dlogits[T, E]` (overwritten) from the weights' gradient, the balance loss's gradient
-    /// through the probabilities (scores; for sigmoid, scores divided by their sum), and the z-loss `z_scale · Σ_t lse_t²`
-    /// (ST-MoE, Zoph et al. 2022). `ids` are the choices before capacity (−1 entries have no weight gradient but do not leave
+    /// through the probabilities (scores; for sigmoid, scores divided by their sum), and the tokens' own losses. `ids` are the choices before capacity (−1 entries have no weight gradient but do not leave
     /// the renormalisation: give the ids that [`RoutingOps::gate`] returned).
     #[allow(clippy::too_many_arguments)] // saved tensors of the forward pass, and the three losses that reach a gate
     fn gate_grad(
@@ -210,7 +247,7 @@ pub trait RoutingOps: Device {
         ids: View<'_, Self, i32>,
         dweights: View<'_, Self, f32>,
         balance: Option<BalanceGrad<'_, Self>>,
-        z_scale: f32,
+        losses: TokenLosses,
         dlogits: ViewMut<'_, Self, f32>,
     );
     /// Balance statistics, overwritten: `counts[G, E]` choices (−1 ids are not counted) and `prob_sums[G, E]` probabilities (scores; for
@@ -228,14 +265,14 @@ pub trait RoutingOps: Device {
         prob_sums: ViewMut<'_, Self, f32>,
         sums: ViewMut<'_, Self, f32>,
     );
-    /// The balance loss of all layers, added to `loss[0]`, and its `coefficients[L, G, E]` for [`BalanceGrad`] (overwritten), from
+    /// The balance losses of all layers, added to `losses[5]`, and their `coefficients[L, G, E]` for [`BalanceGrad`] (overwritten), from
     /// `counts[L, G, E]` and `prob_sums[L, G, E]`. No gradient goes through the counts.
     fn balance_loss(
         &self,
         spec: BalanceSpec,
         counts: View<'_, Self, f32>,
         prob_sums: View<'_, Self, f32>,
-        loss: ViewMut<'_, Self, f64>,
+        losses: ViewMut<'_, Self, f64>,
         coefficients: ViewMut<'_, Self, f32>,
     );
     /// `kept[T, k]`: the ids, with −1 where an expert already has [`Capacity::per_expert`] choices. `dropped[E]`: how many of each expert's
@@ -248,6 +285,28 @@ pub trait RoutingOps: Device {
         weights: View<'_, Self, f32>,
         kept: ViewMut<'_, Self, i32>,
         dropped: ViewMut<'_, Self, f32>,
+    );
+    /// Gives choices that [`RoutingOps::apply_capacity`] dropped another expert: in each of `rounds` every dropped choice, in ascending j,
+    /// asks the token's highest scored expert that has room and is none of the token's own, and experts take those who ask in order of
+    /// tokens. What is taken changes in `ids` and `kept`; `dropped[E]` becomes what is left (of the experts first chosen).
+    #[allow(clippy::too_many_arguments)] // the choices in their three forms
+    fn reroute(
+        &self,
+        dims: GateDims,
+        per_expert: usize,
+        rounds: usize,
+        scores: View<'_, Self, f32>,
+        ids: ViewMut<'_, Self, i32>,
+        kept: ViewMut<'_, Self, i32>,
+        dropped: ViewMut<'_, Self, f32>,
+    );
+    /// The weights that [`RoutingOps::gate`] would give the choices `ids`: `weights[T, k]` (overwritten) from `scores[T, E]`.
+    fn weigh(
+        &self,
+        spec: GateSpec,
+        scores: View<'_, Self, f32>,
+        ids: View<'_, Self, i32>,
+        weights: ViewMut<'_, Self, f32>,
     );
     /// GShard's random second expert (Lepikhin et al. 2020): `ids[t, 1]` becomes −1 where `2 · weights[t, 1] ≤ uniform[t]`.
     fn drop_second(
@@ -300,10 +359,11 @@ pub trait RoutingOps: Device {
         dimportance: View<'_, Self, f32>,
         dweights: ViewMut<'_, Self, f32>,
     );
-    /// The squared coefficient of variation of `x[E]`, `var / (mean² + 1e-10)` with the unbiased variance (0 for E = 1), added to
-    /// `loss[0]`; `dx[E]` is its gradient times `coefficient` (overwritten).
+    /// The squared coefficient of variation of `x[E]`, `var / (mean² + 1e-10)` with the unbiased variance (0 for E = 1), times
+    /// `weight` added to `loss[0]`; `dx[E]` is its gradient times `weight · coefficient` (overwritten).
     fn cv_squared(
         &self,
+        weight: f32,
         coefficient: f32,
         x: View<'_, Self, f32>,
         loss: ViewMut<'_, Self, f64>,

@@ -15,6 +15,7 @@ use moe_runtime::data::Batch;
 use moe_runtime::exit::{ExitCode as Code, Failure};
 use moe_runtime::memory::Tally;
 use moe_runtime::plan::Flops;
+use moe_runtime::routing::check_own_gate;
 use moe_runtime::stages::Stage;
 use moe_runtime::topology::{Grid, Rank, share};
 use moe_runtime::training::{Requests, StepError, TrainingData};
@@ -104,6 +105,7 @@ fn configure(args: &TrainArgs, ranks: usize) -> Result<Config, Failure> {
     }
     let resolved = builder.build()?;
     resolved.validate(ranks)?;
+    check_own_gate(&resolved.config.router, None)?;
     Ok(resolved.config)
 }
 

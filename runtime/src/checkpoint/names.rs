@@ -36,7 +36,7 @@ enum Place {
     Expert,
 }
 
-const NAMES: [(PartKind, Place, &str); 27] = [
+const NAMES: [(PartKind, Place, &str); 33] = [
     (PartKind::Embedding, Place::Model, EMBEDDING),
     (PartKind::FinalNorm, Place::Model, "model.norm.weight"),
     (PartKind::Head, Place::Model, HEAD),
@@ -55,6 +55,12 @@ const NAMES: [(PartKind, Place, &str); 27] = [
     (PartKind::DenseUp, Place::Block, "mlp.up_proj.weight"),
     (PartKind::DenseDown, Place::Block, "mlp.down_proj.weight"),
     (PartKind::Router, Place::Moe, "gate.weight"),
+    (PartKind::TokenSplit, Place::Moe, "split.weight"),
+    (PartKind::TokenMerge, Place::Moe, "merge.weight"),
+    (PartKind::GroupRouter, Place::Moe, "group_gate.weight"),
+    (PartKind::RouterHidden(0), Place::Moe, "gate.hidden.0.weight"),
+    (PartKind::RouterHidden(1), Place::Moe, "gate.hidden.1.weight"),
+    (PartKind::RouterHidden(2), Place::Moe, "gate.hidden.2.weight"),
     (PartKind::RouterNoise, Place::Moe, "noise_gate.weight"),
     (PartKind::RouterBias, Place::Moe, "gate.e_score_correction_bias"),
     (PartKind::SharedGate, Place::Moe, "shared_expert.gate_proj.weight"),

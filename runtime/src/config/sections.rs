@@ -61,6 +61,8 @@ pub struct OptimizerConfig {
     pub eps: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
+    /// That of the experts; absent: the same.
+    pub expert_weight_decay: Option<f64>,
     /// What it applies to.
     pub decay: DecayGroups,
     /// Largest norm of the whole gradient, every parameter counted once; 0: no clipping.
@@ -75,6 +77,7 @@ impl Default for OptimizerConfig {
             beta2: 0.95,
             eps: 1e-8,
             weight_decay: 0.1,
+            expert_weight_decay: None,
             decay: DecayGroups::Matrices,
             clip_grad_norm: 1.0,
         }
@@ -211,6 +214,9 @@ pub struct SourceConfig {
     /// Its share of the samples in proportion to the other sources'. Without weights the sources' sizes decide.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weight: Option<f64>,
+    /// Which router its text meets, from 0 (`router.kind = "multi-gate"`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tag: Option<usize>,
 }
 
 /// The text.
@@ -244,6 +250,7 @@ impl DataConfig {
             name: name.clone(),
             paths: source.paths.clone(),
             weight: source.weight,
+            tag: source.tag.unwrap_or(0) as i32,
         };
         let mut sources: Vec<_> = self.sources.iter().map(source).collect();
         if !self.paths.is_empty() {

@@ -10,6 +10,7 @@ use crate::checkpoint::Selection;
 use crate::data::{is_path, tokenizer};
 use crate::invalid::InvalidValue;
 use crate::model::layout::Layout;
+use crate::routing::RouterKind;
 use crate::topology::{Grid, TopologyError};
 
 /// The longest wait a collective can be given: a week.
@@ -92,6 +93,39 @@ impl Config {
                 _ => {}
             }
         }
+        self.validate_tags()
+    }
+
+    /// Every text a multi-gate router meets says which of its routers it belongs to.
+    fn validate_tags(&self) -> Result<(), InvalidValue> {
+        let DataConfig { sources, validation_paths, .. } = &self.data;
+        let (multi_gate, tags) = (self.router.kind == RouterKind::MultiGate, self.router.tags);
+        for (name, source) in sources {
+            let key = format!("data.sources.{name}.tag");
+            match source.tag {
+                None if multi_gate => {
+                    let reason = format!("router.kind = multi-gate needs it: 0 to {}", tags.saturating_sub(1));
+                    return Err(InvalidValue::new(&key, "not set", reason));
+                }
+                Some(tag) if multi_gate && tag >= tags => {
+                    let reason = format!("router.tags = {tags}: tags are 0 to {}", tags.saturating_sub(1));
+                    return Err(InvalidValue::new(&key, tag, reason));
+                }
+                Some(tag) if !multi_gate => {
+                    return Err(InvalidValue::new(&key, tag, "only router.kind = multi-gate looks at tags"));
+                }
+                _ => {}
+            }
+        }
+        if multi_gate && sources.is_empty() {
+            let reason =
+                "router.kind = multi-gate needs text with tags: name each as data.sources.NAME with paths and tag";
+            return Err(InvalidValue::new("data.sources", "not set", reason));
+        }
+        if multi_gate && !validation_paths.is_empty() {
+            let reason = "held-out text of its own has no tag for router.kind = multi-gate; without it the end of each source is held out";
+            return Err(InvalidValue::new("data.validation_paths", format!("{validation_paths:?}"), reason));
+        }
         Ok(())
     }
 
@@ -111,7 +145,7 @@ impl Config {
             return Err(InvalidValue::new("parallel.receive_headroom", headroom, reason));
         }
         let Some(ep) = self.parallel.ep else { return Ok(()) };
-        let experts = if self.model.moe_layers().next().is_some() { self.model.experts } else { 0 };
+        let experts = self.model.divisible_experts();
         let Err(error) = Grid::new(world, ep, experts) else { return Ok(()) };
         let reason = match &error {
             TopologyError::NoExperts { .. } => error.to_string(),
@@ -135,9 +169,11 @@ impl Config {
                 return Err(InvalidValue::new(key, value, "must be at least 0 and below 1"));
             }
         }
-        for (key, value) in
-            [("optimizer.weight_decay", optimizer.weight_decay), ("optimizer.clip_grad_norm", optimizer.clip_grad_norm)]
-        {
+        for (key, value) in [
+            ("optimizer.weight_decay", optimizer.weight_decay),
+            ("optimizer.expert_weight_decay", optimizer.expert_weight_decay.unwrap_or(0.0)),
+            ("optimizer.clip_grad_norm", optimizer.clip_grad_norm),
+        ] {
             if !(value.is_finite() && value >= 0.0) {
                 return Err(InvalidValue::new(key, value, "must be a number of at least 0; 0 turns it off"));
             }
@@ -214,7 +250,7 @@ mod tests {
     use crate::config::SourceConfig;
 
     fn source(weight: Option<f64>) -> SourceConfig {
-        SourceConfig { paths: vec!["a.txt".into()], weight }
+        SourceConfig { paths: vec!["a.txt".into()], weight, tag: None }
     }
 
     #[test]

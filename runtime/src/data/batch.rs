@@ -19,6 +19,8 @@ pub struct Batch {
     pub targets: Vec<i32>,
     /// `[n, S]`: where in its sequence each input's document begins; None: documents are not kept apart.
     pub starts: Option<Vec<i32>>,
+    /// `[n]`: the tag of each sequence's source.
+    pub tags: Vec<i32>,
     /// Number of the first sequence: in training since the start of the run, in evaluation of the held-out windows. The others
     /// follow it.
     pub first_sample: u64,
@@ -42,7 +44,9 @@ impl Batch {
         if let Some(starts) = &mut self.starts {
             starts.resize(len, 0);
         }
+        self.tags.clear();
         for (row, window) in windows.enumerate() {
+            self.tags.push(window.tag);
             let row = row * s..(row + 1) * s;
             let targets = &mut self.targets[row.clone()];
             window.copy_to(&mut self.inputs[row.clone()], targets);
@@ -67,6 +71,8 @@ impl Batch {
 pub(crate) struct Window<'a> {
     /// Where they lie.
     pub(crate) stream: &'a Stream,
+    /// Their source's tag.
+    pub(crate) tag: i32,
     /// The first input's position in the stream.
     pub(crate) start: usize,
     /// Inputs that there are; the rest of the sequence is padding.

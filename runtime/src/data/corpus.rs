@@ -24,6 +24,8 @@ pub struct SourceSpec {
     pub paths: Vec<PathBuf>,
     /// Its share of the samples in proportion to the others'; None: by its tokens.
     pub weight: Option<f64>,
+    /// What gates with a router a tag know its sequences by.
+    pub tag: i32,
 }
 
 /// What a corpus is made of.
@@ -64,6 +66,8 @@ pub struct Source {
     pub name: String,
     /// Its share in proportion to the others'; None: by its tokens.
     pub weight: Option<f64>,
+    /// What gates with a router a tag know its sequences by.
+    pub tag: i32,
     /// Its tokens.
     pub stream: Stream,
 }
@@ -91,7 +95,7 @@ impl Corpus {
     }
 
     pub(super) fn of_stream(stream: Stream, description: String, sha256: String) -> Self {
-        let source = Source { name: String::new(), weight: None, stream };
+        let source = Source { name: String::new(), weight: None, tag: 0, stream };
         Self { sources: vec![source], validation: None, description, sha256, entropy: None }
     }
 
@@ -126,7 +130,7 @@ impl Corpus {
         let mut sources = Vec::with_capacity(spec.sources.len());
         for source in &spec.sources {
             let stream = read(&source.name, &source.paths)?;
-            sources.push(Source { name: source.name.clone(), weight: source.weight, stream });
+            sources.push(Source { name: source.name.clone(), weight: source.weight, tag: source.tag, stream });
         }
         let validation = match spec.validation.as_slice() {
             [] => None,

@@ -64,6 +64,7 @@ pub struct Loader {
 #[derive(Clone, Debug)]
 struct Part {
     stream: Stream,
+    tag: i32,
     /// Tokens `0..train_tokens` are trained on, the rest is held out.
     train_tokens: usize,
     /// Training windows of an epoch.
@@ -76,6 +77,7 @@ struct Part {
 #[derive(Clone, Debug)]
 struct HeldOut {
     stream: Stream,
+    tag: i32,
     /// Which tokens of the stream.
     tokens: Range<usize>,
     /// Windows of an evaluation.
@@ -99,15 +101,18 @@ impl Loader {
         let parts = corpus
             .sources
             .iter()
-            .map(|source| Part::new(&source.stream, &named(&source.name), fraction, spec.sequence_length))
+            .map(|source| Part::new(source, &named(&source.name), fraction, spec.sequence_length))
             .collect::<Result<Vec<_>, _>>()?;
         let weight = |(source, part): (&super::Source, &Part)| source.weight.unwrap_or(part.train_tokens as f64);
         let weights: Vec<_> = corpus.sources.iter().zip(&parts).map(weight).collect();
         let held_out = match &corpus.validation {
-            Some(stream) => vec![(stream.clone(), 0..stream.len())],
-            None => parts.iter().map(|part| (part.stream.clone(), part.train_tokens..part.stream.len())).collect(),
+            Some(stream) => vec![(stream.clone(), 0, 0..stream.len())],
+            None => {
+                let tail = |part: &Part| (part.stream.clone(), part.tag, part.train_tokens..part.stream.len());
+                parts.iter().map(tail).collect()
+            }
         };
-        let tokens: usize = held_out.iter().map(|(_, tokens)| tokens.len()).sum();
+        let tokens: usize = held_out.iter().map(|(_, _, tokens)| tokens.len()).sum();
         if tokens < 2 && (corpus.validation.is_some() || spec.validation_fraction > 0.0) {
             let what = match &corpus.validation {
                 Some(_) => "evaluation on data.validation_paths".to_owned(),
@@ -179,7 +184,7 @@ impl Loader {
         let key = |purpose: u64| order::key([self.spec.seed, epoch, 2 * source as u64 + purpose]);
         let window = Permutation::new(part.windows, key(1)).at(index);
         let start = (key(0) % part.offsets) as usize + window as usize * self.spec.sequence_length;
-        Window { stream: &part.stream, start, inputs: self.spec.sequence_length }
+        Window { stream: &part.stream, tag: part.tag, start, inputs: self.spec.sequence_length }
     }
 
     fn eval_window(&self, number: u64) -> Window<'_> {
@@ -187,7 +192,8 @@ impl Loader {
         for part in &self.held_out {
             if number < part.windows {
                 let start = part.tokens.start + number * s;
-                return Window { stream: &part.stream, start, inputs: s.min(part.tokens.end - 1 - start) };
+                let inputs = s.min(part.tokens.end - 1 - start);
+                return Window { stream: &part.stream, tag: part.tag, start, inputs };
             }
             number -= part.windows;
         }
@@ -213,8 +219,9 @@ impl Loader {
 }
 
 impl Part {
-    /// The source of `stream`; `name` is how messages go on.
-    fn new(stream: &Stream, name: &str, validation_fraction: f64, s: usize) -> Result<Self, DataError> {
+    /// The part of `source` that is trained on; `name` is how messages go on.
+    fn new(source: &super::Source, name: &str, validation_fraction: f64, s: usize) -> Result<Self, DataError> {
+        let stream = &source.stream;
         let train_tokens = train_tokens(stream, validation_fraction);
         if train_tokens < s + 1 {
             return Err(DataError::TooShort {
@@ -227,24 +234,24 @@ impl Part {
         }
         let windows = ((train_tokens - s) / s).max(1);
         let offsets = (train_tokens - windows * s).min(s) as u64;
-        Ok(Self { stream: stream.clone(), train_tokens, windows: windows as u64, offsets })
+        Ok(Self { stream: stream.clone(), tag: source.tag, train_tokens, windows: windows as u64, offsets })
     }
 }
 
 impl HeldOut {
     /// The held-out text of the streams in windows of `s` tokens, whose targets do not overlap: at most `limit` of them, each
     /// stream's part in proportion to its length.
-    fn share(streams: Vec<(Stream, Range<usize>)>, s: usize, limit: usize) -> Vec<Self> {
+    fn share(streams: Vec<(Stream, i32, Range<usize>)>, s: usize, limit: usize) -> Vec<Self> {
         let windows = |tokens: &Range<usize>| tokens.len().saturating_sub(1).div_ceil(s);
-        let mut left: usize = streams.iter().map(|(_, tokens)| windows(tokens)).sum();
+        let mut left: usize = streams.iter().map(|(_, _, tokens)| windows(tokens)).sum();
         let mut limit = limit.min(left);
-        let share = |(stream, tokens): (Stream, Range<usize>)| {
+        let share = |(stream, tag, tokens): (Stream, i32, Range<usize>)| {
             let all = windows(&tokens);
             // Of what is left; a product of two lengths needs the room.
             let windows = (limit as u128 * all as u128).div_ceil(left.max(1) as u128) as usize;
             left -= all;
             limit -= windows;
-            Self { stream, tokens, windows }
+            Self { stream, tag, tokens, windows }
         };
         streams.into_iter().map(share).collect()
     }

@@ -116,7 +116,7 @@ fn source(name: &str, weight: Option<f64>, first: u32, length: u32, prompt: u64)
     let mut list = DocumentList::default();
     (1..=u64::from(length) / 10).for_each(|document| list.push(10 * document, prompt));
     let segment = Segment { tokens: Tokens::U32((first..first + length).collect()), documents: list.finish() };
-    Source { name: name.into(), weight, stream: Stream::new([segment]) }
+    Source { name: name.into(), weight, tag: 0, stream: Stream::new([segment]) }
 }
 
 #[test]

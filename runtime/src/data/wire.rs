@@ -32,6 +32,7 @@ struct Head {
 struct SourceHead {
     name: String,
     weight: Option<u64>,
+    tag: i32,
     segments: Vec<SegmentHead>,
 }
 
@@ -53,6 +54,7 @@ impl Corpus {
         let source = |source: &Source, segments| SourceHead {
             name: source.name.clone(),
             weight: source.weight.map(f64::to_bits),
+            tag: source.tag,
             segments,
         };
         let head = Head {
@@ -88,8 +90,8 @@ impl Corpus {
         };
         let mut sources = Vec::with_capacity(head.sources.len());
         for source in head.sources {
-            let (name, weight) = (source.name, source.weight.map(f64::from_bits));
-            sources.push(Source { name, weight, stream: stream(source.segments)? });
+            let (name, weight, tag) = (source.name, source.weight.map(f64::from_bits), source.tag);
+            sources.push(Source { name, weight, tag, stream: stream(source.segments)? });
         }
         let validation = head.validation.map(&mut stream).transpose()?;
         if !rest.is_empty() {

@@ -6,7 +6,7 @@ use moe_kernels::{Accumulate, Backend, Device, DeviceError, NormDims, View, View
 
 use super::ModelError;
 use super::attention::{Attention, AttentionBackward, AttentionPass, AttentionScratch, RotaryTables};
-use super::config::ModelConfig;
+use super::config::{BlockNorm, ModelConfig};
 use super::feed_forward::DenseFeedForward;
 use super::layout::{BlockTensors, FeedForward, MoeTensors, TensorId};
 use super::moe::{MoeBackward, MoeLayer, MoePass, MoeScratch};
@@ -36,6 +36,8 @@ pub(super) struct Block<B: Backend> {
     /// The residual stream between the block's halves.
     middle: Slot<B, B::Act>,
     second_norm: Norm<B>,
+    /// The residual stream before a norm at the block's end.
+    end: Slot<B, B::Act>,
     /// The feed-forward half.
     pub second: Second<B>,
 }
@@ -65,7 +67,7 @@ pub(super) struct BlockContext<'a, B: Backend, C> {
     /// The expert group.
     pub group: &'a C,
     /// The pass.
-    pub route: RoutePass,
+    pub route: RoutePass<'a>,
     /// `[B, S]`: the first position that each of its tokens sees; None: the sequence's.
     pub starts: Option<View<'a, B, i32>>,
 }
@@ -91,7 +93,7 @@ impl<'a, B: Backend, C> BlockContext<'a, B, C> {
 impl<B: Backend> Block<B> {
     /// Counts its buffers.
     pub(super) fn tally(&self, tally: &mut Tally) {
-        tally.add(Kind::Activations, [self.middle.bytes()]);
+        tally.add(Kind::Activations, [self.middle.bytes(), self.end.bytes()]);
         self.first_norm.tally(tally);
         self.attention.tally(tally);
         self.second_norm.tally(tally);
@@ -114,11 +116,12 @@ impl<B: Backend> Block<B> {
             attention: Attention::new(device, config)?,
             middle: Slot::new(device, "residual stream between the halves of a block")?,
             second_norm: Norm::new(device, tensors.feed_forward_norm)?,
+            end: Slot::new(device, "residual stream before the norm at the end of a block")?,
             second,
         })
     }
 
-    /// `y = m + second(norm(m))`, `m = x + attention(norm(x))`.
+    /// `y = m + second(norm(m))`, `m = x + attention(norm(x))`; or, with the norms behind, `y = norm(m + second(m))`, `m = norm(x + attention(x))`.
     pub(super) fn forward<C: Communicator<B>>(
         &mut self,
         context: &BlockContext<'_, B, C>,
@@ -127,28 +130,46 @@ impl<B: Backend> Block<B> {
         clock: &mut StageClock<B>,
         (x, mut y): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
     ) -> Result<(), ModelError> {
-        let (device, n) = (context.device, x.len());
+        let (device, n, config, weights) = (context.device, x.len(), context.config, context.weights);
+        let behind = config.block_norm == BlockNorm::Post;
         clock.enter(Stage::Attention);
         self.middle.reserve(device, n)?;
-        self.first_norm.forward(device, context.config, context.weights, x)?;
         let tensors = self.tensors;
         let pass = context.attention(&tensors);
-        self.attention.forward(device, pass, self.first_norm.out.view(n), self.middle.view_mut(n))?;
+        if !behind {
+            self.first_norm.forward(device, config, weights, x)?;
+        }
+        let input = if behind { x } else { self.first_norm.out.view(n) };
+        self.attention.forward(device, pass, input, self.middle.view_mut(n))?;
         device.add(x, self.middle.view_mut(n));
-        let middle = self.middle.view(n);
-        self.second_norm.forward(device, context.config, context.weights, middle)?;
-        let normed = self.second_norm.out.view(n);
+        if behind {
+            self.first_norm.forward(device, config, weights, self.middle.view(n))?;
+            self.end.reserve(device, n)?;
+        } else {
+            self.second_norm.forward(device, config, weights, self.middle.view(n))?;
+        }
+        // What the second half sees, where its sum goes, and what is added to that.
+        let (input, mut sum, residual) = if behind {
+            let middle = self.first_norm.out.view(n);
+            (middle, self.end.view_mut(n), middle)
+        } else {
+            (self.second_norm.out.view(n), y.reborrow(), self.middle.view(n))
+        };
         match (&mut self.second, self.tensors.feed_forward) {
             (Second::Dense(dense), FeedForward::Dense(tensors)) => {
                 clock.enter(Stage::Aggregate);
-                dense.forward(device, context.weights, tensors, normed, y.reborrow())?;
+                dense.forward(device, weights, tensors, input, sum.reborrow())?;
             }
             (Second::Moe(moe), FeedForward::Moe(tensors)) => {
-                moe.forward(&context.moe(tensors), balance, scratch, clock, (normed, y.reborrow()))?;
+                moe.forward(&context.moe(tensors), balance, scratch, clock, (input, sum.reborrow()))?;
             }
             _ => unreachable!("a block is built from its tensors"),
         }
-        device.add(middle, y);
+        device.add(residual, sum);
+        if behind {
+            self.second_norm.forward(device, config, weights, self.end.view(n))?;
+            device.copy(self.second_norm.out.view(n), y);
+        }
         Ok(())
     }
 
@@ -163,35 +184,52 @@ impl<B: Backend> Block<B> {
         clock: &mut StageClock<B>,
         (x, between): (View<'_, B, B::Act>, &mut BetweenHalves<'_, B>),
     ) -> Result<(), ModelError> {
-        let (device, n, weights) = (context.device, x.len(), context.weights);
-        let normed = self.second_norm.out.view(n);
-        let (dout, dnormed) = (scratch.dstream.view(n), scratch.dbranch.view_mut(n));
+        let (device, n, weights, config) = (context.device, x.len(), context.weights, context.config);
+        let behind = config.block_norm == BlockNorm::Post;
+        clock.enter(Stage::Aggregate);
+        if behind {
+            // The sum's gradient, which both its parts get.
+            let through = (self.end.view(n), scratch.dstream.view(n), scratch.dbranch.view_mut(n));
+            self.second_norm.backward(device, config, (weights, gradients), through, Accumulate::Overwrite);
+            std::mem::swap(&mut scratch.dstream, &mut scratch.dbranch);
+        }
+        let input = if behind { self.first_norm.out.view(n) } else { self.second_norm.out.view(n) };
+        let (dout, dinput) = (scratch.dstream.view(n), scratch.dbranch.view_mut(n));
         match (&mut self.second, self.tensors.feed_forward) {
             (Second::Dense(dense), FeedForward::Dense(tensors)) => {
-                clock.enter(Stage::Aggregate);
                 let parameters = (weights, &mut *gradients);
-                dense.backward(device, parameters, tensors, normed, dout, dnormed, Accumulate::Overwrite)?;
+                dense.backward(device, parameters, tensors, input, dout, dinput, Accumulate::Overwrite)?;
             }
             (Second::Moe(moe), FeedForward::Moe(tensors)) => {
-                let rows = MoeBackward { x_TH: normed, dout_TH: dout, dx_TH: dnormed };
+                let rows = MoeBackward { x_TH: input, dout_TH: dout, dx_TH: dinput };
                 moe.backward(&context.moe(tensors), gradients, losses, &mut scratch.moe, clock, rows)?;
             }
             _ => unreachable!("a block is built from its tensors"),
         }
         between(gradients)?;
-        let config = context.config;
-        let through = (self.middle.view(n), scratch.dbranch.view(n), scratch.dstream.view_mut(n));
         clock.enter(Stage::Attention);
-        self.second_norm.backward(device, config, (weights, gradients), through, Accumulate::Add);
+        if behind {
+            device.add(scratch.dbranch.view(n), scratch.dstream.view_mut(n));
+            let through = (self.middle.view(n), scratch.dstream.view(n), scratch.dbranch.view_mut(n));
+            self.first_norm.backward(device, config, (weights, gradients), through, Accumulate::Overwrite);
+            std::mem::swap(&mut scratch.dstream, &mut scratch.dbranch);
+        } else {
+            let through = (self.middle.view(n), scratch.dbranch.view(n), scratch.dstream.view_mut(n));
+            self.second_norm.backward(device, config, (weights, gradients), through, Accumulate::Add);
+        }
         let tensors = self.tensors;
         let rows = AttentionBackward {
-            x_TH: self.first_norm.out.view(n),
+            x_TH: if behind { x } else { self.first_norm.out.view(n) },
             dy_TH: scratch.dstream.view(n),
             dx_TH: scratch.dbranch.view_mut(n),
         };
         self.attention.backward(device, context.attention(&tensors), gradients, &mut scratch.attention, rows)?;
-        let through = (x, scratch.dbranch.view(n), scratch.dstream.view_mut(n));
-        self.first_norm.backward(device, config, (weights, gradients), through, Accumulate::Add);
+        if behind {
+            device.add(scratch.dbranch.view(n), scratch.dstream.view_mut(n));
+        } else {
+            let through = (x, scratch.dbranch.view(n), scratch.dstream.view_mut(n));
+            self.first_norm.backward(device, config, (weights, gradients), through, Accumulate::Add);
+        }
         Ok(())
     }
 }

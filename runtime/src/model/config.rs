@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::rotary::RopeScaling;
 use crate::invalid::InvalidValue;
-use crate::routing::RouterConfig;
+use crate::routing::{RouterConfig, RouterKind};
 
 /// Which published family a model belongs to: decides tensor names on disk, nothing else.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,6 +36,17 @@ pub enum QkNorm {
     PerHead,
     /// Over all heads at once (OLMoE).
     FullWidth,
+}
+
+/// Where the norms of a block stand.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BlockNorm {
+    /// Before each half: x + f(norm(x)).
+    #[default]
+    Pre,
+    /// Behind each residual sum: norm(x + f(x)) (Vaswani et al. 2017).
+    Post,
 }
 
 /// What the backward pass computes again instead of what the forward pass would keep: memory for operations, the same bits.
@@ -71,6 +82,8 @@ pub struct ModelConfig {
     pub ffn_size: usize,
     /// E; 0: every block is dense.
     pub experts: usize,
+    /// Experts of each MoE block, from below, where they differ (DeepSpeed's pyramid); none: `experts` in all.
+    pub experts_by_layer: Vec<usize>,
     /// k.
     pub top_k: usize,
     /// F: feed-forward size of one expert.
@@ -79,10 +92,14 @@ pub struct ModelConfig {
     pub shared_expert_ffn_size: usize,
     /// Whether a sigmoid gate scales the shared expert (Qwen2-MoE).
     pub shared_expert_gate: bool,
+    /// Parts that a token is cut into, each of which is routed by itself (MH-MoE, Wu et al. 2024); 1: none.
+    pub sub_tokens: usize,
     /// Every n-th block is an MoE block, the others are dense; 1: all.
     pub moe_every: usize,
     /// Blocks that are dense all the same.
     pub dense_layers: Vec<usize>,
+    /// Where the norms of a block stand.
+    pub block_norm: BlockNorm,
     /// Norm on queries and keys.
     pub qk_norm: QkNorm,
     /// Biases of the query, key and value projections.
@@ -115,12 +132,15 @@ impl Default for ModelConfig {
             head_dim: 0,
             ffn_size: 0,
             experts: 8,
+            experts_by_layer: Vec::new(),
             top_k: 2,
             expert_ffn_size: 128,
             shared_expert_ffn_size: 0,
             shared_expert_gate: false,
+            sub_tokens: 1,
             moe_every: 1,
             dense_layers: Vec::new(),
+            block_norm: BlockNorm::Pre,
             qk_norm: QkNorm::None,
             qkv_bias: false,
             rope_theta: 10_000.0,
@@ -150,9 +170,33 @@ impl ModelConfig {
         self.heads * self.head_width()
     }
 
+    /// Width of what the experts see: of a token, or of a part of it.
+    pub fn routed_width(&self) -> usize {
+        self.hidden_size / self.sub_tokens.max(1)
+    }
+
     /// Whether block `layer` routes to experts.
     pub fn is_moe(&self, layer: usize) -> bool {
         self.experts > 0 && (layer + 1).is_multiple_of(self.moe_every.max(1)) && !self.dense_layers.contains(&layer)
+    }
+
+    /// Experts of block `layer`; 0: it is dense.
+    pub fn experts_in(&self, layer: usize) -> usize {
+        if !self.is_moe(layer) {
+            return 0;
+        }
+        let index = self.moe_layers().take_while(|&moe| moe < layer).count();
+        self.experts_by_layer.get(index).copied().unwrap_or(self.experts)
+    }
+
+    /// Experts of each MoE block, ascending.
+    pub fn layer_experts(&self) -> Vec<usize> {
+        self.moe_layers().map(|layer| self.experts_in(layer)).collect()
+    }
+
+    /// What EP must divide: every MoE block's experts; 0: there are none.
+    pub fn divisible_experts(&self) -> usize {
+        self.layer_experts().into_iter().fold(0, gcd)
     }
 
     /// The MoE blocks, ascending.
@@ -217,10 +261,58 @@ impl ModelConfig {
         }
         if self.moe_layers().next().is_some() {
             self.validate_experts()?;
+            self.validate_layer_experts(router)?;
+            self.validate_sub_tokens(router)?;
             router.validate(self.experts, self.top_k)?;
         }
         if (0..self.layers).any(|layer| !self.is_moe(layer)) && self.ffn_size == 0 {
             return Err(InvalidValue::new("model.ffn_size", 0, "dense blocks need a feed-forward size of at least 1"));
+        }
+        Ok(())
+    }
+
+    fn validate_layer_experts(&self, router: &RouterConfig) -> Result<(), InvalidValue> {
+        let (given, layers) = (&self.experts_by_layer, self.moe_layers().count());
+        if given.is_empty() {
+            return Ok(());
+        }
+        let refuse = |reason: String| Err(InvalidValue::new("model.experts_by_layer", format!("{given:?}"), reason));
+        if given.len() != layers {
+            return refuse(format!("must have a number for each of the {layers} MoE blocks"));
+        }
+        if given.iter().max() != Some(&self.experts) {
+            return refuse(format!("the largest must be model.experts = {}", self.experts));
+        }
+        if router.balance_pooled && given.iter().any(|&experts| experts != self.experts) {
+            return refuse("router.balance_pooled adds up layers of equally many experts".into());
+        }
+        given.iter().try_for_each(|&experts| {
+            let fits = ModelConfig { experts, experts_by_layer: Vec::new(), ..self.clone() }.validate_experts();
+            fits.and_then(|()| router.validate(experts, self.top_k))
+        })
+    }
+
+    fn validate_sub_tokens(&self, router: &RouterConfig) -> Result<(), InvalidValue> {
+        let key = "model.sub_tokens";
+        let parts = self.sub_tokens;
+        if parts == 0 || !self.hidden_size.is_multiple_of(parts) {
+            let nearest = nearest_divisors(self.hidden_size, parts);
+            let reason = format!("must divide model.hidden_size = {}; nearest that do: {nearest:?}", self.hidden_size);
+            return Err(InvalidValue::new(key, parts, reason));
+        }
+        if parts > 1 && self.shared_expert_ffn_size > 0 {
+            return Err(InvalidValue::new(
+                key,
+                parts,
+                "a shared expert takes whole tokens: set model.shared_expert_ffn_size = 0",
+            ));
+        }
+        if parts > 1 && router.kind == RouterKind::Hash {
+            return Err(InvalidValue::new(
+                key,
+                parts,
+                "router.kind = hash looks at whole tokens: set model.sub_tokens = 1",
+            ));
         }
         Ok(())
     }
@@ -239,6 +331,11 @@ impl ModelConfig {
         }
         Ok(())
     }
+}
+
+/// The greatest common divisor.
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
 }
 
 /// The divisors of `whole` next to `wanted`, below and above.
@@ -265,7 +362,7 @@ mod tests {
     #[test]
     fn each_impossible_size_is_refused_by_its_key() {
         type Break = fn(&mut ModelConfig);
-        let table: [(&str, Break); 9] = [
+        let table: [(&str, Break); 11] = [
             ("model.vocab_size", |c| c.vocab_size = 0),
             ("model.heads", |c| c.heads = 5),
             ("model.kv_heads", |c| c.kv_heads = 3),
@@ -275,6 +372,8 @@ mod tests {
             ("model.ffn_size", |c| c.moe_every = 2),
             ("model.dense_layers", |c| c.dense_layers = vec![2]),
             ("model.norm_eps", |c| c.norm_eps = f32::NAN),
+            ("model.sub_tokens", |c| c.sub_tokens = 3),
+            ("model.sub_tokens", |c| (c.sub_tokens, c.shared_expert_ffn_size) = (2, 8)),
         ];
         for (key, breaks) in table {
             let mut config = valid();

@@ -8,8 +8,10 @@
 use std::fmt;
 use std::ops::Range;
 
+use moe_kernels::Fold;
+
 use super::config::{ModelConfig, QkNorm};
-use crate::routing::{RouterConfig, RouterKind};
+use crate::routing::{GateForm, Logits, RouterConfig};
 
 /// Elements that every tensor's offset is a multiple of: 256 bytes of f32, for aligned vector and bulk-copy access.
 const ALIGNMENT: usize = 64;
@@ -33,8 +35,12 @@ pub enum PartKind {
     AttentionOutput,
     FeedForwardNorm,
     Router,
+    GroupRouter,
+    RouterHidden(u8),
     RouterNoise,
     RouterBias,
+    TokenSplit,
+    TokenMerge,
     ExpertGate,
     ExpertUp,
     ExpertDown,
@@ -127,13 +133,24 @@ pub struct FeedForwardTensors {
     pub down: TensorId,
 }
 
+/// Tensors of a router. H' is the width of its last hidden layer, or H.
+#[derive(Clone, Copy, Debug)]
+pub struct RouterTensors {
+    /// `[rows, H']`, where the gate has a matrix: a row an expert, after those of groups, or E rows for each of several routers.
+    pub matrix: Option<TensorId>,
+    /// `[E, H]`: noise scales of noisy top-k.
+    pub noise: Option<TensorId>,
+    /// `[M, H]`, `[M', M]`, …: hidden layers.
+    pub hidden: [Option<TensorId>; RouterConfig::MOST_HIDDEN],
+}
+
 /// Tensors of an MoE block.
 #[derive(Clone, Copy, Debug)]
 pub struct MoeTensors {
-    /// `[E, H]`.
-    pub router: TensorId,
-    /// `[E, H]`: noise scales of noisy top-k.
-    pub router_noise: Option<TensorId>,
+    /// The router.
+    pub router: RouterTensors,
+    /// `[H, H]` each: before a token is cut into parts, and behind the parts' outputs.
+    pub parts: Option<(TensorId, TensorId)>,
     /// This rank's experts.
     pub experts: FeedForwardTensors,
     /// The shared expert.
@@ -198,7 +215,7 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// The layout of `config` for a rank with these experts (of all `config.experts`).
+    /// The layout of `config` for a rank with these experts (of all `config.experts`; of fewer in blocks that have fewer).
     pub fn new(config: &ModelConfig, router: &RouterConfig, local_experts: Range<usize>) -> Self {
         let mut build = Builder { config, tensors: Vec::new() };
         let (v, h) = (config.vocab_size, config.hidden_size);
@@ -257,7 +274,8 @@ pub fn parameter_counts(config: &ModelConfig, router: &RouterConfig) -> (usize, 
     let size =
         |ownership| layout.parts().filter(|(_, o)| *o == ownership).map(|(part, _)| part.range.len()).sum::<usize>();
     let (replicated, experts) = (size(Ownership::Replicated), size(Ownership::Expert));
-    (replicated + experts, replicated + experts * config.top_k / config.experts.max(1))
+    let all_experts = config.layer_experts().iter().sum::<usize>().max(1);
+    (replicated + experts, replicated + experts * config.top_k * config.moe_layers().count() / all_experts)
 }
 
 fn assign_offsets(tensors: &mut [Tensor]) -> Regions {
@@ -356,14 +374,48 @@ impl Builder<'_> {
         }
     }
 
+    fn router(&mut self, layer: usize, (router, experts): (&RouterConfig, usize)) -> RouterTensors {
+        let (h, at) = (self.config.routed_width(), Some(layer));
+        let std = Init::Normal(self.config.init_std);
+        let mut hidden = [None; RouterConfig::MOST_HIDDEN];
+        let mut width = h;
+        for (number, (slot, &size)) in hidden.iter_mut().zip(&router.hidden_sizes).enumerate() {
+            // The next layer's numbers are as large as these, so that logits are as large as without.
+            let init = Init::Normal(1.0 / (width as f32).sqrt());
+            *slot = Some(self.whole(PartKind::RouterHidden(number as u8), at, &[size, width], init));
+            width = size;
+        }
+        let rows = router.rows(experts);
+        let matrix = match GateForm::of(router).logits {
+            Logits::Hashed => None,
+            Logits::Folded(Fold::Groups(groups)) => {
+                let part = |kind| PartId { kind, layer: at, expert: None };
+                let parts = [(PartKind::GroupRouter, groups), (PartKind::Router, experts)];
+                let parts = parts.map(|(kind, rows)| (part(kind), vec![rows, width])).to_vec();
+                Some(self.tensor(Ownership::Replicated, std, parts))
+            }
+            Logits::Experts | Logits::Folded(Fold::Routers(_)) => {
+                Some(self.whole(PartKind::Router, at, &[rows, width], std))
+            }
+        };
+        let noise = router.is_noisy().then(|| self.whole(PartKind::RouterNoise, at, &[experts, h], Init::Zeros));
+        RouterTensors { matrix, noise, hidden }
+    }
+
     fn moe(&mut self, layer: usize, router: &RouterConfig, local_experts: Range<usize>) -> MoeTensors {
         let c = self.config;
-        let (h, f, at) = (c.hidden_size, c.expert_ffn_size, Some(layer));
+        let (h, f, at) = (c.routed_width(), c.expert_ffn_size, Some(layer));
+        let experts = c.experts_in(layer);
+        let here = |expert: usize| expert * experts / c.experts.max(1);
+        let local_experts = here(local_experts.start)..here(local_experts.end);
         let std = Init::Normal(c.init_std);
+        let parts = (c.sub_tokens > 1).then(|| {
+            let shape = [c.hidden_size; 2];
+            let split = self.whole(PartKind::TokenSplit, at, &shape, std);
+            (split, self.whole(PartKind::TokenMerge, at, &shape, self.output_init()))
+        });
         let part = |kind, expert| PartId { kind, layer: at, expert: Some(expert) };
-        let router_weight = self.whole(PartKind::Router, at, &[c.experts, h], std);
-        let router_noise = (router.kind == RouterKind::NoisyTopk)
-            .then(|| self.whole(PartKind::RouterNoise, at, &[c.experts, h], Init::Zeros));
+        let router = self.router(layer, (router, experts));
         let gate_up = local_experts
             .clone()
             .flat_map(|e| [(part(PartKind::ExpertGate, e), vec![f, h]), (part(PartKind::ExpertUp, e), vec![f, h])])
@@ -374,87 +426,10 @@ impl Builder<'_> {
         let kinds = [PartKind::SharedGate, PartKind::SharedUp, PartKind::SharedDown];
         let shared = (c.shared_expert_ffn_size > 0).then(|| self.feed_forward(layer, kinds, c.shared_expert_ffn_size));
         let shared_router = c.shared_expert_gate.then(|| self.whole(PartKind::SharedRouter, at, &[1, h], std));
-        MoeTensors {
-            router: router_weight,
-            router_noise,
-            experts: FeedForwardTensors { gate_up, down },
-            shared,
-            shared_router,
-        }
+        MoeTensors { router, parts, experts: FeedForwardTensors { gate_up, down }, shared, shared_router }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn config() -> ModelConfig {
-        ModelConfig { vocab_size: 11, qkv_bias: true, shared_expert_ffn_size: 24, ..ModelConfig::default() }
-    }
-
-    #[test]
-    fn tensors_tile_the_flat_buffer_without_overlap() {
-        let layout = Layout::new(&config(), &RouterConfig::default(), 2..4);
-        let mut ranges: Vec<_> = layout.tensors().iter().map(|t| t.range.clone()).collect();
-        ranges.sort_by_key(|r| r.start);
-        assert!(ranges.windows(2).all(|w| w[0].end <= w[1].start && w[1].start - w[0].end < ALIGNMENT));
-        assert!(layout.tensors().iter().all(|t| t.parts.iter().map(|p| p.range.len()).sum::<usize>() == t.range.len()));
-    }
-
-    #[test]
-    fn shards_of_all_ranks_together_name_what_one_rank_alone_names() {
-        let whole = Layout::new(&config(), &RouterConfig::default(), 0..8);
-        let mut expected: Vec<PartId> = whole.parts().map(|(part, _)| part.id).collect();
-        let mut found: Vec<PartId> = (0..4)
-            .flat_map(|rank| {
-                let layout = Layout::new(&config(), &RouterConfig::default(), rank * 2..rank * 2 + 2);
-                let keep = move |o| rank == 0 || o == Ownership::Expert;
-                layout.parts().filter(|(_, o)| keep(*o)).map(|(part, _)| part.id).collect::<Vec<_>>()
-            })
-            .collect();
-        expected.sort();
-        found.sort();
-        assert_eq!(found, expected);
-    }
-
-    #[test]
-    fn a_tied_head_is_the_embedding_and_no_part_of_its_own() {
-        let tied = Layout::new(&ModelConfig { tie_embeddings: true, ..config() }, &RouterConfig::default(), 0..8);
-        assert_eq!(tied.head, tied.embedding);
-        assert!(tied.parts().all(|(part, _)| part.id.kind != PartKind::Head));
-    }
-
-    #[test]
-    fn blocks_matrices_follow_one_another() {
-        let layout = Layout::new(&config(), &RouterConfig::default(), 2..4);
-        for ownership in [Ownership::Replicated, Ownership::Expert] {
-            let of = |block| layout.block_matrices(block).filter(|(_, o)| *o == ownership).map(|(range, _)| range);
-            let stretches: Vec<_> = (0..layout.blocks.len()).flat_map(of).collect();
-            assert_eq!(stretches.len(), layout.blocks.len());
-            assert!(stretches.windows(2).all(|pair| pair[0].end == pair[1].start), "{stretches:?}");
-        }
-        let all: usize = (0..layout.blocks.len()).flat_map(|b| layout.block_matrices(b)).map(|(r, _)| r.len()).sum();
-        let outside = [layout.embedding, layout.head].map(|id| layout.range(id).len()).iter().sum::<usize>();
-        assert_eq!(all + outside, layout.regions.replicated.len() + layout.regions.experts.len());
-    }
-
-    #[test]
-    fn vectors_and_matrices_never_share_a_region() {
-        let layout = Layout::new(&config(), &RouterConfig::default(), 0..8);
-        for (part, ownership) in layout.parts() {
-            let region = match (ownership, part.shape.len()) {
-                (Ownership::Expert, _) => &layout.regions.experts,
-                (_, 1) => &layout.regions.replicated_vectors,
-                _ => &layout.regions.replicated,
-            };
-            assert!(region.contains(&part.range.start), "{} is outside its region", part.id);
-        }
-    }
-
-    #[test]
-    fn a_token_of_the_preset_sized_model_meets_a_quarter_of_the_experts() {
-        let (all, active) = parameter_counts(&config(), &RouterConfig::default());
-        let experts = 2 * 8 * 3 * 64 * 128;
-        assert_eq!(all - active, experts - experts * 2 / 8);
-    }
-}
+#[path = "layout_tests.rs"]
+mod tests;

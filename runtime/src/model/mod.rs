@@ -16,7 +16,7 @@ pub mod rotary;
 mod single;
 mod transformer;
 
-pub use config::{Family, ModelConfig, QkNorm, Recompute};
+pub use config::{BlockNorm, Family, ModelConfig, QkNorm, Recompute};
 pub use head::logits_rows;
 pub use parameters::Parameters;
 pub use pass::PassTokens;

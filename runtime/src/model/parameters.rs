@@ -173,6 +173,16 @@ impl<B: Device> Gradients<'_, B> {
         self.flat.reborrow().slice(range)
     }
 
+    /// Where a tensor lies in the flat buffer.
+    pub fn range(&self, id: TensorId) -> Range<usize> {
+        self.layout.range(id)
+    }
+
+    /// The whole flat buffer.
+    pub fn flat(&mut self) -> ViewMut<'_, B, f32> {
+        self.flat.reborrow()
+    }
+
     /// A stretch of the flat buffer.
     pub fn stretch(&mut self, range: Range<usize>) -> ViewMut<'_, B, f32> {
         self.flat.reborrow().slice(range)

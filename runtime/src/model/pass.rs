@@ -18,21 +18,28 @@ pub struct PassTokens<'a> {
     pub sequence_length: usize,
     /// Place of the first token in the data: sample number · S.
     pub first_token: u64,
+    /// `[B]`: each sequence's tag; empty: all are 0.
+    pub tags: &'a [i32],
+    /// Steps before this one, in training.
+    pub step: u64,
 }
 
 impl<'a> PassTokens<'a> {
     /// Sequences of which nothing is predicted, each one text.
     pub fn of_inputs(inputs: &'a [i32], sequence_length: usize) -> Self {
-        Self { inputs, targets: &[], starts: None, sequence_length, first_token: 0 }
+        Self { inputs, targets: &[], starts: None, sequence_length, first_token: 0, tags: &[], step: 0 }
     }
 
     /// The pass as routers see it.
-    pub(super) fn route(&self, training: bool) -> RoutePass {
+    pub(super) fn route(&self, training: bool) -> RoutePass<'a> {
         RoutePass {
             tokens: self.inputs.len(),
             sequence_length: self.sequence_length,
             first_token: self.first_token,
             training,
+            step: self.step,
+            ids: self.inputs,
+            tags: self.tags,
         }
     }
 }

@@ -23,6 +23,11 @@ pub struct SingleMoe<B: Backend> {
     layer: MoeLayer<B>,
     balance: Balance<B>,
     scratch: MoeScratch<B>,
+    hidden_size: usize,
+    /// Parts that a token is routed in.
+    parts: usize,
+    /// Tokens, for gates that look at them.
+    ids: Vec<i32>,
 }
 
 impl<B: Backend> SingleMoe<B> {
@@ -42,11 +47,13 @@ impl<B: Backend> SingleMoe<B> {
         let Some(FeedForward::Moe(tensors)) = layout.blocks.first().map(|block| block.feed_forward) else {
             return Ok(None);
         };
-        let (hidden_size, experts, top_k) = (config.hidden_size, config.experts, config.top_k);
-        let shape = RouterShape { hidden_size, experts, top_k, config: router.clone() };
+        let (hidden_size, experts, top_k) = (config.routed_width(), config.experts_in(0), config.top_k);
+        let shape = RouterShape { hidden_size, experts, top_k, config: router.clone(), gate: None };
         let ranks = grid.ep();
-        let room =
-            Room::planned(Room::HEADROOM, ShuffleDims { tokens: tokens.div_ceil(chunks), top_k, experts, ranks });
+        let room = Room::planned(
+            Room::HEADROOM,
+            ShuffleDims { tokens: (tokens * config.sub_tokens).div_ceil(chunks), top_k, experts, ranks },
+        );
         let place = MoeShape { ranks, chunks, seed: 0, recompute: Recompute::None, room };
         let mut parameters = Parameters::new(&device, layout)?;
         parameters.initialize(&device, 0);
@@ -54,8 +61,11 @@ impl<B: Backend> SingleMoe<B> {
             parameters,
             tensors,
             layer: MoeLayer::new(&device, config, shape, &place, (0, 0))?,
-            balance: Balance::new(&device, router, 1, experts, 1)?,
+            balance: Balance::new(&device, router, vec![experts], 1)?,
             scratch: MoeScratch::new(&device)?,
+            hidden_size: config.hidden_size,
+            parts: config.sub_tokens,
+            ids: (0..tokens as i32).collect(),
             device,
         }))
     }
@@ -69,8 +79,8 @@ impl<B: Backend> SingleMoe<B> {
         groups: &Groups<C>,
         (x_TH, out_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
     ) -> Result<(), ModelError> {
-        let route = self.route(x_TH.len());
-        self.balance.begin_pass(route);
+        let route = route(&self.ids[..x_TH.len() / self.hidden_size]);
+        self.balance.begin_pass(route.split(self.parts));
         let weights = self.parameters.weights();
         let pass = MoePass { device: &self.device, group: &groups.expert, route, weights, tensors: self.tensors };
         let clock = &mut StageClock::default();
@@ -88,21 +98,22 @@ impl<B: Backend> SingleMoe<B> {
         x_TH: View<'_, B, B::Act>,
         (dout_TH, dx_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
     ) -> Result<(), ModelError> {
-        let route = self.route(x_TH.len());
-        let all = route.tokens * groups.world.size();
+        let route = route(&self.ids[..x_TH.len() / self.hidden_size]);
+        let all = route.tokens * self.parts * groups.world.size();
         let share = BatchShare { global_tokens: all, tokens_so_far: all, pass_tokens: all };
-        self.balance.form(&self.device, &groups.world, route, share)?;
+        self.balance.form(&self.device, &groups.world, route.split(self.parts), share)?;
         let (weights, mut gradients) = self.parameters.split();
-        let losses = RouterLosses { balance: self.balance.coefficients(0), z_scale: self.balance.z_scale(share) };
+        let losses = RouterLosses { balance: self.balance.coefficients(0), tokens: self.balance.token_losses(share) };
         let pass = MoePass { device: &self.device, group: &groups.expert, route, weights, tensors: self.tensors };
         let rows = MoeBackward { x_TH, dout_TH, dx_TH };
         let clock = &mut StageClock::default();
         self.layer.begin_step();
         self.layer.backward(&pass, &mut gradients, losses, &mut self.scratch, clock, rows)
     }
+}
 
-    fn route(&self, elements: usize) -> RoutePass {
-        let tokens = elements / self.layer.hidden_size();
-        RoutePass { tokens, sequence_length: tokens, first_token: 0, training: true }
-    }
+/// A training pass over the tokens `ids`, one sequence.
+fn route(ids: &[i32]) -> RoutePass<'_> {
+    let tokens = ids.len();
+    RoutePass { tokens, sequence_length: tokens, first_token: 0, training: true, step: 0, ids, tags: &[] }
 }

@@ -4,6 +4,7 @@
 //! parameters is `training`'s.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use moe_kernels::{Accumulate, Activation, Backend, DeviceError, ShuffleDims, ViewMut};
 
@@ -20,7 +21,7 @@ use super::pass::PassTokens;
 use crate::collectives::{CollectiveError, Communicator, Groups};
 use crate::dispatch::{Room, ShuffledRows};
 use crate::memory::{Kind, Slot, Tally};
-use crate::routing::{Balance, BalanceReport, BatchShare, RoutePass, RouterConfig, RouterLosses, RouterShape};
+use crate::routing::{Balance, BalanceReport, BatchShare, Gate, RoutePass, RouterConfig, RouterLosses, RouterShape};
 use crate::stages::{Stage, StageClock};
 use crate::topology::{Grid, Rank};
 
@@ -47,6 +48,8 @@ pub struct ModelSetup {
     pub sequence_length: usize,
     /// What the backward pass computes again instead of what the forward pass would keep.
     pub recompute: Recompute,
+    /// The gate of `router.kind = "custom"`.
+    pub gate: Option<Arc<dyn Gate>>,
 }
 
 /// Sums over the passes of a step on this rank.
@@ -90,7 +93,6 @@ impl<B: Backend> Transformer<B> {
         let c = &setup.model;
         let layout = Layout::new(c, &setup.router, setup.grid.local_experts(setup.rank));
         let blocks = build_blocks(&device, &setup, &layout)?;
-        let moe_layers = c.moe_layers().count();
         let slot = |_| Slot::new(&device, "residual stream");
         let mut model = Self {
             rotary: RotaryTables::new(&device, c, setup.sequence_length)?,
@@ -100,7 +102,7 @@ impl<B: Backend> Transformer<B> {
             blocks,
             final_norm: Norm::new(&device, layout.final_norm)?,
             head: Head::new(&device, c.vocab_size, c.hidden_size, layout.head)?,
-            balance: Balance::new(&device, &setup.router, moe_layers, c.experts, setup.max_sequences)?,
+            balance: Balance::new(&device, &setup.router, c.layer_experts(), setup.max_sequences)?,
             scratch: Scratch {
                 attention: AttentionScratch::new(&device)?,
                 moe: MoeScratch::new(&device)?,
@@ -328,13 +330,13 @@ impl<B: Backend> Transformer<B> {
         groups: &Groups<C>,
         clock: &mut StageClock<B>,
         tokens: PassTokens<'_>,
-        route: RoutePass,
+        route: RoutePass<'_>,
     ) -> Result<(), ModelError> {
         let Self { device, parameters, setup, .. } = self;
         let PassTokens { inputs, starts, .. } = tokens;
         let (t, h) = (inputs.len(), setup.model.hidden_size);
         clock.enter(Stage::Embedding);
-        self.balance.begin_pass(route);
+        self.balance.begin_pass(route.split(setup.model.sub_tokens));
         self.ids.reserve(device, t)?;
         device.upload(inputs, self.ids.view_mut(t));
         if let Some(starts) = starts {
@@ -373,12 +375,14 @@ impl<B: Backend> Transformer<B> {
     fn form_losses<C: Communicator<B>>(
         &mut self,
         groups: &Groups<C>,
-        route: RoutePass,
+        route: RoutePass<'_>,
         batch: BatchShare,
     ) -> Result<(), ModelError> {
         if self.setup.model.moe_layers().next().is_none() {
             return Ok(());
         }
+        let parts = self.setup.model.sub_tokens;
+        let (route, batch) = (route.split(parts), batch.split(parts));
         self.balance.form(&self.device, &groups.world, route, batch)?;
         for block in &mut self.blocks {
             if let Second::Moe(moe) = &mut block.second {
@@ -411,7 +415,7 @@ impl<B: Backend> Transformer<B> {
         index: usize,
         groups: &Groups<C>,
         clock: &mut StageClock<B>,
-        (tokens, route, batch): (PassTokens<'_>, RoutePass, BatchShare),
+        (tokens, route, batch): (PassTokens<'_>, RoutePass<'_>, BatchShare),
         complete: &mut Complete<'_, B>,
     ) -> Result<(), ModelError> {
         let Self { device, parameters, setup, .. } = self;
@@ -435,7 +439,7 @@ impl<B: Backend> Transformer<B> {
         let x = self.stream[index].view(route.tokens * setup.model.hidden_size);
         let moe_index = setup.model.moe_layers().take_while(|&layer| layer < index).count();
         let balance = setup.model.is_moe(index).then(|| self.balance.coefficients(moe_index)).flatten();
-        let losses = RouterLosses { balance, z_scale: self.balance.z_scale(batch) };
+        let losses = RouterLosses { balance, tokens: self.balance.token_losses(batch.split(setup.model.sub_tokens)) };
         self.blocks[index].backward(&context, &mut gradients, losses, &mut self.scratch, clock, (x, &mut between))
     }
 }
@@ -464,12 +468,19 @@ pub enum LogitsOf {
 fn build_blocks<B: Backend>(device: &B, setup: &ModelSetup, layout: &Layout) -> Result<Vec<Block<B>>, DeviceError> {
     let c = &setup.model;
     let (ranks, chunks) = (setup.grid.ep(), setup.chunks);
-    let tokens = (setup.max_sequences * setup.sequence_length).div_ceil(chunks);
-    let dims = ShuffleDims { tokens, top_k: c.top_k, experts: c.experts, ranks };
-    let room = Room::planned(setup.receive_headroom, dims);
-    let shape = MoeShape { ranks, chunks, seed: setup.seed, recompute: setup.recompute, room };
-    let router =
-        RouterShape { hidden_size: c.hidden_size, experts: c.experts, top_k: c.top_k, config: setup.router.clone() };
+    let tokens = (setup.max_sequences * setup.sequence_length * c.sub_tokens).div_ceil(chunks);
+    let shape = |experts: usize| {
+        let dims = ShuffleDims { tokens, top_k: c.top_k, experts, ranks };
+        let room = Room::planned(setup.receive_headroom, dims);
+        MoeShape { ranks, chunks, seed: setup.seed, recompute: setup.recompute, room }
+    };
+    let router = |experts: usize| RouterShape {
+        hidden_size: c.routed_width(),
+        experts,
+        top_k: c.top_k,
+        config: setup.router.clone(),
+        gate: setup.gate.clone(),
+    };
     let mut moe_index = 0;
     let block = |(layer, tensors): (usize, &BlockTensors)| {
         let second = match tensors.feed_forward {
@@ -477,7 +488,8 @@ fn build_blocks<B: Backend>(device: &B, setup: &ModelSetup, layout: &Layout) -> 
             FeedForward::Moe(_) => {
                 let at = (layer, moe_index);
                 moe_index += 1;
-                Second::Moe(Box::new(MoeLayer::new(device, c, router.clone(), &shape, at)?))
+                let experts = c.experts_in(layer);
+                Second::Moe(Box::new(MoeLayer::new(device, c, router(experts), &shape(experts), at)?))
             }
         };
         Block::new(device, c, *tensors, second)

@@ -112,12 +112,12 @@ impl<B: Backend> Optimizer<B> {
             beta1: self.config.beta1,
             beta2: self.config.beta2,
             eps: self.config.eps,
-            weight_decay: self.config.weight_decay,
+            weight_decay: 0.0,
             step: self.updates,
             grad_scale,
         };
-        for (region, decays) in self.groups(&parameters.layout().regions) {
-            let settings = AdamW { weight_decay: if decays { settings.weight_decay } else { 0.0 }, ..settings };
+        for (region, weight_decay) in self.groups(&parameters.layout().regions) {
+            let settings = AdamW { weight_decay, ..settings };
             let runs = outside(region, &self.frozen);
             for Span { flat, state } in runs.flat_map(|run| self.shard.spans().map(|span| span.within(&run))) {
                 if flat.is_empty() {
@@ -131,10 +131,15 @@ impl<B: Backend> Optimizer<B> {
         }
     }
 
-    /// Regions of the flat buffer with and without weight decay.
-    fn groups(&self, regions: &Regions) -> [(Range<usize>, bool); 3] {
-        let all = self.config.decay == DecayGroups::All;
-        [(regions.replicated.clone(), true), (regions.replicated_vectors.clone(), all), (regions.experts.clone(), true)]
+    /// Regions of the flat buffer with their weight decay.
+    fn groups(&self, regions: &Regions) -> [(Range<usize>, f64); 3] {
+        let decay = self.config.weight_decay;
+        let of_vectors = if self.config.decay == DecayGroups::All { decay } else { 0.0 };
+        [
+            (regions.replicated.clone(), decay),
+            (regions.replicated_vectors.clone(), of_vectors),
+            (regions.experts.clone(), self.config.expert_weight_decay.unwrap_or(decay)),
+        ]
     }
 }
 

@@ -32,11 +32,17 @@ impl Flops {
         // Scores and their use, 2 · 2 · S/2 · width each way; the backward pass does twice as much.
         let scores = 6.0 * config.train.sequence_length as f64 * c.attention_width() as f64;
         let feed_forward = |f: usize| 18.0 * h * f as f64;
+        let (parts, width) = (c.sub_tokens as f64, c.routed_width() as f64);
+        // Two projections of a token that is cut into parts.
+        let cut = if c.sub_tokens > 1 { 12.0 * h * h } else { 0.0 };
+        let widths = [c.routed_width()].into_iter().chain(config.router.hidden_sizes.iter().copied());
+        let heights = config.router.hidden_sizes.iter().copied().chain([config.router.rows(c.experts)]);
+        let router: f64 = widths.zip(heights).map(|(width, height)| (width * height) as f64).sum();
         Self {
             attention: layers * (6.0 * projections + scores),
-            route: moe * 6.0 * h * c.experts as f64,
-            experts: moe * c.top_k as f64 * feed_forward(c.expert_ffn_size),
-            dense: moe * feed_forward(c.shared_expert_ffn_size) + (layers - moe) * feed_forward(c.ffn_size),
+            route: moe * 6.0 * parts * router,
+            experts: moe * c.top_k as f64 * parts * 18.0 * width * c.expert_ffn_size as f64,
+            dense: moe * (feed_forward(c.shared_expert_ffn_size) + cut) + (layers - moe) * feed_forward(c.ffn_size),
             head: 6.0 * h * c.vocab_size as f64,
         }
     }

@@ -10,8 +10,8 @@ use crate::collectives::volume::SEGMENT_BYTES;
 use crate::memory::{Kind, Tally};
 use crate::model::layout::Layout;
 use crate::model::logits_rows;
-use crate::model::{QkNorm, Recompute};
-use crate::routing::{BalanceScope, RouterKind};
+use crate::model::{BlockNorm, QkNorm, Recompute};
+use crate::routing::{BalanceScope, GateForm, Logits, RouterKind};
 use crate::topology::Rank;
 
 /// Memory of one rank.
@@ -77,7 +77,7 @@ fn parameters(job: &Job, layout: &Layout, tally: &mut Tally) {
 
 /// Planned rows: as expected, with headroom where other ranks decide how many come.
 fn rows(job: &Job) -> Rows {
-    let tokens = job.pass_tokens() as f64 / job.config.parallel.chunks as f64;
+    let tokens = job.routed_tokens() as f64 / job.config.parallel.chunks as f64;
     let sent = tokens * job.grid.ep() as f64 * job.visit_probability();
     let expanded = tokens * job.config.model.top_k as f64;
     let headroom = if job.grid.ep() > 1 { job.config.parallel.receive_headroom } else { 1.0 };
@@ -86,9 +86,9 @@ fn rows(job: &Job) -> Rows {
 
 fn receive_buffer(job: &Job) -> ReceiveBuffer {
     let c = &job.config.model;
-    let (tokens, layers) = (job.pass_tokens() as u64, job.moe_layers() as u64);
+    let (tokens, layers) = (job.routed_tokens() as u64, job.moe_layers() as u64);
     let local = c.top_k.min(job.grid.experts_per_rank()) as u64;
-    let (h, f, act) = (c.hidden_size as u64, c.expert_ffn_size as u64, job.numbers.act_bytes as u64);
+    let (h, f, act) = (c.routed_width() as u64, c.expert_ffn_size as u64, job.numbers.act_bytes as u64);
     let chunks = job.config.parallel.chunks as f64;
     let kept = match job.config.train.recompute {
         Recompute::None => layers * 2 * f,
@@ -117,7 +117,8 @@ fn activations(job: &Job, tally: &mut Tally) {
         QkNorm::FullWidth => 2,
     };
     let norm = 4 * t + th;
-    let per_block = th // between the halves
+    let sums = if c.block_norm == BlockNorm::Post { 2 } else { 1 };
+    let per_block = sums * th // between the halves, and before a norm behind them
         + 2 * norm
         + t * (qkv * (1 + with_norm) + attention) * act
         + 4 * t * (heads + norm_groups);
@@ -142,12 +143,13 @@ fn activations(job: &Job, tally: &mut Tally) {
         ],
     );
     if moe > 0 {
-        tally.add(Kind::Activations, [moe * moe_layer(job), expert_scratch(job)]);
+        let layers: u64 = c.layer_experts().into_iter().map(|experts| moe_layer(&job.with_experts(experts))).sum();
+        tally.add(Kind::Activations, [layers, expert_scratch(job)]);
     }
     let groups = if job.config.router.balance_scope == BalanceScope::Sequence { job.micro_batch() as u64 } else { 1 };
     let experts = moe * c.experts as u64;
     // Counts, probabilities, their sums over a step, coefficients; dropped choices, entropies, losses.
-    tally.add(Kind::Activations, [5 * 4 * groups * experts, 4 * experts, 8 * moe, 24]);
+    tally.add(Kind::Activations, [5 * 4 * groups * experts, 4 * experts, 8 * moe, 8 * 8]);
 }
 
 /// The experts' gate and up projections of one layer.
@@ -168,9 +170,8 @@ pub(super) fn recomputed(job: &Job) -> u64 {
 fn moe_layer(job: &Job) -> u64 {
     let c = &job.config.model;
     let act = job.numbers.act_bytes as u64;
-    let (t, h, e, k) = (job.pass_tokens() as u64, c.hidden_size as u64, c.experts as u64, c.top_k as u64);
-    let logits = if job.config.router.kind == RouterKind::NoisyTopk { 8 } else { 3 };
-    let router = 4 * (logits * t * e + 4 * t * k + t + 7 * e.max(2));
+    let (t, h) = (job.pass_tokens() as u64, c.hidden_size as u64);
+    let router = router(job);
     let (rows, chunks) = (rows(job), job.config.parallel.chunks as f64);
     let arrived = if job.grid.ep() > 1 { (rows.received * chunks) as u64 * act * h } else { 0 };
     let experts = match job.config.train.recompute {
@@ -181,7 +182,28 @@ fn moe_layer(job: &Job) -> u64 {
         (0, _) => 0,
         (f, gated) => act * t * (h + 6 * f) + if gated { act * t * h + 8 * t } else { 0 },
     };
-    router + experts + arrived + shared
+    // Parts and their outputs; the sums that norms behind them need.
+    let cut = if c.sub_tokens > 1 { 2 * act * t * h } else { 0 };
+    router + experts + arrived + shared + cut
+}
+
+/// What one layer's router keeps.
+fn router(job: &Job) -> u64 {
+    let (c, config) = (&job.config.model, &job.config.router);
+    let act = job.numbers.act_bytes as u64;
+    let (t, width, e) = (job.routed_tokens() as u64, c.routed_width() as u64, c.experts as u64);
+    let (k, rows) = (config.slots(c.top_k, c.experts) as u64, config.rows(c.experts) as u64);
+    let logits = if config.is_noisy() { 8 } else { 3 };
+    let folded = if matches!(GateForm::of(config).logits, Logits::Folded(_)) { 2 * rows } else { 0 };
+    let tags = u64::from(config.kind == RouterKind::MultiGate);
+    let masked = if config.expert_dropout > 0.0 { e } else { 0 };
+    let gate = 4 * (t * (logits * e + folded + tags + 4 * k + 1) + 7 * e.max(2) + masked);
+    let hidden: u64 = config.hidden_sizes.iter().map(|&width| width as u64).sum();
+    let widest = config.hidden_sizes.iter().map(|&width| width as u64).fold(width, u64::max);
+    let jitter = config.input_jitter > 0.0;
+    let layers = hidden * if config.dropout > 0.0 { 3 } else { 2 } + if jitter { width } else { 0 };
+    let gradients = if jitter || hidden > 0 { 2 * widest } else { 0 };
+    gate + act * t * (layers + gradients)
 }
 
 /// Of an expanded row in the experts' scratch, in widths of F: activations and gradients; where projections are computed again, or rows may
@@ -193,20 +215,23 @@ fn scratch_widths(job: &Job) -> u64 {
 /// Expanded rows, the experts' activations and their gradients, which all layers share.
 fn expert_scratch(job: &Job) -> u64 {
     let c = &job.config.model;
-    let row = job.numbers.act_bytes as u64 * (c.hidden_size as u64 + scratch_widths(job) * c.expert_ffn_size as u64);
-    rows(job).expanded as u64 * row + 4 * (job.pass_tokens() * c.top_k) as u64
+    let act = job.numbers.act_bytes as u64;
+    let row = act * (c.routed_width() as u64 + scratch_widths(job) * c.expert_ffn_size as u64);
+    let slots = job.config.router.slots(c.top_k, c.experts);
+    let cut = if c.sub_tokens > 1 { 2 * act * (job.pass_tokens() * c.hidden_size) as u64 } else { 0 };
+    rows(job).expanded as u64 * row + 4 * (job.routed_tokens() * slots) as u64 + cut
 }
 
 fn communication(job: &Job, layout: &Layout, tally: &mut Tally) {
     let c = &job.config.model;
     let act = job.numbers.act_bytes as u64;
-    let (h, k) = (c.hidden_size as u64, c.top_k as u64);
+    let (h, k) = (c.routed_width() as u64, job.config.router.slots(c.top_k, c.experts) as u64);
     if job.moe_layers() > 0 {
         let Rows { sent, received, expanded } = rows(job);
         let [sent, received, expanded] = [sent, received, expanded].map(|rows| rows as u64);
-        let (chunks, tokens) = (job.config.parallel.chunks, job.pass_tokens());
+        let (chunks, tokens) = (job.config.parallel.chunks, job.routed_tokens());
         let ep = job.grid.ep();
-        let each = c.top_k.min(ep) as u64;
+        let each = (k as usize).min(ep) as u64;
         let local = job.grid.experts_per_rank() as u64;
         let lists = |tokens: u64| {
             // Counts, offsets, and three lists that say where expanded rows come from.
@@ -243,8 +268,8 @@ fn staged_rows(job: &Job) -> u64 {
     if job.numbers != super::Numbers::CPU || job.world() == 1 {
         return 0;
     }
-    let tokens = job.pass_tokens() as f64 / job.config.parallel.chunks as f64;
-    let rows = 2.0 * job.rows_to_others(tokens) * (job.config.model.hidden_size * job.numbers.act_bytes) as f64;
+    let tokens = job.routed_tokens() as f64 / job.config.parallel.chunks as f64;
+    let rows = 2.0 * job.rows_to_others(tokens) * (job.config.model.routed_width() * job.numbers.act_bytes) as f64;
     (rows as u64).max(2 * SEGMENT_BYTES as u64)
 }
 

@@ -134,6 +134,19 @@ impl Job {
             * self.config.train.sequence_length
     }
 
+    /// What is routed by itself in a rank's largest pass: its tokens, or the parts of them.
+    pub fn routed_tokens(&self) -> usize {
+        self.pass_tokens() * self.config.model.sub_tokens
+    }
+
+    /// The same job with `experts` experts in each MoE block: what a block of that many costs.
+    fn with_experts(&self, experts: usize) -> Self {
+        let grid = Grid::new(self.world(), self.grid.ep(), experts).unwrap_or(self.grid);
+        let mut job = Self { grid, ..self.clone() };
+        (job.config.model.experts, job.config.model.experts_by_layer) = (experts, Vec::new());
+        job
+    }
+
     /// Tokens of `rank` in a step.
     pub fn step_tokens(&self, rank: Rank) -> usize {
         share(self.config.train.global_batch, self.world(), rank.0).len() * self.config.train.sequence_length
@@ -164,7 +177,7 @@ impl Job {
     fn step_sums(&self) -> usize {
         let layers = self.moe_layers();
         let lists = if self.loads_are_global() { 2 } else { 3 };
-        7 + layers * (lists * self.config.model.experts + 1)
+        11 + layers * (lists * self.config.model.experts + 1)
     }
 
     /// The probability that a token visits a given rank of its expert group.
@@ -175,7 +188,7 @@ impl Job {
     /// Sizes of the largest chunk of a layer's pass.
     fn chunk_dims(&self) -> ShuffleDims {
         let c = &self.config.model;
-        let tokens = self.pass_tokens().div_ceil(self.config.parallel.chunks);
+        let tokens = self.routed_tokens().div_ceil(self.config.parallel.chunks);
         ShuffleDims { tokens, top_k: c.top_k, experts: c.experts, ranks: self.grid.ep() }
     }
 
@@ -188,8 +201,12 @@ impl Job {
     pub fn expected_rows(&self, rank: Rank) -> StepRows {
         let group = self.grid.expert_group(rank);
         let layers = self.moe_layers() as f64;
-        let sent = self.rows_to_others(self.step_tokens(rank) as f64) * layers;
-        let others: usize = group.iter().filter(|peer| **peer != rank).map(|peer| self.step_tokens(*peer)).sum();
+        let sent = self.rows_to_others((self.step_tokens(rank) * self.config.model.sub_tokens) as f64) * layers;
+        let others: usize = group
+            .iter()
+            .filter(|peer| **peer != rank)
+            .map(|peer| self.step_tokens(*peer) * self.config.model.sub_tokens)
+            .sum();
         StepRows { sent, received: others as f64 * self.visit_probability() * layers, again: 0.0 }
     }
 

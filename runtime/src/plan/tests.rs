@@ -92,6 +92,7 @@ fn train(job: &Job, world: HostCommunicator, steps: u64) -> Counted {
         max_sequences: job.micro_batch(),
         sequence_length: job.config.train.sequence_length,
         recompute: job.config.train.recompute,
+        gate: None,
     };
     let model = Transformer::new(Cpu, setup).unwrap();
     let mut trainer = Trainer::new(model, groups, &job.config, Counting::new(job, rank.0)).unwrap();

@@ -146,7 +146,7 @@ type Add<'a> = dyn FnMut(Purpose, (&'static str, &'static str), f64) + 'a;
 /// The journeys of rows: out and home, forward and backward.
 fn shuffles(job: &Job, StepRows { sent, received, again }: StepRows, add: &mut Add<'_>) {
     let (ep, k) = (job.grid.ep(), job.config.model.top_k as f64);
-    let row = (job.config.model.hidden_size * job.numbers.act_bytes) as f64;
+    let row = (job.config.model.routed_width() * job.numbers.act_bytes) as f64;
     let (layers, chunks) = (job.passes() * job.moe_layers(), job.config.parallel.chunks);
     let journeys = ("expert", "all_to_all_v");
     add(Purpose::Dispatch, journeys, (sent + received + again) * row);

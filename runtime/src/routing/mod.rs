@@ -5,11 +5,20 @@
 mod balance;
 mod config;
 mod gates;
+mod input;
+pub mod kit;
+mod logits;
 mod noise;
+mod own;
+mod pass;
 mod router;
+mod validate;
 
-pub use balance::{Balance, BalanceError, BalanceReport, BatchShare};
-pub use config::{BalanceScope, Overflow, RouterConfig, RouterKind};
-pub use gates::GateForm;
+pub use balance::{Balance, BalanceError, BalanceLosses, BalanceReport, BatchShare};
+pub use config::{BalanceScope, HiddenActivation, Overflow, RouterConfig, RouterKind};
+pub use gates::{GateForm, Logits};
+pub use logits::{RouterRanges, RouterWeights};
 pub use noise::GateNoise;
-pub use router::{RoutePass, Router, RouterGradients, RouterLosses, RouterShape, RouterStatistics, RouterWeights};
+pub use own::{Choices, Gate, GatePass, check_own_gate};
+pub use pass::RoutePass;
+pub use router::{Router, RouterGradients, RouterLosses, RouterShape, RouterStatistics};

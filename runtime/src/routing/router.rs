@@ -3,15 +3,19 @@
 //! Owns the saved tensors of one layer's routing. It never moves a token and never talks to another rank; `balance` reduces
 //! the statistics it leaves behind.
 
-use std::ops::Range;
+use std::sync::Arc;
 
 use moe_kernels::{
-    Accumulate, Backend, BalanceGrad, Capacity, DeviceError, GateDims, GateSpec, GemmDims, View, ViewMut,
+    Accumulate, Backend, BalanceGrad, Capacity, CapacityPolicy, Choice, DeviceError, Enough, GateDims, GateSpec,
+    GemmDims, TokenLosses, View, ViewMut,
 };
 
-use super::config::{BalanceScope, RouterConfig};
+use super::config::{Overflow, RouterConfig, RouterKind};
 use super::gates::GateForm;
-use super::noise::GateNoise;
+use super::logits::{LogitsPath, RouterRanges, RouterWeights};
+use super::noise::{GateNoise, Purpose, hash, stream};
+use super::own::{Gate, GatePass, OwnGate};
+use super::pass::RoutePass;
 use crate::memory::{Kind, Slot, Tally};
 
 /// Sizes and settings that all layers' routers share.
@@ -25,45 +29,16 @@ pub struct RouterShape {
     pub top_k: usize,
     /// Settings.
     pub config: RouterConfig,
-}
-
-/// A router's weights: `[E, H]` each.
-pub struct RouterWeights<'a, B: Backend> {
-    /// Logits.
-    pub router: View<'a, B, B::Act>,
-    /// Noise scales, where the gate has them.
-    pub noise: Option<View<'a, B, B::Act>>,
-}
-
-/// Where in the data and in training a pass stands.
-#[derive(Clone, Copy, Debug)]
-pub struct RoutePass {
-    /// T of this rank and pass.
-    pub tokens: usize,
-    /// S.
-    pub sequence_length: usize,
-    /// Place of the first token in the data: sample number · S.
-    pub first_token: u64,
-    /// Training adds noise and random choices; evaluation does not.
-    pub training: bool,
-}
-
-impl RoutePass {
-    /// Tokens over which balance statistics are formed, and how many such groups there are (at least 1).
-    pub fn groups(&self, scope: BalanceScope) -> (usize, usize) {
-        match scope {
-            BalanceScope::Sequence => (self.sequence_length, self.tokens.div_ceil(self.sequence_length).max(1)),
-            BalanceScope::MicroBatch | BalanceScope::Global => (self.tokens.max(1), 1),
-        }
-    }
+    /// The gate of `router.kind = "custom"`.
+    pub gate: Option<Arc<dyn Gate>>,
 }
 
 /// Losses that reach a router beside the weights' gradient.
 pub struct RouterLosses<'a, B: Backend> {
     /// `[G, E]`: ∂loss/∂probability, from `balance`.
     pub balance: Option<View<'a, B, f32>>,
-    /// Factor of Σ_t lse².
-    pub z_scale: f32,
+    /// The tokens' own.
+    pub tokens: TokenLosses,
 }
 
 /// Gradients of a router's backward pass.
@@ -74,10 +49,8 @@ pub struct RouterGradients<'a, B: Backend> {
     pub dx_TH: ViewMut<'a, B, B::Act>,
     /// The flat gradient buffer, added to.
     pub flat: ViewMut<'a, B, f32>,
-    /// Where the router's weight lies in it.
-    pub router: Range<usize>,
-    /// Where the noise scales' weight lies in it, where the gate is noisy.
-    pub noise: Option<Range<usize>>,
+    /// Where the weights lie in it.
+    pub ranges: RouterRanges,
 }
 
 /// One layer's router with what its backward pass needs.
@@ -85,6 +58,10 @@ pub struct Router<B: Backend> {
     shape: RouterShape,
     form: GateForm,
     gate_noise: GateNoise,
+    /// Of the experts that can't be chosen.
+    dropout: u64,
+    path: LogitsPath<B>,
+    own: Option<OwnGate<B>>,
     clean: Slot<B, f32>,
     raw: Slot<B, f32>,
     noise: Slot<B, f32>,
@@ -100,6 +77,10 @@ pub struct Router<B: Backend> {
     draw: Slot<B, f32>,
     /// `[E]`: what follows the load from step to step, or evens out one pass.
     selection_bias: Slot<B, f32>,
+    /// `[E]`: the same, and far below for experts that can't be chosen in this step.
+    masked_bias: Slot<B, f32>,
+    /// `[T, k]` zeros, for gates whose weights' gradient is their own affair.
+    no_dweights: Slot<B, f32>,
     host_noise: Vec<f32>,
     /// What the balance losses and metrics are formed from.
     pub statistics: RouterStatistics<B>,
@@ -141,6 +122,10 @@ impl<B: Backend> Router<B> {
                 self.dclean.bytes(),
                 self.draw.bytes(),
                 self.selection_bias.bytes(),
+                self.masked_bias.bytes(),
+                self.no_dweights.bytes(),
+                self.path.bytes(),
+                self.own.as_ref().map_or(0, OwnGate::bytes),
             ],
         );
         let RouterStatistics { sums, dropped, importance, dimportance, load, dload } = &self.statistics;
@@ -150,6 +135,8 @@ impl<B: Backend> Router<B> {
     /// The router of MoE layer `layer`.
     pub fn new(device: &B, shape: RouterShape, seed: u64, layer: usize) -> Result<Self, DeviceError> {
         let e = shape.experts;
+        let own = shape.gate.clone().filter(|_| shape.config.kind == RouterKind::Custom);
+        let own = own.map(|gate| OwnGate::new(device, gate));
         let expert_slot = |what| Slot::sized(device, what, e.max(2));
         let statistics = RouterStatistics {
             sums: expert_slot("router statistics")?,
@@ -162,6 +149,9 @@ impl<B: Backend> Router<B> {
         Ok(Self {
             form: GateForm::of(&shape.config),
             gate_noise: GateNoise::new(seed, layer),
+            dropout: stream(seed, layer, Purpose::Experts),
+            path: LogitsPath::new(device, &shape, seed, layer)?,
+            own: own.transpose()?,
             clean: Slot::new(device, "router logits")?,
             raw: Slot::new(device, "router noise scales")?,
             noise: Slot::new(device, "router noise")?,
@@ -176,6 +166,8 @@ impl<B: Backend> Router<B> {
             dclean: Slot::new(device, "router clean logit gradients")?,
             draw: Slot::new(device, "router noise scale gradients")?,
             selection_bias: expert_slot("router selection bias")?,
+            masked_bias: Slot::new(device, "router selection bias with dropped experts")?,
+            no_dweights: Slot::new(device, "no gate weight gradients")?,
             host_noise: Vec::new(),
             statistics,
             shape,
@@ -188,12 +180,21 @@ impl<B: Backend> Router<B> {
     }
 
     fn dims(&self, tokens: usize) -> GateDims {
-        GateDims { tokens, experts: self.shape.experts, top_k: self.shape.top_k }
+        GateDims { tokens, experts: self.shape.experts, top_k: self.slots() }
     }
 
-    fn spec(&self, tokens: usize) -> GateSpec {
-        let GateForm { score, renormalize, scale, choice, .. } = self.form;
-        GateSpec { dims: self.dims(tokens), score, renormalize, scale, choice }
+    /// Places for choices that a token has.
+    fn slots(&self) -> usize {
+        self.shape.config.slots(self.shape.top_k, self.shape.experts)
+    }
+
+    fn spec(&self, pass: RoutePass<'_>) -> GateSpec {
+        let GateForm { score, renormalize, scale, choice, experts_choose, .. } = self.form;
+        // Where experts do not choose among them, a token's k highest of all that have a place.
+        let k_highest = Enough { mass: 0.0, least: self.shape.top_k };
+        let choice =
+            if experts_choose && !pass.training { Choice { enough: Some(k_highest), ..choice } } else { choice };
+        GateSpec { dims: self.dims(pass.tokens), score, renormalize, scale, choice }
     }
 
     fn gemm(&self, tokens: usize) -> GemmDims {
@@ -201,7 +202,7 @@ impl<B: Backend> Router<B> {
     }
 
     fn reserve(&mut self, device: &B, tokens: usize) -> Result<(), DeviceError> {
-        let (te, tk) = (tokens * self.shape.experts, tokens * self.shape.top_k);
+        let (te, tk) = (tokens * self.shape.experts, tokens * self.slots());
         for slot in [&mut self.clean, &mut self.scores, &mut self.dlogits] {
             slot.reserve(device, te)?;
         }
@@ -221,7 +222,7 @@ impl<B: Backend> Router<B> {
     pub fn forward(
         &mut self,
         device: &B,
-        pass: RoutePass,
+        pass: RoutePass<'_>,
         x_TH: View<'_, B, B::Act>,
         weights: &RouterWeights<'_, B>,
         counts: ViewMut<'_, B, f32>,
@@ -229,9 +230,9 @@ impl<B: Backend> Router<B> {
     ) -> Result<(), DeviceError> {
         let t = pass.tokens;
         self.reserve(device, t)?;
-        let (dims, spec) = (self.dims(t), self.spec(t));
-        let (te, tk, e) = (t * self.shape.experts, t * self.shape.top_k, self.shape.experts);
-        device.linear_f32(self.gemm(t), x_TH, weights.router, self.clean.view_mut(te));
+        let (dims, spec) = (self.dims(t), self.spec(pass));
+        let (te, tk, e) = (t * self.shape.experts, t * self.slots(), self.shape.experts);
+        self.path.forward(device, pass, x_TH, weights, self.clean.view_mut(te))?;
         if let Some(noise_weight) = weights.noise.filter(|_| self.form.noisy) {
             device.linear_f32(self.gemm(t), x_TH, noise_weight, self.raw.view_mut(te));
             self.draw_noise(device, pass);
@@ -244,48 +245,116 @@ impl<B: Backend> Router<B> {
         if evened {
             device.sinkhorn_bias(dims, self.form.sinkhorn_iterations, logits, self.selection_bias.view_mut(e));
         }
-        let bias = (self.form.selection_bias || evened).then(|| self.selection_bias.view(e));
+        let biased = self.form.selection_bias || evened;
+        let masked = self.mask(device, pass, biased)?;
+        let bias = match masked {
+            true => Some(self.masked_bias.view(e)),
+            false => biased.then(|| self.selection_bias.view(e)),
+        };
+        let logits = if self.form.noisy { self.noisy.view(te) } else { self.clean.view(te) };
         let (scores, chosen) = (self.scores.view_mut(te), self.chosen.view_mut(tk));
         device.gate(spec, logits, bias, scores, chosen, self.weights.view_mut(tk));
+        if let Some(own) = &mut self.own {
+            let choices = (self.chosen.view_mut(tk), self.weights.view_mut(tk));
+            own.choose(device, gate_pass(dims, pass), self.clean.view(te), choices)?;
+        }
+        device.copy(self.chosen.view(tk), self.routed.view_mut(tk));
+        if self.form.experts_choose {
+            self.keep(device, pass);
+        }
+        // What experts have taken is all that was chosen where they choose.
+        let counted = if self.form.experts_choose { self.kept.view(tk) } else { self.chosen.view(tk) };
+        let logits = if self.form.noisy { self.noisy.view(te) } else { self.clean.view(te) };
+        let (scores, sums) = (self.scores.view(te), self.statistics.sums.view_mut(2));
+        let (group, _) = pass.groups(self.shape.config.balance_scope);
+        device.gate_statistics(spec, group, logits, scores, counted, counts, prob_sums, sums);
+        if !self.form.experts_choose {
+            self.keep(device, pass);
+        }
         if self.form.noisy {
             let importance = self.statistics.importance.view_mut(e);
             device.importance(dims, self.chosen.view(tk), self.weights.view(tk), importance);
         }
-        let (scores, chosen, sums) = (self.scores.view(te), self.chosen.view(tk), self.statistics.sums.view_mut(2));
-        let (group, _) = pass.groups(self.shape.config.balance_scope);
-        device.gate_statistics(spec, group, logits, scores, chosen, counts, prob_sums, sums);
-        self.keep(device, pass);
         Ok(())
     }
 
-    /// Decides which choices are carried out: random second expert, then capacity.
-    fn keep(&mut self, device: &B, pass: RoutePass) {
+    /// Puts experts that can't be chosen in this step far down, the same on all ranks and in all passes; false: there are none. At least k
+    /// experts stay.
+    fn mask(&mut self, device: &B, pass: RoutePass<'_>, biased: bool) -> Result<bool, DeviceError> {
+        const FAR_DOWN: f32 = -1e9;
+        let (e, probability) = (self.shape.experts, self.shape.config.expert_dropout);
+        if probability == 0.0 || !pass.training {
+            return Ok(false);
+        }
+        let draw = |expert: usize| (hash(self.dropout, [pass.step, expert as u64]) >> 11) as f64 / (1u64 << 53) as f64;
+        let mut draws: Vec<(f64, usize)> = (0..e).map(|expert| (draw(expert), expert)).collect();
+        draws.sort_by(|a, b| a.0.total_cmp(&b.0));
+        draws.truncate(e - self.shape.top_k);
+        let mut mask = vec![0.0; e];
+        draws.iter().filter(|(draw, _)| *draw < f64::from(probability)).for_each(|(_, e)| mask[*e] = FAR_DOWN);
+        self.masked_bias.reserve(device, e)?;
+        device.upload(&mask, self.masked_bias.view_mut(e));
+        if biased {
+            device.add_f32(self.selection_bias.view(e), self.masked_bias.view_mut(e));
+        }
+        Ok(true)
+    }
+
+    /// Decides which choices are carried out: random second expert, then capacity, then other experts for what it dropped.
+    fn keep(&mut self, device: &B, pass: RoutePass<'_>) {
         let t = pass.tokens;
-        let (tk, dims) = (t * self.shape.top_k, self.dims(t));
-        device.copy(self.chosen.view(tk), self.routed.view_mut(tk));
+        let (tk, dims) = (t * self.slots(), self.dims(t));
         if self.form.random_second && pass.training {
             self.host_noise.resize(t, 0.0);
             self.gate_noise.uniforms(pass.first_token, &mut self.host_noise);
             device.upload(&self.host_noise, self.uniform.view_mut(t));
             device.drop_second(dims, self.uniform.view(t), self.weights.view(tk), self.routed.view_mut(tk));
         }
-        device.fill(self.statistics.dropped.view_mut(self.shape.experts), 0.0);
-        match self.shape.config.capacity(t, self.shape.top_k, self.shape.experts) {
-            None => device.copy(self.routed.view(tk), self.kept.view_mut(tk)),
-            Some(per_expert) => {
-                let capacity = Capacity { per_expert, policy: self.shape.config.overflow.into() };
-                let (routed, weights) = (self.routed.view(tk), self.weights.view(tk));
-                let (kept, dropped) = (self.kept.view_mut(tk), self.statistics.dropped.view_mut(dims.experts));
-                device.apply_capacity(dims, capacity, routed, weights, kept, dropped);
-            }
+        let (e, k) = (self.shape.experts, self.shape.top_k);
+        let capacity = if self.form.experts_choose {
+            let fair = Capacity { per_expert: (k * t).div_ceil(e), policy: CapacityPolicy::Probability };
+            pass.training.then_some(fair)
+        } else {
+            let config = &self.shape.config;
+            let policy = config.overflow.into();
+            config.capacity(t, (k, e), pass.training_step()).map(|per_expert| Capacity { per_expert, policy })
+        };
+        let Some(capacity) = capacity else {
+            device.fill(self.statistics.dropped.view_mut(e), 0.0);
+            device.copy(self.routed.view(tk), self.kept.view_mut(tk));
+            return;
+        };
+        let (routed, weights) = (self.routed.view(tk), self.weights.view(tk));
+        let (kept, dropped) = (self.kept.view_mut(tk), self.statistics.dropped.view_mut(e));
+        device.apply_capacity(dims, capacity, routed, weights, kept, dropped);
+        if self.form.experts_choose {
+            // Tokens that an expert did not take are not dropped: nobody chose it for them.
+            device.fill(self.statistics.dropped.view_mut(e), 0.0);
+        }
+        if self.shape.config.overflow == Overflow::Reroute {
+            self.reroute(device, pass, capacity.per_expert);
         }
     }
 
-    fn draw_noise(&mut self, device: &B, pass: RoutePass) {
+    /// Finds other experts for choices that capacity dropped.
+    fn reroute(&mut self, device: &B, pass: RoutePass<'_>, per_expert: usize) {
+        /// Of asking: few choices are left after two where capacity is for all of them.
+        const ROUNDS: usize = 4;
+        let t = pass.tokens;
+        let (te, tk, e, dims) = (t * self.shape.experts, t * self.slots(), self.shape.experts, self.dims(t));
+        let (chosen, kept) = (self.chosen.view_mut(tk), self.kept.view_mut(tk));
+        let dropped = self.statistics.dropped.view_mut(e);
+        device.reroute(dims, per_expert, ROUNDS, self.scores.view(te), chosen, kept, dropped);
+        device.weigh(self.spec(pass), self.scores.view(te), self.chosen.view(tk), self.weights.view_mut(tk));
+    }
+
+    fn draw_noise(&mut self, device: &B, pass: RoutePass<'_>) {
         let te = pass.tokens * self.shape.experts;
         if pass.training {
             self.host_noise.resize(te, 0.0);
             self.gate_noise.normals(pass.first_token, self.shape.experts, &mut self.host_noise);
+            let scale = self.shape.config.noise_at(pass.step);
+            self.host_noise.iter_mut().for_each(|noise| *noise *= scale);
             device.upload(&self.host_noise, self.noise.view_mut(te));
         } else {
             device.fill(self.noise.view_mut(te), 0.0);
@@ -297,34 +366,48 @@ impl<B: Backend> Router<B> {
     pub fn backward(
         &mut self,
         device: &B,
-        pass: RoutePass,
+        pass: RoutePass<'_>,
         x_TH: View<'_, B, B::Act>,
         weights: &RouterWeights<'_, B>,
         losses: RouterLosses<'_, B>,
         gradients: RouterGradients<'_, B>,
-    ) {
+    ) -> Result<(), DeviceError> {
         let t = pass.tokens;
-        let (te, tk, e) = (t * self.shape.experts, t * self.shape.top_k, self.shape.experts);
-        let RouterGradients { mut dweights, mut dx_TH, mut flat, router, noise } = gradients;
+        let (te, tk, e) = (t * self.shape.experts, t * self.slots(), self.shape.experts);
+        let RouterGradients { mut dweights, mut dx_TH, mut flat, ranges } = gradients;
+        if weights.router.is_none() {
+            // Nothing was learned, so nothing learns.
+            return Ok(());
+        }
         if self.form.noisy {
             let (chosen, dimportance) = (self.chosen.view(tk), self.statistics.dimportance.view(e));
             device.importance_grad(self.dims(t), chosen, dimportance, dweights.reborrow());
         }
         let logits = if self.form.noisy { self.noisy.view(te) } else { self.clean.view(te) };
+        if self.own.is_some() {
+            // The gate's own is added below: here only what losses make of the probabilities.
+            self.no_dweights.reserve(device, tk)?;
+            device.fill(self.no_dweights.view_mut(tk), 0.0);
+        }
+        let through_scores = if self.own.is_some() { self.no_dweights.view(tk) } else { dweights.as_view() };
         let (tokens_per_group, _) = pass.groups(self.shape.config.balance_scope);
         let balance = losses.balance.map(|coefficients| BalanceGrad { coefficients, tokens_per_group });
         device.gate_grad(
-            self.spec(t),
+            self.spec(pass),
             logits,
             self.scores.view(te),
             self.chosen.view(tk),
-            dweights.as_view(),
+            through_scores,
             balance,
-            losses.z_scale,
+            losses.tokens,
             self.dlogits.view_mut(te),
         );
+        if let Some(own) = &mut self.own {
+            let dims = GateDims { tokens: t, experts: e, top_k: tk / t.max(1) };
+            own.choose_grad(device, gate_pass(dims, pass), dweights.as_view(), self.dlogits.view_mut(te))?;
+        }
         let gemm = self.gemm(t);
-        if let Some((noise_weight, noise)) = weights.noise.zip(noise).filter(|_| self.form.noisy) {
+        if let Some((noise_weight, noise)) = weights.noise.zip(ranges.noise.clone()).filter(|_| self.form.noisy) {
             device.noisy_logits_grad(
                 self.dims(t),
                 self.clean.view(te),
@@ -340,18 +423,17 @@ impl<B: Backend> Router<B> {
             device.linear_f32_grad_weight(gemm, self.draw.view(te), x_TH, flat.reborrow().slice(noise));
         }
         let dlogits = if self.form.noisy { self.dclean.view(te) } else { self.dlogits.view(te) };
-        device.linear_f32_grad_input(gemm, dlogits, weights.router, dx_TH, Accumulate::Add);
-        device.linear_f32_grad_weight(gemm, dlogits, x_TH, flat.slice(router));
+        self.path.backward(device, pass, x_TH, weights, dlogits, (flat, &ranges), dx_TH)
     }
 
     /// The choices that are carried out, `[T, k]`, −1: dropped.
     pub fn kept(&self, tokens: usize) -> View<'_, B, i32> {
-        self.kept.view(tokens * self.shape.top_k)
+        self.kept.view(tokens * self.slots())
     }
 
     /// The weights of all choices, `[T, k]`.
     pub fn weights(&self, tokens: usize) -> View<'_, B, f32> {
-        self.weights.view(tokens * self.shape.top_k)
+        self.weights.view(tokens * self.slots())
     }
 
     /// The selection bias that lasts from step to step, `[E]`, where the gate has one.
@@ -363,4 +445,9 @@ impl<B: Backend> Router<B> {
     pub fn set_selection_bias(&mut self, device: &B, bias: &[f32]) {
         device.upload(bias, self.selection_bias.view_mut(self.shape.experts));
     }
+}
+
+/// What an own gate is told of a pass.
+fn gate_pass(dims: GateDims, pass: RoutePass<'_>) -> GatePass {
+    GatePass { dims, training: pass.training, step: pass.step, first_token: pass.first_token }
 }

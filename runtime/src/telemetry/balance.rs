@@ -43,11 +43,12 @@ fn rounded(x: f64) -> f32 {
 
 impl BalanceReading {
     /// What `report`, summed over all ranks, says of a step of `tokens` tokens.
-    pub fn of(step: u64, tokens: u64, report: &BalanceReport, experts: usize) -> Self {
+    pub fn of(step: u64, tokens: u64, report: &BalanceReport, experts: &[usize]) -> Self {
+        let most = experts.iter().copied().max().unwrap_or(0);
         let share = |sum: f64| rounded(sum / tokens.max(1) as f64);
         let counts = |values: &[f64]| values.iter().map(|&count| count as u64).collect::<Vec<_>>();
         let layer = |(index, &entropy): (usize, &f64)| {
-            let own = index * experts..(index + 1) * experts;
+            let own = index * most..index * most + experts[index];
             let dropped = &report.dropped[own.clone()];
             LayerBalance {
                 load: counts(&report.loads[own.clone()]),

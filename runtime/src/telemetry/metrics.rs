@@ -51,9 +51,24 @@ pub struct StepMetrics {
     pub load_max_over_mean: f64,
     /// Time in each stage, on rank 0.
     pub stage_ms: StageMs,
-    /// Noisy gates: cv² of importance and load before their coefficients, summed over layers.
+    /// Losses whose coefficient is set, before it: cv² of importance, averaged over layers as those that follow.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub noisy_loss: Option<f64>,
+    pub importance_loss: Option<f64>,
+    /// cv² of a noisy gate's load.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub load_loss: Option<f64>,
+    /// The balance loss over groups of experts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device_loss: Option<f64>,
+    /// Σ (usage − importance)².
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub difference_loss: Option<f64>,
+    /// Entropy of a token's probabilities in nats, summed over layers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub entropy_loss: Option<f64>,
+    /// What the entropy of the mean probabilities lacks, in nats.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub batch_entropy_loss: Option<f64>,
     /// Where the z-loss is on: mean over tokens of the squared log-sum of router logits, summed over layers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub z_loss: Option<f64>,

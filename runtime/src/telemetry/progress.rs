@@ -188,13 +188,10 @@ mod tests {
             grad_norm: 0.8768,
             tokens_per_s: 12345.6,
             mfu: Some(0.4321),
-            extra_rounds: None,
             dropped_fraction: 0.0123,
             load_max_over_mean: 1.5,
             stage_ms: StageMs { route: 1.0, dispatch: 2.0, experts: 30.0, combine: 4.0, aggregate: 5.0 },
-            noisy_loss: None,
-            z_loss: None,
-            val_loss: None,
+            ..StepMetrics::default()
         }
     }
 

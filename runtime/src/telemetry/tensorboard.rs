@@ -115,8 +115,16 @@ fn scalars(metrics: &StepMetrics) -> impl Iterator<Item = (&'static str, f64)> {
         ("stage_ms/combine", stages.combine),
         ("stage_ms/aggregate", stages.aggregate),
     ];
-    let sometimes =
-        [("loss/noisy", metrics.noisy_loss), ("loss/z", metrics.z_loss), ("loss/validation", metrics.val_loss)];
+    let sometimes = [
+        ("loss/importance", metrics.importance_loss),
+        ("loss/load", metrics.load_loss),
+        ("loss/device", metrics.device_loss),
+        ("loss/difference", metrics.difference_loss),
+        ("loss/entropy", metrics.entropy_loss),
+        ("loss/batch_entropy", metrics.batch_entropy_loss),
+        ("loss/z", metrics.z_loss),
+        ("loss/validation", metrics.val_loss),
+    ];
     always.into_iter().chain(sometimes.into_iter().filter_map(|(tag, value)| Some((tag, value?))))
 }
 

@@ -61,7 +61,7 @@ pub fn text_loss<B: Backend, C: Communicator<B>>(
         let end = inputs.min(first + length * at_once);
         let windows = (0..(end - first).div_ceil(length)).map(|window| {
             let start = first + window * length;
-            Window { stream: &text.stream, start, inputs: length.min(end - start) }
+            Window { stream: &text.stream, tag: 0, start, inputs: length.min(end - start) }
         });
         batch.fill(length, text.document_mask, windows);
         let tokens = PassTokens {

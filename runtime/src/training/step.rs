@@ -18,7 +18,7 @@ use crate::memory::{Kind, Slot, Tally};
 use crate::model::{ModelError, PassTokens, StepSums, Transformer};
 use crate::optimizer::{Optimizer, Schedule, Shard};
 use crate::plan::Flops;
-use crate::routing::{BalanceReport, BatchShare, RouterKind};
+use crate::routing::{BalanceReport, BatchShare};
 use crate::stages::{Span, Stage, StageClock};
 use crate::telemetry::{BalanceReading, StageMs, StepMetrics};
 use crate::topology::share;
@@ -197,6 +197,8 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
                 starts: self.batch.starts.as_deref(),
                 sequence_length: self.batch.sequence_length,
                 first_token: self.batch.first_sample * self.batch.sequence_length as u64,
+                tags: &self.batch.tags,
+                step: step - 1,
             };
             let Self { model, sharing, groups, clock, .. } = self;
             if !early || pass + 1 < passes {
@@ -228,23 +230,31 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         self.clock.settle();
         let seconds = started.elapsed().as_secs_f64();
         let tokens = (self.config.train.global_batch * self.config.train.sequence_length) as f64;
-        let (noisy, z_coefficient) =
-            (self.config.router.kind == RouterKind::NoisyTopk, self.config.router.z_coefficient);
+        let stage_ms = self.stage_ms();
+        let (router, losses) = (&self.config.router, sums.balance.losses);
+        // Tokens as routers see them.
+        let routed = tokens * self.config.model.sub_tokens as f64;
+        let of = |coefficient: f32, loss: f64| (coefficient > 0.0).then_some(loss);
         let metrics = StepMetrics {
             step,
             loss,
-            balance_loss: sums.balance.balance_loss,
+            balance_loss: losses.balance,
             lr,
             grad_norm,
             tokens_per_s: tokens / seconds,
             mfu: self.peak_flops.map(|peak| {
                 Flops::of(&self.config).total() * tokens / (seconds * peak * self.groups.world.size() as f64)
             }),
-            dropped_fraction: self.dropped_fraction(sums.balance.dropped.iter().sum(), tokens),
-            load_max_over_mean: max_over_mean(&sums.balance.loads, self.config.model.experts),
-            stage_ms: self.stage_ms(),
-            noisy_loss: noisy.then(|| sums.balance.noisy_loss / (passes * self.groups.world.size()) as f64),
-            z_loss: (z_coefficient > 0.0).then(|| sums.balance.z_sum / tokens),
+            dropped_fraction: self.dropped_fraction(sums.balance.dropped.iter().sum(), routed),
+            load_max_over_mean: max_over_mean(&sums.balance.loads, &self.config.model.layer_experts()),
+            stage_ms,
+            importance_loss: of(router.importance(), losses.importance),
+            load_loss: router.is_noisy().then_some(losses.load),
+            device_loss: of(router.device_coefficient, losses.device),
+            difference_loss: of(router.difference_coefficient, losses.difference),
+            entropy_loss: of(router.entropy_coefficient, sums.balance.entropy.iter().sum::<f64>() / routed),
+            batch_entropy_loss: of(router.batch_entropy_coefficient, losses.batch_entropy),
+            z_loss: of(router.z_coefficient, sums.balance.z_sum / routed),
             extra_rounds: (self.groups.expert.size() > 1).then_some(sums.extra_rounds as u64),
             val_loss: None,
         };
@@ -263,6 +273,8 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
                 starts: self.batch.starts.as_deref(),
                 sequence_length: self.batch.sequence_length,
                 first_token: 0,
+                tags: &self.batch.tags,
+                step: 0,
             };
             sums[0] += self.model.evaluate_pass(&self.groups, tokens)?;
             sums[1] += self.batch.valid_targets() as f64;
@@ -290,7 +302,10 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
     /// How the experts of each layer were used in the last step, over all ranks.
     pub fn balance(&self) -> BalanceReading {
         let (Config { train, model, .. }, (step, report)) = (&self.config, &self.last);
-        BalanceReading::of(*step, (train.global_batch * train.sequence_length) as u64, report, model.experts)
+        {
+            let tokens = train.global_batch * train.sequence_length * model.sub_tokens;
+            BalanceReading::of(*step, tokens as u64, report, &model.layer_experts())
+        }
     }
 
     /// Keeps the spans of stages from now on; see [`Trainer::take_spans`].
@@ -360,15 +375,9 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
         let mut sums = self.model.step_sums()?;
         let balance = &mut sums.balance;
         let flag = |asked: bool| f64::from(u8::from(asked));
-        let mut packed = vec![
-            sums.loss,
-            balance.balance_loss,
-            balance.noisy_loss,
-            balance.z_sum,
-            flag(requests.checkpoint),
-            flag(requests.stop),
-            sums.extra_rounds,
-        ];
+        let mut packed =
+            vec![sums.loss, balance.z_sum, flag(requests.checkpoint), flag(requests.stop), sums.extra_rounds];
+        packed.extend(balance.losses.each_mut().map(|loss| *loss));
         let fixed = packed.len();
         let mut by_expert = vec![&mut balance.mass, &mut balance.dropped, &mut balance.entropy];
         if !self.model.loads_are_global() {
@@ -382,23 +391,22 @@ impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
             values.copy_from_slice(mine);
             rest = others;
         }
-        [sums.loss, balance.balance_loss, balance.noisy_loss, balance.z_sum] =
-            [packed[0], packed[1], packed[2], packed[3]];
-        sums.extra_rounds = packed[6];
-        Ok((sums, Requests { checkpoint: packed[4] > 0.0, stop: packed[5] > 0.0 }))
+        [sums.loss, balance.z_sum, sums.extra_rounds] = [packed[0], packed[1], packed[4]];
+        balance.losses.each_mut().into_iter().zip(&packed[5..]).for_each(|(loss, &sum)| *loss = sum);
+        Ok((sums, Requests { checkpoint: packed[2] > 0.0, stop: packed[3] > 0.0 }))
     }
 
     /// Moves each selection bias towards even load by a fixed rate (Wang et al. 2024).
     fn update_selection_biases(&mut self, loads: &[f64]) -> Result<(), StepError> {
-        let experts = self.config.model.experts;
+        let most = self.config.model.experts;
         let rate = self.config.router.bias_update_rate;
         for (layer, mut bias) in self.model.selection_biases()? {
             if self.selection.freezes_bias(self.config.model.family, layer) {
                 continue;
             }
             let index = self.config.model.moe_layers().take_while(|&moe| moe < layer).count();
-            let loads = &loads[index * experts..(index + 1) * experts];
-            let mean = loads.iter().sum::<f64>() / experts as f64;
+            let loads = &loads[index * most..index * most + bias.len()];
+            let mean = loads.iter().sum::<f64>() / bias.len() as f64;
             for (bias, &load) in bias.iter_mut().zip(loads) {
                 *bias += rate * (mean - load).partial_cmp(&0.0).map_or(0.0, |order| order as i8 as f32);
             }
@@ -419,8 +427,9 @@ fn require_finite(step: u64, what: &'static str, value: f64) -> Result<(), StepE
 }
 
 /// The busiest expert's load over the mean, the worst of the layers; 0 without MoE layers.
-fn max_over_mean(loads: &[f64], experts: usize) -> f64 {
-    loads.chunks_exact(experts.max(1)).fold(0.0, |worst, layer| {
+fn max_over_mean(loads: &[f64], experts: &[usize]) -> f64 {
+    let most = experts.iter().copied().max().unwrap_or(0).max(1);
+    loads.chunks_exact(most).zip(experts).fold(0.0, |worst, (layer, &experts)| {
         let total: f64 = layer.iter().sum();
         let most = layer.iter().copied().fold(0.0, f64::max);
         if total > 0.0 { worst.max(most * experts as f64 / total) } else { worst }

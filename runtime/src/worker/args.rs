@@ -1,6 +1,7 @@
 //! What `moe-worker` is told on its command line.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
@@ -9,6 +10,7 @@ use super::coordinate::Seat;
 use crate::config::ConfigBuilder;
 use crate::coordination::{CoordinationError, JoinToken};
 use crate::exit::{ExitCode, Failure};
+use crate::routing::Gate;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -36,6 +38,9 @@ one, or SIGTERM, gives up the step.";
 #[derive(Clone, Debug, Parser)]
 #[command(name = "moe-worker", version, after_long_help = EXAMPLES)]
 pub struct WorkerArgs {
+    /// The gate that the program was built with.
+    #[arg(skip)]
+    pub gate: Option<Arc<dyn Gate>>,
     /// TOML file laid over the preset.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,

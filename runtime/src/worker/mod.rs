@@ -16,6 +16,7 @@ mod signals;
 mod world;
 
 use std::io::IsTerminal;
+use std::sync::Arc;
 
 use clap::Parser;
 use moe_kernels::{Backend, Cpu};
@@ -36,6 +37,7 @@ use crate::exit::{Classified, ExitCode, Failure, caught};
 use crate::model::layout::parameter_counts;
 use crate::model::{ModelSetup, Transformer};
 use crate::plan::memory_now;
+use crate::routing::Gate;
 use crate::telemetry::{Console, Progress, ProgressMode, ProgressSpec, TraceFile, init_logs, log_filter};
 use crate::topology::{Grid, Rank};
 use crate::training::{PersistError, StepError, Trainer};
@@ -48,8 +50,17 @@ use signals::StopRequest;
 
 /// Runs the worker of this process and ends the process.
 pub fn main() -> ! {
+    run(None)
+}
+
+/// As [`main`], for a program with a gate of its own, which `router.kind = "custom"` then names.
+pub fn main_with_gate(gate: Arc<dyn Gate>) -> ! {
+    run(Some(gate))
+}
+
+fn run(gate: Option<Arc<dyn Gate>>) -> ! {
     let args = match WorkerArgs::try_parse() {
-        Ok(args) => args,
+        Ok(args) => WorkerArgs { gate, ..args },
         Err(error) => {
             // Help and version are not errors; where the terminal is gone nothing more can be said.
             let _ = error.print();
@@ -228,8 +239,8 @@ impl OnDevice for Training<'_> {
         let Start { args, plan, run_dir, grid, corpus, .. } = start;
         let Outside { console, coordination, stop } = outside;
         let config = &plan.config;
-        let mut trainer =
-            build(device, config, (&grid, start.rank), groups, loader).map_err(|error| refused(&start, error))?;
+        let mut trainer = build_with_gate(device, config, (&grid, start.rank), groups, (loader, args.gate.clone()))
+            .map_err(|error| refused(&start, error))?;
         trainer.set_peak_flops(start.device.peak_flops());
         let done = start_values(&mut trainer, plan, corpus)?;
         let on_terminal = std::io::stdout().is_terminal() && std::io::stderr().is_terminal();
@@ -274,11 +285,16 @@ fn duplicate(world: &HostCommunicator) -> Result<HostCommunicator, Failure> {
 
 /// The grid that a configuration asks for, or the automatic one.
 pub fn grid_of(config: &Config, world: usize) -> Result<Grid, Failure> {
-    let experts = if config.model.moe_layers().next().is_some() { config.model.experts } else { 0 };
+    let (divisible, experts) = (
+        config.model.divisible_experts(),
+        if config.model.moe_layers().next().is_some() { config.model.experts } else { 0 },
+    );
     let grid = match config.parallel.ep {
-        Some(ep) => Grid::new(world, ep, experts),
-        None => Grid::automatic(world, experts),
+        Some(ep) => Grid::new(world, ep, divisible),
+        None => Grid::automatic(world, divisible),
     };
+    // What divides all blocks' experts divides the most of them.
+    let grid = grid.and_then(|grid| Grid::new(world, grid.ep(), experts));
     grid.map_err(|error| Failure::new(ExitCode::Usage, format!("parallel.ep: {error}")))
 }
 
@@ -305,6 +321,20 @@ pub fn build<B: Backend, C: Communicator<B>, D: crate::training::TrainingData>(
     groups: Groups<C>,
     data: D,
 ) -> Result<Trainer<B, C, D>, StepError> {
+    build_with_gate(device, config, (grid, rank), groups, (data, None))
+}
+
+/// As [`build`], with the gate of `router.kind = "custom"`.
+///
+/// # Errors
+/// As [`build`]'s.
+pub fn build_with_gate<B: Backend, C: Communicator<B>, D: crate::training::TrainingData>(
+    device: B,
+    config: &Config,
+    (grid, rank): (&Grid, Rank),
+    groups: Groups<C>,
+    (data, gate): (D, Option<Arc<dyn Gate>>),
+) -> Result<Trainer<B, C, D>, StepError> {
     let setup = ModelSetup {
         model: config.model.clone(),
         router: config.router.clone(),
@@ -316,6 +346,7 @@ pub fn build<B: Backend, C: Communicator<B>, D: crate::training::TrainingData>(
         max_sequences: config.train.micro_batch_for(grid.world()),
         sequence_length: config.train.sequence_length,
         recompute: config.train.recompute,
+        gate,
     };
     Trainer::new(Transformer::new(device, setup)?, groups, config, data)
 }
@@ -366,7 +397,10 @@ fn introduction(start: &Start<'_>, carried: &[String], done: u64) -> Vec<String>
     let millions = |n: usize| format!("{:.1} M", n as f64 / 1e6);
     let experts = match model.moe_layers().count() {
         0 => "dense".to_owned(),
-        layers => format!("{} experts in {layers} layers, top {}", model.experts, model.top_k),
+        layers if model.experts_by_layer.is_empty() => {
+            format!("{} experts in {layers} layers, top {}", model.experts, model.top_k)
+        }
+        layers => format!("{:?} experts in {layers} layers, top {}", model.layer_experts(), model.top_k),
     };
     let peak = |flops: f64| format!("; MFU is of its {:.1} TFLOP/s, dense", flops / 1e12);
     let mut lines = vec![
@@ -386,6 +420,9 @@ fn introduction(start: &Start<'_>, carried: &[String], done: u64) -> Vec<String>
     if let Some((by, places)) = carried.split_first() {
         lines.push(format!("exchange       {by}"));
         lines.extend(places.iter().map(|place| format!("               {place}")));
+    }
+    if router.looks_ahead() && model.moe_layers().next().is_some() {
+        lines.push("looks ahead    what becomes of a token in training depends on later ones; evaluation and generation do without".to_owned());
     }
     if let Some(entropy) = corpus.entropy {
         lines.push(format!("entropy        {entropy:.4} nats per token: the loss cannot stay below"));

@@ -20,6 +20,7 @@ use crate::data::{
     Corpus, FileTokenizer, Loader, Tokenizer, cargo_registry, check_vocabulary, default_corpus, is_path, tokenizer,
 };
 use crate::exit::{ExitCode, Failure};
+use crate::routing::check_own_gate;
 
 /// What rank 0 decided.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -136,6 +137,7 @@ fn resolve(args: &WorkerArgs, world: usize) -> Result<Resolution, Failure> {
     // A file has reasons of its own why it cannot be read, and those come first.
     let from_file = is_path(name).then(|| tokenizer(name)).transpose()?;
     resolved.validate(world)?;
+    check_own_gate(&resolved.config.router, args.gate.as_ref())?;
     if let (Some(base), Some(dir), false) = (&base, &given, untrained) {
         resolved.config.check_resumes(base, &dir.config())?;
     }

@@ -146,6 +146,7 @@ pub(crate) fn trainer(world: HostCommunicator, config: &Config) -> Trainer<Cpu, 
         max_sequences: SEQUENCES,
         sequence_length: LENGTH,
         recompute: config.train.recompute,
+        gate: None,
     };
     let groups = Groups::of_grid::<Cpu>(world, &grid).unwrap();
     Trainer::new(Transformer::new(Cpu, setup).unwrap(), groups, config, Counting { rank, world: size }).unwrap()

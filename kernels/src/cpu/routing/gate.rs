@@ -5,7 +5,7 @@
 
 use rayon::prelude::*;
 
-use crate::{Enough, GateSpec, GroupLimit, GroupRank, RankedBy, Score};
+use crate::{Enough, GateSpec, GroupLimit, GroupRank, RankedBy, Score, TokenLosses};
 
 /// Added to a sum of scores before dividing by it. Nothing to any ordinary sum; when all chosen scores underflow to 0 the
 /// weights are 0 and the gradients finite instead of NaN.
@@ -59,7 +59,7 @@ pub(super) fn gate(
 }
 
 /// The highest logit, and Σ exp(logit − highest).
-pub(super) fn softmax_sum(logits: impl Iterator<Item = f32> + Clone) -> (f32, f32) {
+pub(in crate::cpu) fn softmax_sum(logits: impl Iterator<Item = f32> + Clone) -> (f32, f32) {
     let most = logits.clone().fold(f32::NEG_INFINITY, f32::max);
     (most, logits.map(|logit| (logit - most).exp()).sum())
 }
@@ -112,12 +112,14 @@ fn choose(value: impl Fn(usize) -> f32, experts: impl Iterator<Item = usize>, id
 fn within_groups(limit: GroupLimit, experts: usize, rank: impl Fn(usize) -> f32) -> impl Iterator<Item = usize> {
     let size = experts / limit.groups;
     let of_group = |group: usize| {
+        let members = group * size..(group + 1) * size;
         let (mut ids, mut best) = ([0; 2], [0.0; 2]);
         let n = match limit.by {
             GroupRank::Highest => 1,
             GroupRank::TwoHighest => size.min(2),
+            GroupRank::All => return members.map(&rank).sum(),
         };
-        choose(&rank, group * size..(group + 1) * size, &mut ids[..n], &mut best[..n]);
+        choose(&rank, members, &mut ids[..n], &mut best[..n]);
         best[..n].iter().sum()
     };
     let mut ranks = [0.0f32; GroupLimit::MOST];
@@ -139,6 +141,13 @@ fn end_choices(score: Score, enough: Enough, scores: &[f32], ids: &mut [i32]) {
             sum += scores[*id as usize];
         }
     }
+}
+
+/// See [`crate::RoutingOps::weigh`].
+pub(super) fn weigh_all(spec: GateSpec, scores: &[f32], ids: &[i32], weights: &mut [f32]) {
+    let (experts, k) = (spec.dims.experts, spec.dims.top_k);
+    let choices = ids.chunks_exact(k).zip(weights.chunks_exact_mut(k));
+    scores.chunks_exact(experts).zip(choices).for_each(|(scores, (ids, weights))| weigh(spec, scores, ids, weights));
 }
 
 /// Weights from the chosen scores: scaled, and first divided by their sum where the spec says so.
@@ -193,8 +202,8 @@ pub(super) struct Given<'a> {
     pub(super) dweights: &'a [f32],
     /// ∂loss/∂probability `[G, E]`, and the tokens of a group.
     pub(super) balance: Option<(&'a [f32], usize)>,
-    /// Factor of Σ_t lse².
-    pub(super) z_scale: f32,
+    /// The tokens' own losses.
+    pub(super) losses: TokenLosses,
 }
 
 /// See [`crate::RoutingOps::gate_grad`]. A token's row of `dlogits` holds the scores' gradient until it is turned into the logits'.
@@ -211,9 +220,13 @@ pub(super) fn gate_grad(spec: GateSpec, given: &Given<'_>, dlogits: &mut [f32]) 
                 let group = t / tokens_per_group;
                 add_balance_grad(spec.score, scores, &coefficients[group * experts..(group + 1) * experts], grad);
             }
+            let TokenLosses { z_scale, entropy_scale } = given.losses;
+            if entropy_scale != 0.0 {
+                add_entropy_grad(spec.score, scores, entropy_scale, grad);
+            }
             scores_grad_to_logits(spec.score, scores, grad);
-            if given.z_scale != 0.0 {
-                add_z_grad(spec.score, logits, scores, given.z_scale, grad);
+            if z_scale != 0.0 {
+                add_z_grad(spec.score, logits, scores, z_scale, grad);
             }
         }
     });
@@ -239,6 +252,18 @@ fn add_balance_grad(score: Score, scores: &[f32], coefficients: &[f32], dscores:
     };
     for (dscore, coefficient) in dscores.iter_mut().zip(coefficients) {
         *dscore += factor * (coefficient - mean);
+    }
+}
+
+/// ∂H/∂score_e = factor · (−ln p_e − H), p = factor · score.
+fn add_entropy_grad(score: Score, scores: &[f32], scale: f32, dscores: &mut [f32]) {
+    let factor = probability_factor(score, scores);
+    let surprise = |s: &f32| if *s > 0.0 { -(s * factor).ln() } else { 0.0 };
+    let entropy: f32 = scores.iter().map(|s| s * factor * surprise(s)).sum();
+    for (dscore, s) in dscores.iter_mut().zip(scores) {
+        if *s > 0.0 {
+            *dscore += scale * factor * (surprise(s) - entropy);
+        }
     }
 }
 

@@ -2,8 +2,8 @@
 
 use crate::cpu::testkit::{assert_close, finite_differences, on_threads, rng, uniform};
 use crate::{
-    BalanceGrad, BalanceSpec, Choice, Cpu, Enough, GateDims, GateSpec, GroupLimit, GroupRank, RankedBy, RoutingOps,
-    Score, View, ViewMut,
+    BalanceGrad, Choice, Cpu, Enough, GateDims, GateSpec, GroupLimit, GroupRank, RankedBy, RoutingOps, Score,
+    TokenLosses, View, ViewMut,
 };
 
 /// f32 relative error of a chain of exp, a sum over up to 128 experts and a few products, with room for the library's exp.
@@ -65,6 +65,10 @@ fn reference_probabilities(score: Score, scores: &[f64]) -> Vec<f64> {
     scores.iter().map(|s| s / sum).collect()
 }
 
+fn entropy(probabilities: &[f64]) -> f64 {
+    probabilities.iter().filter(|&&p| p > 0.0).map(|p| -p * p.ln()).sum()
+}
+
 fn to_f64(x: &[f32]) -> Vec<f64> {
     x.iter().map(|&v| f64::from(v)).collect()
 }
@@ -106,6 +110,7 @@ fn reference_allowed(limit: GroupLimit, ranks: &[f32]) -> Vec<usize> {
         match limit.by {
             GroupRank::Highest => of_group[0],
             GroupRank::TwoHighest => of_group.iter().take(2).sum(),
+            GroupRank::All => of_group.iter().sum(),
         }
     };
     let mut groups: Vec<usize> = (0..limit.groups).collect();
@@ -122,6 +127,7 @@ fn choices() -> Vec<Choice> {
         limit(1, 1, GroupRank::Highest),
         limit(4, 1, GroupRank::Highest),
         limit(4, 2, GroupRank::TwoHighest),
+        limit(3, 2, GroupRank::All),
         limit(12, 3, GroupRank::TwoHighest),
     ];
     let enough = [None, Some(Enough { mass: 0.35, least: 1 }), Some(Enough { mass: 0.0, least: 2 })];
@@ -249,7 +255,7 @@ struct Losses {
     dweights: Vec<f32>,
     coefficients: Option<Vec<f32>>,
     tokens_per_group: usize,
-    z_scale: f32,
+    losses: TokenLosses,
 }
 
 impl Losses {
@@ -266,7 +272,10 @@ impl Losses {
                 let coefficients = &coefficients[group * experts..(group + 1) * experts];
                 dot(&reference_probabilities(self.spec.score, &scores), coefficients)
             });
-            dot(&weights, &self.dweights[choices]) + balance + f64::from(self.z_scale) * log_sum_exp(logits).powi(2)
+            dot(&weights, &self.dweights[choices])
+                + balance
+                + f64::from(self.losses.z_scale) * log_sum_exp(logits).powi(2)
+                + f64::from(self.losses.entropy_scale) * entropy(&reference_probabilities(self.spec.score, &scores))
         };
         (0..tokens).map(token).sum()
     }
@@ -284,7 +293,7 @@ impl Losses {
                     coefficients: View::of(coefficients),
                     tokens_per_group: self.tokens_per_group,
                 }),
-                self.z_scale,
+                self.losses,
                 ViewMut::of(&mut dlogits),
             );
         });
@@ -300,7 +309,9 @@ fn gradients_agree_with_finite_differences() {
     let logits = uniform(&mut rng, 42, 2.0);
     let coefficients = uniform(&mut rng, 4 * 6, 1.0);
     for spec in specs(dims).flat_map(|spec| [spec, GateSpec { choice: enough, ..spec }]) {
-        for (balance, z_scale) in [(false, 0.0), (true, 0.0), (false, 0.1), (true, 0.1)] {
+        for (balance, z_scale, entropy_scale) in
+            [(false, 0.0, 0.0), (true, 0.0, 0.0), (false, 0.1, 0.0), (false, 0.0, 0.5), (true, 0.1, 0.5)]
+        {
             let forward = gate(spec, &logits, None);
             let losses = Losses {
                 spec,
@@ -308,11 +319,16 @@ fn gradients_agree_with_finite_differences() {
                 dweights: uniform(&mut rng, 21, 1.0),
                 coefficients: balance.then(|| coefficients.clone()),
                 tokens_per_group: 2,
-                z_scale,
+                losses: TokenLosses { z_scale, entropy_scale },
             };
             let want = finite_differences(&logits, |logits| losses.total(logits));
             let got = losses.grad(&logits, &forward.scores, 1);
-            assert_close(&format!("dlogits of {spec:?}, balance {balance}, z {z_scale}"), &got, &want, 5.0 * TOLERANCE);
+            assert_close(
+                &format!("dlogits of {spec:?}, balance {balance}, z {z_scale}, entropy {entropy_scale}"),
+                &got,
+                &want,
+                5.0 * TOLERANCE,
+            );
         }
     }
 }
@@ -328,7 +344,7 @@ fn a_dropped_second_expert_gets_no_gradient_of_its_own() {
         dweights: vec![1.0, f32::NAN],
         coefficients: None,
         tokens_per_group: 1,
-        z_scale: 0.0,
+        losses: TokenLosses::default(),
     };
     let dropped = losses.grad(&[2.0, 1.0, 0.0], &forward.scores, 1);
     (losses.ids, losses.dweights) = (vec![0, 1], vec![1.0, 0.0]);
@@ -409,37 +425,5 @@ fn statistics_are_sums_over_groups_of_tokens() {
             assert_close("prob_sums", &prob_sums, &want_probs, TOLERANCE * length as f64);
             assert_close("sums", &sums, &want, TOLERANCE * want[0].max(want[1]));
         }
-    }
-}
-
-#[test]
-fn the_balance_loss_is_pooled_over_layers_or_not() {
-    let (layers, groups, experts) = (3, 2, 4);
-    let counts = uniform(&mut rng(1), 24, 1.0);
-    let prob_sums = uniform(&mut rng(2), 24, 1.0);
-    for pooled in [false, true] {
-        let spec = BalanceSpec { layers, groups, experts, pooled, f_scale: 0.25, p_scale: 0.5, coefficient: 0.01 };
-        let loss_of = |prob_sums: &[f64]| {
-            let sum = |x: &dyn Fn(usize) -> f64, layers: &[usize], g: usize, e: usize| {
-                layers.iter().map(|l| x((l * groups + g) * experts + e)).sum::<f64>()
-            };
-            let units: Vec<Vec<usize>> = if pooled { vec![vec![0, 1, 2]] } else { vec![vec![0], vec![1], vec![2]] };
-            let mut loss = 0.0;
-            for unit in &units {
-                for (g, e) in (0..groups).flat_map(|g| (0..experts).map(move |e| (g, e))) {
-                    let f = 0.25 * sum(&|i| f64::from(counts[i]), unit, g, e);
-                    let p = 0.5 * sum(&|i| prob_sums[i], unit, g, e);
-                    loss += experts as f64 * f * p;
-                }
-            }
-            loss
-        };
-        let mut loss = vec![1.5];
-        let mut coefficients = vec![f32::NAN; 24];
-        let (counts, sums) = (View::of(&counts), View::of(&prob_sums));
-        Cpu.balance_loss(spec, counts, sums, ViewMut::of(&mut loss), ViewMut::of(&mut coefficients));
-        assert!((loss[0] - 1.5 - loss_of(&to_f64(&prob_sums))).abs() < 1e-12, "pooled {pooled}: {}", loss[0]);
-        let want: Vec<f64> = finite_differences(&prob_sums, loss_of).iter().map(|d| d * 0.01).collect();
-        assert_close("coefficients", &coefficients, &want, TOLERANCE * 0.01);
     }
 }

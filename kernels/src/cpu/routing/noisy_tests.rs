@@ -131,8 +131,8 @@ fn the_squared_variation_and_its_gradient_follow_the_definition() {
     };
     for x in [vec![1.0, 2.0], vec![3.0, 0.5, 0.25, 1.0, 7.0], vec![2.0; 6]] {
         let (mut loss, mut dx) = (vec![5.0], vec![f32::NAN; x.len()]);
-        Cpu.cv_squared(0.5, View::of(&x), ViewMut::of(&mut loss), ViewMut::of(&mut dx));
-        assert!((loss[0] - 5.0 - cv_squared(&to_f64(&x))).abs() < 1e-12, "{x:?}: {}", loss[0]);
+        Cpu.cv_squared(2.0, 0.25, View::of(&x), ViewMut::of(&mut loss), ViewMut::of(&mut dx));
+        assert!((loss[0] - 5.0 - 2.0 * cv_squared(&to_f64(&x))).abs() < 1e-12, "{x:?}: {}", loss[0]);
         let want: Vec<f64> = finite_differences(&x, cv_squared).iter().map(|d| 0.5 * d).collect();
         assert_close("dx", &dx, &want, TOLERANCE);
     }
@@ -142,7 +142,7 @@ fn the_squared_variation_and_its_gradient_follow_the_definition() {
 fn one_expert_and_no_load_at_all_have_no_variation() {
     for x in [vec![3.0], vec![0.0; 4]] {
         let (mut loss, mut dx) = (vec![0.0], vec![f32::NAN; x.len()]);
-        Cpu.cv_squared(1.0, View::of(&x), ViewMut::of(&mut loss), ViewMut::of(&mut dx));
+        Cpu.cv_squared(1.0, 1.0, View::of(&x), ViewMut::of(&mut loss), ViewMut::of(&mut dx));
         assert_eq!((loss[0], dx), (0.0, vec![0.0; x.len()]));
     }
 }

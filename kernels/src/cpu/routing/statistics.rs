@@ -4,7 +4,7 @@
 
 use super::columns;
 use super::gate::{log_sum_exp, probability_factor};
-use crate::{BalanceSpec, GateDims, GateSpec, Score};
+use crate::{GateDims, GateSpec, Score};
 
 /// What the gate made of a batch of tokens.
 pub(super) struct Routed<'a> {
@@ -83,33 +83,6 @@ pub(super) fn entropy_sum(routed: &Routed<'_>) -> f32 {
     columns::sum(0..routed.spec.dims.tokens, term) as f32
 }
 
-/// The loss of [`crate::RoutingOps::balance_loss`]; `coefficients` are overwritten.
-pub(super) fn balance_loss(spec: BalanceSpec, counts: &[f32], prob_sums: &[f32], coefficients: &mut [f32]) -> f64 {
-    let BalanceSpec { layers, groups, experts, .. } = spec;
-    let (f_scale, p_scale) = (f64::from(spec.f_scale), f64::from(spec.p_scale));
-    let at = |layer: usize, group: usize, e: usize| (layer * groups + group) * experts + e;
-    let mut loss = 0.0;
-    for group in 0..groups {
-        for e in 0..experts {
-            let over_layers = |x: &[f32]| (0..layers).map(|layer| f64::from(x[at(layer, group, e)])).sum::<f64>();
-            let pooled = spec.pooled.then(|| (over_layers(counts), over_layers(prob_sums)));
-            if let Some((count, prob_sum)) = pooled {
-                loss += experts as f64 * (count * f_scale) * (prob_sum * p_scale);
-            }
-            for layer in 0..layers {
-                let i = at(layer, group, e);
-                let count = pooled.map_or_else(|| f64::from(counts[i]), |(count, _)| count);
-                let slope = experts as f64 * (count * f_scale) * p_scale;
-                if pooled.is_none() {
-                    loss += slope * f64::from(prob_sums[i]);
-                }
-                coefficients[i] = (f64::from(spec.coefficient) * slope) as f32;
-            }
-        }
-    }
-    loss
-}
-
 /// See [`crate::RoutingOps::importance`].
 pub(super) fn importance(dims: GateDims, ids: &[i32], weights: &[f32], importance: &mut [f32]) {
     let k = dims.top_k;
@@ -133,7 +106,8 @@ pub(super) fn importance_grad(ids: &[i32], dimportance: &[f32], dweights: &mut [
 }
 
 /// See [`crate::RoutingOps::cv_squared`]: returns the loss, overwrites `dx`.
-pub(super) fn cv_squared(coefficient: f32, x: &[f32], dx: &mut [f32]) -> f64 {
+pub(super) fn cv_squared((weight, coefficient): (f32, f32), x: &[f32], dx: &mut [f32]) -> f64 {
+    let weight = f64::from(weight);
     const EPSILON: f64 = 1e-10;
     let n = x.len() as f64;
     if x.len() < 2 {
@@ -146,7 +120,7 @@ pub(super) fn cv_squared(coefficient: f32, x: &[f32], dx: &mut [f32]) -> f64 {
     for (dx, &v) in dx.iter_mut().zip(x) {
         let through_variance = 2.0 * (f64::from(v) - mean) / ((n - 1.0) * divisor);
         let through_mean = 2.0 * mean * variance / (n * divisor * divisor);
-        *dx = (f64::from(coefficient) * (through_variance - through_mean)) as f32;
+        *dx = (weight * f64::from(coefficient) * (through_variance - through_mean)) as f32;
     }
-    variance / divisor
+    weight * variance / divisor
 }

@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::companions::Companions;
 use crate::checkpoint::hf_rope;
-use crate::model::{Family, ModelConfig, QkNorm};
+use crate::model::{BlockNorm, Family, ModelConfig, QkNorm};
 use crate::routing::{RouterConfig, RouterKind};
 
 const FAMILIES: [Family; 5] = [Family::Mixtral, Family::Qwen3Moe, Family::Qwen2Moe, Family::Olmoe, Family::Llama];
@@ -78,11 +78,23 @@ pub fn reasons_against(family: Family, model: &ModelConfig, router: &RouterConfi
         let size = model.shared_expert_ffn_size;
         require(size == 0, "model.shared_expert_ffn_size", size.to_string(), "no shared expert");
     }
+    require(model.block_norm == BlockNorm::Pre, "model.block_norm", "post".into(), "norms before a block's halves");
     if moe_layers > 0 && family != Family::Llama {
+        require(model.sub_tokens == 1, "model.sub_tokens", model.sub_tokens.to_string(), "whole tokens");
+        let even = model.layer_experts().iter().all(|&experts| experts == model.experts);
+        require(
+            even,
+            "model.experts_by_layer",
+            format!("{:?}", model.experts_by_layer),
+            "as many experts in every block",
+        );
         let kind = format!("{:?}", router.kind);
         match divides_by_sum(router) {
             None if router.expert_groups > 1 => {
                 require(false, "router.expert_groups", router.expert_groups.to_string(), "no groups of experts");
+            }
+            None if !router.hidden_sizes.is_empty() => {
+                require(false, "router.hidden_sizes", format!("{:?}", router.hidden_sizes), "routers of one matrix");
             }
             None => require(false, "router.kind", kind, "softmax and top-k only"),
             Some(divides) => {
@@ -96,7 +108,7 @@ pub fn reasons_against(family: Family, model: &ModelConfig, router: &RouterConfi
 
 /// Whether the chosen weights sum to 1; None: the gate is none of transformers'.
 fn divides_by_sum(router: &RouterConfig) -> Option<bool> {
-    if router.expert_groups > 1 {
+    if router.expert_groups > 1 || !router.hidden_sizes.is_empty() {
         return None;
     }
     match router.kind {
@@ -107,7 +119,12 @@ fn divides_by_sum(router: &RouterConfig) -> Option<bool> {
         | RouterKind::NoisyTopk
         | RouterKind::SigmoidBias
         | RouterKind::TopP
-        | RouterKind::Sinkhorn => None,
+        | RouterKind::Sinkhorn
+        | RouterKind::ExpertChoice
+        | RouterKind::Hash
+        | RouterKind::Hierarchical
+        | RouterKind::MultiGate
+        | RouterKind::Custom => None,
     }
 }
 

@@ -8,6 +8,7 @@
 //! experts work on one chunk after another; the first replaces their gradients in a step's first pass, the others add.
 
 mod shared;
+mod sub_tokens;
 
 use std::ops::Range;
 
@@ -15,18 +16,19 @@ use moe_kernels::{Accumulate, Backend, DeviceError, ShuffleDims, View, ViewMut};
 
 use super::ModelError;
 use super::config::{ModelConfig, Recompute};
-use super::layout::MoeTensors;
+use super::layout::{MoeTensors, RouterTensors, TensorId};
 use super::parameters::{Gradients, Weights};
 use crate::collectives::Communicator;
 use crate::dispatch::{Room, RoutedTokens, Shuffle, ShuffleScratch, ShuffledRows};
 use crate::experts::{ExpertBackward, ExpertScratch, ExpertShape, ExpertWeights, Experts};
 use crate::memory::{Kind, Slot, Tally};
 use crate::routing::{
-    Balance, BatchShare, RoutePass, Router, RouterGradients, RouterLosses, RouterShape, RouterWeights,
+    Balance, BatchShare, RoutePass, Router, RouterGradients, RouterLosses, RouterRanges, RouterShape, RouterWeights,
 };
 use crate::stages::{Stage, StageClock};
 use crate::topology::share;
 use shared::SharedExpert;
+use sub_tokens::{SubTokenScratch, SubTokens};
 
 /// A shuffle and the experts' activations of one chunk of tokens.
 struct Chunk<B: Backend> {
@@ -39,6 +41,8 @@ pub(super) struct MoeScratch<B: Backend> {
     shuffle: ShuffleScratch<B>,
     experts: ExpertScratch<B>,
     dweights: Slot<B, f32>,
+    /// Taken out by a backward pass that works on it.
+    sub_tokens: Option<SubTokenScratch<B>>,
 }
 
 impl<B: Backend> MoeScratch<B> {
@@ -47,6 +51,7 @@ impl<B: Backend> MoeScratch<B> {
         tally.add(Kind::Activations, [self.dweights.bytes()]);
         self.shuffle.tally(tally);
         self.experts.tally(tally);
+        self.sub_tokens.iter().for_each(|scratch| scratch.tally(tally));
     }
 
     /// Empty scratch.
@@ -55,6 +60,7 @@ impl<B: Backend> MoeScratch<B> {
             shuffle: ShuffleScratch::new(device)?,
             experts: ExpertScratch::new(device)?,
             dweights: Slot::new(device, "gate weight gradients")?,
+            sub_tokens: Some(SubTokenScratch::new(device)?),
         })
     }
 }
@@ -65,9 +71,14 @@ pub(super) struct MoeLayer<B: Backend> {
     pub router: Router<B>,
     index: usize,
     hidden_size: usize,
-    top_k: usize,
+    /// Places for choices that a token has.
+    slots: usize,
     chunks: Vec<Chunk<B>>,
     shared: Option<SharedExpert<B>>,
+    /// What cuts tokens into parts, taken out by a pass that works on it.
+    sub_tokens: Option<SubTokens<B>>,
+    /// Parts of a token.
+    parts: usize,
     /// What the next backward pass does to the experts' gradients.
     accumulate: Accumulate,
 }
@@ -94,7 +105,7 @@ pub(super) struct MoePass<'a, B: Backend, C> {
     /// The expert group.
     pub group: &'a C,
     /// The pass.
-    pub route: RoutePass,
+    pub route: RoutePass<'a>,
     /// Weights of the model.
     pub weights: Weights<'a, B>,
     /// Which of them are this layer's.
@@ -112,6 +123,7 @@ impl<B: Backend> MoeLayer<B> {
         if let Some(shared) = &self.shared {
             shared.tally(tally);
         }
+        self.sub_tokens.iter().for_each(|sub_tokens| sub_tokens.tally(tally));
     }
 
     /// The layer at `layer`, number `index` of the MoE layers.
@@ -122,14 +134,15 @@ impl<B: Backend> MoeLayer<B> {
         shape: &MoeShape,
         (layer, index): (usize, usize),
     ) -> Result<Self, DeviceError> {
-        let dims = ShuffleDims { tokens: 0, top_k: config.top_k, experts: config.experts, ranks: shape.ranks };
+        let slots = router.config.slots(config.top_k, router.experts);
+        let dims = ShuffleDims { tokens: 0, top_k: slots, experts: router.experts, ranks: shape.ranks };
         let experts = ExpertShape {
             experts: dims.local_experts(),
-            hidden_size: config.hidden_size,
+            hidden_size: config.routed_width(),
             ffn_size: config.expert_ffn_size,
         };
         let chunk = |_| {
-            let shuffle = Shuffle::new(device, dims, config.hidden_size, shape.room)?;
+            let shuffle = Shuffle::new(device, dims, config.routed_width(), shape.room)?;
             let experts = match shape.recompute {
                 Recompute::None => Experts::keeping(device, experts)?,
                 Recompute::Experts => Experts::recomputing(experts),
@@ -140,10 +153,12 @@ impl<B: Backend> MoeLayer<B> {
         Ok(Self {
             router: Router::new(device, router, shape.seed, layer)?,
             index,
-            hidden_size: config.hidden_size,
-            top_k: config.top_k,
+            hidden_size: config.routed_width(),
+            slots,
             chunks: (0..shape.chunks).map(chunk).collect::<Result<_, DeviceError>>()?,
             shared: shared.transpose()?,
+            sub_tokens: (config.sub_tokens > 1).then(|| SubTokens::new(device, config.hidden_size)).transpose()?,
+            parts: config.sub_tokens,
             accumulate: Accumulate::Add,
         })
     }
@@ -151,11 +166,6 @@ impl<B: Backend> MoeLayer<B> {
     /// The experts' gradients are zero: the next backward pass may replace them.
     pub(super) fn begin_step(&mut self) {
         self.accumulate = Accumulate::Overwrite;
-    }
-
-    /// H.
-    pub(super) fn hidden_size(&self) -> usize {
-        self.hidden_size
     }
 
     /// Rows exchanged with other ranks so far.
@@ -184,6 +194,27 @@ impl<B: Backend> MoeLayer<B> {
         balance: &mut Balance<B>,
         scratch: &mut MoeScratch<B>,
         clock: &mut StageClock<B>,
+        (x_TH, out_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
+    ) -> Result<(), ModelError> {
+        let Some(((split, merge), mut sub_tokens)) = pass.tensors.parts.zip(self.sub_tokens.take()) else {
+            return self.forward_rows(pass, balance, scratch, clock, (x_TH, out_TH));
+        };
+        clock.enter(Stage::Aggregate);
+        let parts = sub_tokens.split(pass.device, (pass.weights, split), x_TH)?;
+        self.forward_rows(&pass.split(self.parts), balance, scratch, clock, parts)?;
+        clock.enter(Stage::Aggregate);
+        sub_tokens.merge(pass.device, (pass.weights, merge), out_TH);
+        self.sub_tokens = Some(sub_tokens);
+        Ok(())
+    }
+
+    /// [`MoeLayer::forward`] of what is routed by itself: tokens, or parts of them.
+    fn forward_rows<C: Communicator<B>>(
+        &mut self,
+        pass: &MoePass<'_, B, C>,
+        balance: &mut Balance<B>,
+        scratch: &mut MoeScratch<B>,
+        clock: &mut StageClock<B>,
         (x_TH, mut out_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
     ) -> Result<(), ModelError> {
         let (device, t, h) = (pass.device, pass.route.tokens, self.hidden_size);
@@ -191,7 +222,7 @@ impl<B: Backend> MoeLayer<B> {
         let weights = router_weights(pass);
         clock.enter(Stage::Route);
         self.router.forward(device, pass.route, x_TH, &weights, counts, prob_sums)?;
-        let (chunks, k) = (self.chunks.len(), self.top_k);
+        let (chunks, k) = (self.chunks.len(), self.slots);
         clock.enter(Stage::Dispatch);
         for index in 0..chunks {
             let routed = routed(&self.router, x_TH, t, self.chunk_tokens(t, index));
@@ -278,12 +309,12 @@ impl<B: Backend> MoeLayer<B> {
         device: &B,
         world: &C,
         balance: &mut Balance<B>,
-        pass: RoutePass,
+        pass: RoutePass<'_>,
         batch: BatchShare,
     ) -> Result<(), ModelError> {
         balance.add(device, self.index, &self.router.statistics);
         if self.router.form().noisy {
-            balance.form_noisy(device, world, &mut self.router.statistics, pass, batch)?;
+            balance.form_noisy(device, world, (self.index, &mut self.router.statistics), pass, batch)?;
         }
         Ok(())
     }
@@ -298,8 +329,32 @@ impl<B: Backend> MoeLayer<B> {
         clock: &mut StageClock<B>,
         tensors: MoeBackward<'_, B>,
     ) -> Result<(), ModelError> {
+        let taken = self.sub_tokens.take().zip(scratch.sub_tokens.take());
+        let Some(((split, merge), (sub_tokens, mut of_parts))) = pass.tensors.parts.zip(taken) else {
+            return self.backward_rows(pass, gradients, losses, scratch, clock, tensors);
+        };
+        let MoeBackward { x_TH, dout_TH, dx_TH } = tensors;
+        clock.enter(Stage::Aggregate);
+        let parts = sub_tokens.merge_backward(pass, gradients, merge, &mut of_parts, dout_TH)?;
+        self.backward_rows(&pass.split(self.parts), gradients, losses, scratch, clock, parts)?;
+        clock.enter(Stage::Aggregate);
+        sub_tokens.split_backward(pass, gradients, split, &of_parts, (x_TH, dx_TH));
+        (self.sub_tokens, scratch.sub_tokens) = (Some(sub_tokens), Some(of_parts));
+        Ok(())
+    }
+
+    /// [`MoeLayer::backward`] of what is routed by itself.
+    fn backward_rows<C: Communicator<B>>(
+        &mut self,
+        pass: &MoePass<'_, B, C>,
+        gradients: &mut Gradients<'_, B>,
+        losses: RouterLosses<'_, B>,
+        scratch: &mut MoeScratch<B>,
+        clock: &mut StageClock<B>,
+        tensors: MoeBackward<'_, B>,
+    ) -> Result<(), ModelError> {
         let MoeBackward { x_TH, dout_TH, mut dx_TH } = tensors;
-        let (device, t, h, k) = (pass.device, pass.route.tokens, self.hidden_size, self.top_k);
+        let (device, t, h, k) = (pass.device, pass.route.tokens, self.hidden_size, self.slots);
         scratch.dweights.reserve(device, t * k)?;
         clock.enter(Stage::Combine);
         self.send_gradients(pass, scratch, 0, (x_TH, dout_TH))?;
@@ -356,8 +411,7 @@ impl<B: Backend> MoeLayer<B> {
             shared.backward(pass, gradients, h, tensors)?;
         }
         clock.enter(Stage::Route);
-        self.route_backward(pass, gradients, losses, scratch.dweights.view_mut(t * k), (x_TH, dx_TH));
-        Ok(())
+        self.route_backward(pass, gradients, losses, scratch.dweights.view_mut(t * k), (x_TH, dx_TH))
     }
 
     fn route_backward<C>(
@@ -367,20 +421,27 @@ impl<B: Backend> MoeLayer<B> {
         losses: RouterLosses<'_, B>,
         dweights: ViewMut<'_, B, f32>,
         (x_TH, dx_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
-    ) {
-        let noise_tensor = pass.tensors.router_noise.unwrap_or(pass.tensors.router);
-        let (flat, [router, noise]) = gradients.several([pass.tensors.router, noise_tensor]);
-        let noise = pass.tensors.router_noise.map(|_| noise);
-        let gradients = RouterGradients { dweights, dx_TH, flat, router, noise };
-        self.router.backward(pass.device, pass.route, x_TH, &router_weights(pass), losses, gradients);
+    ) -> Result<(), ModelError> {
+        let RouterTensors { matrix, noise, hidden } = pass.tensors.router;
+        let range = |id: TensorId| gradients.range(id);
+        let ranges =
+            RouterRanges { router: matrix.map(range), noise: noise.map(range), hidden: hidden.map(|id| id.map(range)) };
+        let gradients = RouterGradients { dweights, dx_TH, flat: gradients.flat(), ranges };
+        Ok(self.router.backward(pass.device, pass.route, x_TH, &router_weights(pass), losses, gradients)?)
+    }
+}
+
+impl<B: Backend, C> MoePass<'_, B, C> {
+    /// The same pass over the parts of its tokens.
+    fn split(&self, parts: usize) -> Self {
+        Self { route: self.route.split(parts), ..*self }
     }
 }
 
 fn router_weights<'a, B: Backend, C>(pass: &MoePass<'a, B, C>) -> RouterWeights<'a, B> {
-    RouterWeights {
-        router: pass.weights.get(pass.tensors.router),
-        noise: pass.tensors.router_noise.map(|id| pass.weights.get(id)),
-    }
+    let RouterTensors { matrix, noise, hidden } = pass.tensors.router;
+    let weight = |id: TensorId| pass.weights.get(id);
+    RouterWeights { router: matrix.map(weight), noise: noise.map(weight), hidden: hidden.map(|id| id.map(weight)) }
 }
 
 /// The tokens of a chunk with their choices.

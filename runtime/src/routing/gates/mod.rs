@@ -2,7 +2,11 @@
 //!
 //! A gate is a description of how logits become choices; `router` runs every description through the same operations.
 
+mod expert_choice;
 mod gshard;
+pub(super) mod hash;
+mod hierarchical;
+mod multi_gate;
 mod noisy_topk;
 mod sigmoid_bias;
 mod sinkhorn;
@@ -11,13 +15,26 @@ mod switch;
 mod top_p;
 mod topk_softmax;
 
-use moe_kernels::{Choice, GroupLimit, GroupRank, RankedBy, Score};
+use moe_kernels::{Choice, Fold, GroupLimit, GroupRank, RankedBy, Score};
 
 use super::config::{RouterConfig, RouterKind};
+
+/// Where a gate's logits come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Logits {
+    /// A matrix with a row an expert.
+    Experts,
+    /// One with more, whose products are folded.
+    Folded(Fold),
+    /// The token's hash: there is no matrix.
+    Hashed,
+}
 
 /// How a gate turns logits into choices and weights.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GateForm {
+    /// Where logits come from.
+    pub logits: Logits,
     /// Scores from logits.
     pub score: Score,
     /// Whether the chosen weights are divided by their sum.
@@ -34,6 +51,8 @@ pub struct GateForm {
     pub sinkhorn_iterations: usize,
     /// Which experts are chosen.
     pub choice: Choice,
+    /// Whether in training experts choose tokens instead.
+    pub experts_choose: bool,
 }
 
 impl GateForm {
@@ -48,12 +67,19 @@ impl GateForm {
             RouterKind::Gshard => gshard::form(),
             RouterKind::NoisyTopk => noisy_topk::form(),
             RouterKind::SigmoidBias => sigmoid_bias::form(config),
+            RouterKind::ExpertChoice => expert_choice::form(),
+            RouterKind::Hash => hash::form(),
+            RouterKind::Hierarchical => hierarchical::form(config),
+            RouterKind::MultiGate => multi_gate::form(config),
+            // Its choices are replaced by the program's own.
+            RouterKind::Custom => GateForm::PLAIN,
         };
-        GateForm { choice: Choice { groups: group_limit(config, form.score), ..form.choice }, ..form }
+        GateForm { choice: Choice { groups: group_limit(config, &form), ..form.choice }, ..form }
     }
 
     /// Softmax scores, weights as they are, nothing else.
     const PLAIN: GateForm = GateForm {
+        logits: Logits::Experts,
         score: Score::Softmax,
         renormalize: false,
         scale: 1.0,
@@ -62,15 +88,17 @@ impl GateForm {
         selection_bias: false,
         sinkhorn_iterations: 0,
         choice: Choice { by: RankedBy::Score, groups: None, enough: None },
+        experts_choose: false,
     };
 }
 
 /// The groups a token's experts may come from: ranked by their highest expert where scores are softmax's (DeepSeek-V2), by the sum of
-/// their two highest where they are sigmoid's (DeepSeek-V3).
-fn group_limit(config: &RouterConfig, score: Score) -> Option<GroupLimit> {
-    let by = match score {
-        Score::Softmax => GroupRank::Highest,
-        Score::Sigmoid => GroupRank::TwoHighest,
+/// their two highest where they are sigmoid's (DeepSeek-V3), by their own probability where groups have one.
+fn group_limit(config: &RouterConfig, form: &GateForm) -> Option<GroupLimit> {
+    let by = match (form.logits, form.score) {
+        (Logits::Folded(Fold::Groups(_)), _) => GroupRank::All,
+        (_, Score::Softmax) => GroupRank::Highest,
+        (_, Score::Sigmoid) => GroupRank::TwoHighest,
     };
     (config.expert_groups > 1).then_some(GroupLimit {
         groups: config.expert_groups,
