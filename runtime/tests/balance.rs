@@ -53,7 +53,7 @@ fn weights(layer: usize) -> Vec<f32> {
 fn report(world: &HostCommunicator, config: &RouterConfig, top_k: usize) -> BalanceReport {
     let rank = Communicator::<Cpu>::rank(world);
     let shape = RouterShape { hidden_size: HIDDEN, experts: EXPERTS, top_k, config: config.clone(), gate: None };
-    let mut balance = Balance::new(&Cpu, config, LAYERS, EXPERTS, 3).unwrap();
+    let mut balance = Balance::new(&Cpu, config, vec![EXPERTS; LAYERS], 3).unwrap();
     let mut routers: Vec<_> = (0..LAYERS).map(|layer| Router::new(&Cpu, shape.clone(), 1, layer).unwrap()).collect();
     balance.begin_step(&Cpu);
     let mut tokens_so_far = 0;

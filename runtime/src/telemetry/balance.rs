@@ -138,7 +138,7 @@ mod tests {
 
     #[test]
     fn a_reading_says_how_uneven_each_layer_is() {
-        let reading = BalanceReading::of(7, 4, &report(), 4);
+        let reading = BalanceReading::of(7, 4, &report(), &[4, 4]);
         let [first, second] = &reading.layers[..] else { panic!("{reading:?}") };
         assert_eq!((first.load.as_slice(), first.mass.as_slice()), (&[6, 2, 0, 0][..], &[0.5, 0.25, 0.125, 0.125][..]));
         assert_eq!(first.relative_loads(), [3.0, 1.0, 0.0, 0.0]);
@@ -155,7 +155,7 @@ mod tests {
         let path = folder.path().join("balance.jsonl");
         assert_eq!(BalanceReading::read(&path, None).unwrap(), None);
         let mut file = MetricsFile::open(&path).unwrap();
-        let at = |step| BalanceReading::of(step, 4, &report(), 4);
+        let at = |step| BalanceReading::of(step, 4, &report(), &[4, 4]);
         (1..=3).for_each(|step| file.append(&at(step)).unwrap());
         let text = fs::read_to_string(&path).unwrap();
         fs::write(&path, format!("{text}{{\"step\":4,\"tok")).unwrap();
