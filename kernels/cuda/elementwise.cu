@@ -1,13 +1,15 @@
 // Element-wise layers, computed in f32 and rounded once.
 //
 // add                y[n] += x[n]                                               (DenseOps::add, DenseOps::add_f32)
+// activation         y[n] = f(x), f by its number: relu, gelu, silu, tanh          (DenseOps::activation)
+// activation_grad    dx[n] = dy · f'(x)                                          (DenseOps::activation_grad)
 // swiglu             a[rows, F] = silu(h[:, ..F]) · h[:, F..], h [rows, 2F]      (DenseOps::swiglu)
 // swiglu_grad        dh[rows, 2F] from da[rows, F] and h                        (DenseOps::swiglu_grad)
 // sigmoid_gate       out[T, H] += sigmoid(gate[T]) · shared[T, H], gate f32     (DenseOps::sigmoid_gate)
 // sigmoid_gate_grad  dshared[T, H] = sigmoid(gate) · dout; dgate[T] f32 = ⟨dout, shared⟩ · s(1 − s)   (DenseOps::sigmoid_gate_grad)
 //
 // Rows from `*live` on are neither read nor written. The one sum, dgate, is one warp's: each lane over its packs ascending, then a
-// butterfly. Bound: memory; in packs of 16 bytes, bytes = 3n, 3·rows·F, 5·rows·F, 3·T·H, 3·T·H elements. `packed` is 0 where rows are
+// butterfly. Bound: memory; in packs of 16 bytes, bytes = 3n, 2n, 3n, 3·rows·F, 5·rows·F, 3·T·H, 3·T·H elements. `packed` is 0 where rows are
 // not whole packs: then element by element.
 
 #include "pack.cuh"
@@ -28,6 +30,83 @@ template <typename Act> __device__ void body_add(const Act* x, Act* y, Cut cut) 
     for (long r = flat_thread(); r < cut.outside(V); r += flat_threads()) {
         const long i = cut.index(r, V);
         y[i] = from_f32<Act>(to_f32(y[i]) + to_f32(x[i]));
+    }
+}
+
+// 2u of GELU's tanh form, and its slope: u = √(2/π)·(x + 0.044715x³).
+__device__ __forceinline__ float gelu_logit(float x, float& slope) {
+    const float factor = 2.0f * 0.7978846f, square = 0.044715f * x * x;
+    slope = factor * (1.0f + 3.0f * square);
+    return factor * x * (1.0f + square);
+}
+
+// Numbers as in kernels/src/cuda/dense.rs. Comparisons let NaN through.
+enum Kind { RELU, GELU, SILU, TANH };
+
+template <Kind K> __device__ __forceinline__ float activated(float x) {
+    float slope;
+    if constexpr (K == RELU) return x < 0.0f ? 0.0f : x;
+    if constexpr (K == GELU) return x * sigmoid(gelu_logit(x, slope));
+    if constexpr (K == SILU) return x * sigmoid(x);
+    return tanhf(x);
+}
+
+// dy · f'(x). Of x·s with s = sigmoid(v): s·(1 + x·v'·(1 − s)).
+template <Kind K> __device__ __forceinline__ float sloped(float x, float dy) {
+    if constexpr (K == RELU) return x <= 0.0f ? 0.0f : dy;
+    if constexpr (K == TANH) {
+        const float t = tanhf(x);
+        return dy * (1.0f - t * t);
+    }
+    float slope = 1.0f;
+    const float s = sigmoid(K == GELU ? gelu_logit(x, slope) : x);
+    return dy * (s * (1.0f + x * slope * (1.0f - s)));
+}
+
+template <Kind K, typename Act> __device__ void activate(const Act* x, Act* y, Cut cut) {
+    constexpr int V = FULL<Act>;
+    for (long i = flat_thread(); i < cut.packs; i += flat_threads()) {
+        Pack<Act, V> a = load<V>(x + cut.head + i * V);
+#pragma unroll
+        for (int e = 0; e < V; ++e) a.v[e] = from_f32<Act>(activated<K>(to_f32(a.v[e])));
+        store(y + cut.head + i * V, a);
+    }
+    for (long r = flat_thread(); r < cut.outside(V); r += flat_threads()) {
+        const long i = cut.index(r, V);
+        y[i] = from_f32<Act>(activated<K>(to_f32(x[i])));
+    }
+}
+
+template <Kind K, typename Act> __device__ void activate_grad(const Act* x, const Act* dy, Act* dx, Cut cut) {
+    constexpr int V = FULL<Act>;
+    for (long i = flat_thread(); i < cut.packs; i += flat_threads()) {
+        const Pack<Act, V> a = load<V>(x + cut.head + i * V);
+        Pack<Act, V> d = load<V>(dy + cut.head + i * V);
+#pragma unroll
+        for (int e = 0; e < V; ++e) d.v[e] = from_f32<Act>(sloped<K>(to_f32(a.v[e]), to_f32(d.v[e])));
+        store(dx + cut.head + i * V, d);
+    }
+    for (long r = flat_thread(); r < cut.outside(V); r += flat_threads()) {
+        const long i = cut.index(r, V);
+        dx[i] = from_f32<Act>(sloped<K>(to_f32(x[i]), to_f32(dy[i])));
+    }
+}
+
+template <typename Act> __device__ void body_activation(int kind, const Act* x, Act* y, Cut cut) {
+    switch (kind) {
+    case RELU: return activate<RELU>(x, y, cut);
+    case GELU: return activate<GELU>(x, y, cut);
+    case SILU: return activate<SILU>(x, y, cut);
+    default: return activate<TANH>(x, y, cut);
+    }
+}
+
+template <typename Act> __device__ void body_activation_grad(int kind, const Act* x, const Act* dy, Act* dx, Cut cut) {
+    switch (kind) {
+    case RELU: return activate_grad<RELU>(x, dy, dx, cut);
+    case GELU: return activate_grad<GELU>(x, dy, dx, cut);
+    case SILU: return activate_grad<SILU>(x, dy, dx, cut);
+    default: return activate_grad<TANH>(x, dy, dx, cut);
     }
 }
 
@@ -122,6 +201,8 @@ __device__ void body_sigmoid_gate_grad(int tokens, int h, const Act* dout, const
 }
 
 #define ADD(Act) const Act *x, Act *y, Cut cut
+#define ACTIVATION(Act) int kind, const Act *x, Act *y, Cut cut
+#define ACTIVATION_GRAD(Act) int kind, const Act *x, const Act *dy, Act *dx, Cut cut
 #define SWIGLU(Act) int bound, const int *live, int f, const Act *h, Act *a, int packed
 #define SWIGLU_GRAD(Act) int bound, const int *live, int f, const Act *da, const Act *h, Act *dh, int packed
 #define GATE(Act) int tokens, int h, const float *gate, const Act *shared, Act *out, int packed
@@ -129,6 +210,8 @@ __device__ void body_sigmoid_gate_grad(int tokens, int h, const Act* dout, const
     int tokens, int h, const Act *dout, const float *gate, const Act *shared, Act *dshared, float *dgate, int packed
 
 BOTH(add, THREADS, ADD, (x, y, cut))
+BOTH(activation, THREADS, ACTIVATION, (kind, x, y, cut))
+BOTH(activation_grad, THREADS, ACTIVATION_GRAD, (kind, x, dy, dx, cut))
 BOTH(swiglu, THREADS, SWIGLU, (bound, live, f, h, a, packed))
 BOTH(swiglu_grad, THREADS, SWIGLU_GRAD, (bound, live, f, da, h, dh, packed))
 BOTH(sigmoid_gate, THREADS, GATE, (tokens, h, gate, shared, out, packed))

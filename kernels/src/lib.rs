@@ -25,8 +25,8 @@ pub mod ops;
 pub use cpu::Cpu;
 pub use device::{Activation, Buffer, Device, DeviceError, Element, View, ViewMut};
 pub use ops::{
-    Accumulate, AdamW, AttentionDims, AttentionOps, Backend, BalanceGrad, BalanceSpec, Capacity, CapacityPolicy,
-    Choice, CombineDims, DenseOps, Enough, ExpandPlan, ExpertOps, GateDims, GateSpec, GemmDims, GroupLimit, GroupRank,
-    GroupedDims, LossOps, NormDims, OptimizerOps, RankedBy, RotaryDirection, RoutingOps, Rows, Score, ShuffleDims,
-    ShufflePlan,
+    Accumulate, ActivationKind, AdamW, AttentionDims, AttentionOps, Backend, BalanceGrad, BalanceSpec, Capacity,
+    CapacityPolicy, Choice, CombineDims, DenseOps, Enough, ExpandPlan, ExpertOps, GateDims, GateSpec, GemmDims,
+    GroupLimit, GroupRank, GroupedDims, LossOps, NormDims, OptimizerOps, RankedBy, RotaryDirection, RoutingOps, Rows,
+    Score, ShuffleDims, ShufflePlan,
 };

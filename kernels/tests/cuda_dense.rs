@@ -7,7 +7,7 @@ mod cuda_support;
 use cuda_support::{assert_close, download, gpu, poisoned, random, rounded, upload, upload_act, written};
 use half::bf16;
 use moe_kernels::cuda::{Cuda, CudaAct};
-use moe_kernels::{Accumulate, Cpu, DenseOps, Device, GemmDims, Rows, View, ViewMut};
+use moe_kernels::{Accumulate, ActivationKind, Cpu, DenseOps, Device, GemmDims, Rows, View, ViewMut};
 
 /// (m, n, k): no row, one, sizes off every tile and off 16 bytes, the router's and the shared gate's narrow outputs.
 const PRODUCTS: [(usize, usize, usize); 8] =
@@ -179,6 +179,40 @@ fn swiglu_works_on_the_rows_that_count_and_on_no_other() {
             let got = written(&gpu, &dh);
             assert_close(&format!("dh {what}"), &got[..live * 2 * f], &expected, off::<A>(256, &expected));
             assert!(got[live * 2 * f..].iter().all(|x| x.is_nan()), "dh {what}: written beyond the rows that count");
+        }
+    }
+    check::<f32>();
+    check::<bf16>();
+}
+
+#[test]
+fn activations_and_their_gradients_match_the_cpu() {
+    fn check<A: CudaAct>() {
+        let Some(gpu) = gpu::<A>() else { return };
+        // Ranges that begin off 16 bytes, alike and not.
+        let ranges = [(0, 0, 0), (0, 0, 1), (0, 0, 4096), (1, 1, 1000), (3, 0, 777), (5, 5, 3), (0, 0, 300_001)];
+        for ((x_from, y_from, n), kind) in ranges.into_iter().flat_map(|range| ActivationKind::ALL.map(|k| (range, k)))
+        {
+            let what = format!("{} {kind:?} {x_from} {y_from} {n}", A::NAME);
+            let x: Vec<f32> = rounded::<A>(&random(1, x_from + n)).iter().map(|x| 8.0 * x).collect();
+            let (dy, part) = (rounded::<A>(&random(2, n)), x[x_from..].to_vec());
+            let (gx, gdy) = (upload_act(&gpu, &x), upload_act(&gpu, &dy));
+            let gx = View::range(&gx, x_from..x_from + n);
+
+            let mut expected = vec![f32::NAN; n];
+            Cpu.activation(kind, cpu(&part), cpu_mut(&mut expected));
+            let mut y = poisoned::<A, A>(&gpu, y_from + n);
+            gpu.activation(kind, gx, ViewMut::range(&mut y, y_from..y_from + n));
+            let got = written(&gpu, &y);
+            assert_close(&format!("y {what}"), &got[y_from..], &expected, off::<A>(64, &expected));
+            assert!(got[..y_from].iter().all(|x| x.is_nan()), "y {what}: written before the start");
+
+            Cpu.activation_grad(kind, cpu(&part), cpu(&dy), cpu_mut(&mut expected));
+            let mut dx = poisoned::<A, A>(&gpu, y_from + n);
+            gpu.activation_grad(kind, gx, View::of(&gdy), ViewMut::range(&mut dx, y_from..y_from + n));
+            let got = written(&gpu, &dx);
+            assert_close(&format!("dx {what}"), &got[y_from..], &expected, off::<A>(64, &expected));
+            assert!(got[..y_from].iter().all(|x| x.is_nan()), "dx {what}: written before the start");
         }
     }
     check::<f32>();

@@ -1,4 +1,4 @@
-//! Element-wise layers: SwiGLU, residual sums, the shared expert's gate.
+//! Element-wise layers: activations, SwiGLU, residual sums, the shared expert's gate.
 //!
 //! Owns their arithmetic, row by row. Rows beyond the number it is given are never touched.
 
@@ -8,7 +8,8 @@ mod tests;
 use multiversion::multiversion;
 
 use super::parallel::{for_parts, parts, rows_mut, with_scratch};
-use super::simd::{dot, sigmoid};
+use super::simd::{dot, sigmoid, tanh};
+use crate::ActivationKind;
 
 pub(super) fn swiglu(rows: usize, f: usize, h: &[f32], a: &mut [f32]) {
     assert!(h.len() >= rows * 2 * f, "h has {} elements for {rows} rows x 2·{f}", h.len());
@@ -107,6 +108,62 @@ fn weighted_swiglu_grad_row(weight: f32, da: &[f32], h: &[f32], dh: &mut [f32], 
     let dweight = dot(da, a);
     a.iter_mut().for_each(|a| *a *= weight);
     dweight
+}
+
+pub(super) fn apply(kind: ActivationKind, x: &[f32], y: &mut [f32]) {
+    assert_eq!(x.len(), y.len(), "lengths of an activation's x and y");
+    for_parts(y.len(), parts(y.len()), rows_mut(y, 1), |range, y| apply_part(kind, &x[range], y.data));
+}
+
+pub(super) fn apply_grad(kind: ActivationKind, x: &[f32], dy: &[f32], dx: &mut [f32]) {
+    assert_eq!((x.len(), dy.len()), (dx.len(), dx.len()), "lengths of an activation's x and dy, and of its dx");
+    for_parts(dx.len(), parts(dx.len()), rows_mut(dx, 1), |range, dx| {
+        apply_grad_part(kind, &x[range.clone()], &dy[range], dx.data);
+    });
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma"))]
+fn apply_part(kind: ActivationKind, x: &[f32], y: &mut [f32]) {
+    let of = x.iter().zip(y);
+    match kind {
+        // Comparisons written so that NaN passes through.
+        ActivationKind::Relu => of.for_each(|(x, y)| *y = if *x < 0.0 { 0.0 } else { *x }),
+        ActivationKind::Gelu => of.for_each(|(x, y)| *y = *x * sigmoid(gelu_logit(*x).0)),
+        ActivationKind::Silu => of.for_each(|(x, y)| *y = *x * sigmoid(*x)),
+        ActivationKind::Tanh => of.for_each(|(x, y)| *y = tanh(*x)),
+    }
+}
+
+/// Of x·s with s = sigmoid(v): s·(1 + x·v′·(1 − s)).
+#[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma"))]
+fn apply_grad_part(kind: ActivationKind, x: &[f32], dy: &[f32], dx: &mut [f32]) {
+    let of = x.iter().zip(dy).zip(dx);
+    match kind {
+        ActivationKind::Relu => of.for_each(|((x, dy), dx)| *dx = if *x <= 0.0 { 0.0 } else { *dy }),
+        ActivationKind::Gelu => of.for_each(|((x, dy), dx)| {
+            let (logit, slope) = gelu_logit(*x);
+            let s = sigmoid(logit);
+            *dx = dy * (s * (1.0 + x * slope * (1.0 - s)));
+        }),
+        ActivationKind::Silu => of.for_each(|((x, dy), dx)| {
+            let s = sigmoid(*x);
+            *dx = dy * (s * (1.0 + x * (1.0 - s)));
+        }),
+        ActivationKind::Tanh => of.for_each(|((x, dy), dx)| {
+            let t = tanh(*x);
+            *dx = dy * (1.0 - t * t);
+        }),
+    }
+}
+
+/// 2u of GELU's tanh form, and its slope.
+#[inline(always)]
+fn gelu_logit(x: f32) -> (f32, f32) {
+    // √(2/π)
+    const FACTOR: f32 = 0.797_884_6;
+    const CUBIC: f32 = 0.044_715;
+    let square = CUBIC * x * x;
+    (2.0 * FACTOR * x * (1.0 + square), 2.0 * FACTOR * (1.0 + 3.0 * square))
 }
 
 pub(super) fn add(x: &[f32], y: &mut [f32]) {

@@ -6,7 +6,7 @@
 use super::gemm::{Mat, MatMut, gemm, sum_outer_products};
 use super::parallel::{for_parts, parts, rows_mut};
 use super::{activation, embedding, norm, slice, slice_mut};
-use crate::{Accumulate, Cpu, DenseOps, GemmDims, NormDims, Rows, View, ViewMut};
+use crate::{Accumulate, ActivationKind, Cpu, DenseOps, GemmDims, NormDims, Rows, View, ViewMut};
 
 type Read<'a> = View<'a, Cpu, f32>;
 type Write<'a> = ViewMut<'a, Cpu, f32>;
@@ -65,6 +65,14 @@ impl DenseOps for Cpu {
 
     fn swiglu_grad(&self, rows: Rows<'_, Self>, f: usize, da: Read<'_>, h: Read<'_>, dh: Write<'_>) {
         activation::swiglu_grad(counted(rows), f, slice(da), slice(h), slice_mut(dh));
+    }
+
+    fn activation(&self, kind: ActivationKind, x: Read<'_>, y: Write<'_>) {
+        activation::apply(kind, slice(x), slice_mut(y));
+    }
+
+    fn activation_grad(&self, kind: ActivationKind, x: Read<'_>, dy: Read<'_>, dx: Write<'_>) {
+        activation::apply_grad(kind, slice(x), slice(dy), slice_mut(dx));
     }
 
     fn embedding(&self, h: usize, ids: View<'_, Self, i32>, table: Read<'_>, out: Write<'_>) {

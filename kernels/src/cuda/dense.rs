@@ -6,7 +6,7 @@ use super::blas::{Number, Product};
 use super::norm::Saved;
 use super::shape::{Cut, PACK_BYTES, holds, int, items, packed};
 use super::{Cuda, CudaAct, Grid, launch, pointer, pointer_mut, pointer_or_null};
-use crate::{Accumulate, DenseOps, GemmDims, NormDims, Rows, View, ViewMut};
+use crate::{Accumulate, ActivationKind, DenseOps, GemmDims, NormDims, Rows, View, ViewMut};
 
 type Read<'a, A> = View<'a, Cuda<A>, A>;
 type Write<'a, A> = ViewMut<'a, Cuda<A>, A>;
@@ -167,6 +167,28 @@ impl<A: CudaAct> DenseOps for Cuda<A> {
         }
     }
 
+    fn activation(&self, kind: ActivationKind, x: Read<'_, A>, y: Write<'_, A>) {
+        let n = x.len();
+        assert_eq!(n, y.len(), "lengths of an activation's x and y");
+        let (x, y, width) = (pointer(x), pointer_mut(y), PACK_BYTES / A::BYTES);
+        let cut = Cut::new(n, width, &[x, y].map(|operand| (operand, A::BYTES)));
+        if n > 0 {
+            let grid = Grid::cover(cut.threads(width), THREADS, self.facts());
+            launch!(self, A::pick("activation_f32", "activation_bf16"), grid; number(kind), x, y, cut);
+        }
+    }
+
+    fn activation_grad(&self, kind: ActivationKind, x: Read<'_, A>, dy: Read<'_, A>, dx: Write<'_, A>) {
+        let n = x.len();
+        assert_eq!((n, n), (dy.len(), dx.len()), "lengths of an activation's x, and of its dy and dx");
+        let (x, dy, dx, width) = (pointer(x), pointer(dy), pointer_mut(dx), PACK_BYTES / A::BYTES);
+        let cut = Cut::new(n, width, &[x, dy, dx].map(|operand| (operand, A::BYTES)));
+        if n > 0 {
+            let grid = Grid::cover(cut.threads(width), THREADS, self.facts());
+            launch!(self, A::pick("activation_grad_f32", "activation_grad_bf16"), grid; number(kind), x, dy, dx, cut);
+        }
+    }
+
     fn embedding(&self, h: usize, ids: View<'_, Self, i32>, table: Read<'_, A>, out: Write<'_, A>) {
         let (tokens, vocab) = (ids.len(), table.len().checked_div(h).unwrap_or(0));
         holds("out", out.len(), tokens * h);
@@ -276,6 +298,16 @@ impl<A: CudaAct> Cuda<A> {
     fn split_rows(&self, dims: GemmDims, padded: usize, dy: u64, split: u64) {
         let grid = Grid::cover(dims.m * padded, THREADS, self.facts());
         launch!(self, "split_rows", grid; dims.m as i64, int("n", dims.n), int("2n", padded), dy, split);
+    }
+}
+
+/// The kind as `activation` of kernels/cuda/elementwise.cu knows it.
+fn number(kind: ActivationKind) -> i32 {
+    match kind {
+        ActivationKind::Relu => 0,
+        ActivationKind::Gelu => 1,
+        ActivationKind::Silu => 2,
+        ActivationKind::Tanh => 3,
     }
 }
 

@@ -1,4 +1,4 @@
-//! Dense layers: linear, RMSNorm, SwiGLU, embedding, residual sums, the shared expert's gate.
+//! Dense layers: linear, activations, RMSNorm, SwiGLU, embedding, residual sums, the shared expert's gate.
 
 use crate::{Device, View, ViewMut};
 
@@ -20,6 +20,24 @@ pub enum Accumulate {
     Overwrite,
     /// The result is added to the output.
     Add,
+}
+
+/// A function of one number, between two linear layers of a small network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ActivationKind {
+    /// max(x, 0). Its slope at 0 is 0.
+    Relu,
+    /// x · Φ(x) (Hendrycks and Gimpel 2016) in its tanh form: `x · sigmoid(2u)`, `u = √(2/π) · (x + 0.044715 x³)`.
+    Gelu,
+    /// x · sigmoid(x) (Elfwing et al. 2017).
+    Silu,
+    /// The hyperbolic tangent.
+    Tanh,
+}
+
+impl ActivationKind {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Relu, Self::Gelu, Self::Silu, Self::Tanh];
 }
 
 /// How many rows an operation works on: a bound that the host knows and, where only the device knows the number, that number.
@@ -153,6 +171,17 @@ pub trait DenseOps: Device {
         da: View<'_, Self, Self::Act>,
         h: View<'_, Self, Self::Act>,
         dh: ViewMut<'_, Self, Self::Act>,
+    );
+
+    /// `y = f(x)`, element by element; both of one length.
+    fn activation(&self, kind: ActivationKind, x: View<'_, Self, Self::Act>, y: ViewMut<'_, Self, Self::Act>);
+    /// Backward of [`DenseOps::activation`]: `dx = dy · f′(x)` from the saved `x`; all of one length.
+    fn activation_grad(
+        &self,
+        kind: ActivationKind,
+        x: View<'_, Self, Self::Act>,
+        dy: View<'_, Self, Self::Act>,
+        dx: ViewMut<'_, Self, Self::Act>,
     );
 
     /// `out[T, H]`: row `ids[t]` of `table[V, H]`.

@@ -10,7 +10,7 @@ mod optimizer;
 mod routing;
 
 pub use attention::{AttentionDims, AttentionOps, RotaryDirection};
-pub use dense::{Accumulate, DenseOps, GemmDims, NormDims, Rows};
+pub use dense::{Accumulate, ActivationKind, DenseOps, GemmDims, NormDims, Rows};
 pub use expert::{CombineDims, ExpandPlan, ExpertOps, GroupedDims, ShuffleDims, ShufflePlan};
 pub use loss::LossOps;
 pub(crate) use optimizer::AdamWFactors;

@@ -1,9 +1,9 @@
-//! SwiGLU, residual sums, the shared expert's gate, embedding.
+//! Activations, SwiGLU, residual sums, the shared expert's gate, embedding.
 
 use super::support::{
     assert_close, assert_reproducible, inner, numeric_gradient, random, tolerance, view, view_mut, wide,
 };
-use moe_kernels::{Cpu, DenseOps, Rows};
+use moe_kernels::{ActivationKind, Cpu, DenseOps, Rows};
 
 fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
@@ -58,6 +58,53 @@ fn the_swiglu_reference_gradient_is_that_of_the_reference() {
     let exact = analytic_swiglu_grad(5, &da, &h);
     for (a, b) in numeric_gradient(&wide(&h), |h| inner(&swiglu(5, h), &da)).iter().zip(exact) {
         assert!((a - b).abs() < 1e-7, "{a} {b}");
+    }
+}
+
+fn exact_activation(kind: ActivationKind, x: f64) -> f64 {
+    match kind {
+        ActivationKind::Relu => x.max(0.0),
+        ActivationKind::Gelu => {
+            let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3));
+            0.5 * x * (1.0 + u.tanh())
+        }
+        ActivationKind::Silu => x * sigmoid(x),
+        ActivationKind::Tanh => x.tanh(),
+    }
+}
+
+#[test]
+fn activations_match_f64_and_their_gradients_finite_differences() {
+    for kind in ActivationKind::ALL {
+        for len in [0, 1, 7, 100, 40_000] {
+            let (x, dy) = (poisoned(1, len, 0), random(2, len));
+            let (mut y, mut dx) = (vec![f32::NAN; len], vec![f32::NAN; len]);
+            Cpu.activation(kind, view(&x), view_mut(&mut y));
+            Cpu.activation_grad(kind, view(&x), view(&dy), view_mut(&mut dx));
+            let exact: Vec<f64> = wide(&x).into_iter().map(|x| exact_activation(kind, x)).collect();
+            assert_close(&format!("{kind:?} of {len}"), &y, &exact, 12.0 * tolerance(0));
+            let slope = |x: f64| (exact_activation(kind, x + 1e-6) - exact_activation(kind, x - 1e-6)) / 2e-6;
+            let exact: Vec<f64> = x.iter().zip(&dy).map(|(x, dy)| f64::from(*dy) * slope(f64::from(*x))).collect();
+            // Differences of functions up to 12 in f64 lose 12·2⁻⁵³ / 10⁻⁶.
+            assert_close(&format!("{kind:?}'s slope, {len}"), &dx, &exact, 12.0 * tolerance(0) + 2e-9);
+        }
+    }
+}
+
+#[test]
+fn an_activation_keeps_nan_and_the_slope_of_relu_at_zero_is_zero() {
+    for kind in ActivationKind::ALL {
+        let (x, dy) = (vec![f32::NAN, 0.0], vec![1.0, 1.0]);
+        let (mut y, mut dx) = (vec![0.0; 2], vec![0.0; 2]);
+        Cpu.activation(kind, view(&x), view_mut(&mut y));
+        Cpu.activation_grad(kind, view(&x), view(&dy), view_mut(&mut dx));
+        assert!(y[0].is_nan(), "{kind:?}: {y:?}");
+        let slope = match kind {
+            ActivationKind::Relu => 0.0,
+            ActivationKind::Gelu | ActivationKind::Silu => 0.5,
+            ActivationKind::Tanh => 1.0,
+        };
+        assert_eq!((y[1], dx[1]), (0.0, slope), "{kind:?}");
     }
 }
 
