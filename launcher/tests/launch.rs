@@ -163,3 +163,35 @@ fn the_collectives_benchmark_counts_every_collective_at_every_size() {
     let refused = Program::start(moe_launch(&["bench", "collectives", "--mib", "0"])).wait().expect(USAGE);
     assert!(refused.output.contains("--mib 0: accepted: 0.001 to 16384"), "{}", refused.output);
 }
+
+#[test]
+fn the_routers_benchmark_trains_the_gates_that_are_named() {
+    let place = Place::new();
+    let run = place.run("text");
+    let text = run.text.to_str().unwrap();
+    let small = ["--set", "model.layers=1", "--set", "train.global_batch=2", "--set", "train.sequence_length=32"];
+    let bench = |more: &[&str]| {
+        let args = ["bench", "routers", "--device", "cpu", "--threads", "1", "--json", "--text", text];
+        Program::start(moe_launch(&[&args[..], &small, more].concat())).wait().expect(DONE)
+    };
+    let object: Value =
+        serde_json::from_str(&bench(&["--only", "switch,sinkhorn", "--steps", "4", "--seeds", "2"]).output).unwrap();
+    let gates = object["gates"].as_array().unwrap();
+    assert_eq!(gates.iter().map(|gate| gate["name"].as_str().unwrap()).collect::<Vec<_>>(), ["switch", "sinkhorn"]);
+    for gate in gates {
+        for key in ["val_loss", "busiest_over_mean", "entropy", "tokens_per_s", "route_share"] {
+            assert!(gate[key]["mean"].as_f64().unwrap() > 0.0, "{key} in {gate}");
+        }
+        assert!(gate["val_loss"]["spread"].as_f64().unwrap() > 0.0, "two seeds are two models: {gate}");
+    }
+    let costs: Value =
+        serde_json::from_str(&bench(&["--only", "gshard", "--preset", "tiny", "--steps", "4", "--cost"]).output)
+            .unwrap();
+    let share = costs["gates"][0]["share"].as_f64().unwrap();
+    assert!(share > 0.0 && share < 1.0, "{costs}");
+
+    let refused = Program::start(moe_launch(&["bench", "routers", "--only", "softmax"])).wait().expect(USAGE);
+    refused.says("--only softmax: accepted: topk-softmax, softmax-topk, ");
+    let refused = Program::start(moe_launch(&["bench", "routers", "--set", "model.experts=1"])).wait().expect(USAGE);
+    refused.says("topk-softmax: ");
+}

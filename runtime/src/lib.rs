@@ -21,6 +21,7 @@ pub mod exit;
 pub mod experts;
 pub mod invalid;
 pub mod memory;
+pub mod mixture;
 pub mod model;
 pub mod optimizer;
 pub mod plan;

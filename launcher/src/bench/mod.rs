@@ -8,6 +8,7 @@ mod layer;
 mod measure;
 mod ops;
 mod ranks;
+mod routers;
 mod shapes;
 mod stub;
 mod train;
@@ -24,6 +25,8 @@ Examples:
   moe-launch bench layer --case olmoe-1b-7b
   moe-launch bench gemm --json
   moe-launch bench ops
+  moe-launch bench routers --only switch,sigmoid-bias
+  moe-launch bench routers --cost
   mpirun -n 4 moe-launch bench layer --device cuda
   mpirun -n 2 moe-launch bench collectives --collective all_to_all_v
   mpirun -n 2 moe-launch bench train --preset moe-15m --ep 2 --threads 1";
@@ -46,6 +49,8 @@ enum What {
     Gemm(gemm::GemmArgs),
     /// What ranks exchange and add up: bandwidth as NCCL's own tests count it. Under mpirun.
     Collectives(collectives::CollectivesArgs),
+    /// Gates side by side: loss, balance and speed of a small model, or the share of a layer's time that routing takes.
+    Routers(routers::RoutersArgs),
     /// Operations that only move data, as a fraction of a copy's rate.
     Ops(ops::OpsArgs),
 }
@@ -56,6 +61,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode, Failure> {
         What::Layer(args) => layer::run(args),
         What::Gemm(args) => gemm::run(args),
         What::Collectives(args) => collectives::run(args),
+        What::Routers(args) => routers::run(args),
         What::Ops(args) => ops::run(args),
     }
 }
