@@ -2,8 +2,6 @@
 //!
 //! Owns the experts' activations. It knows nothing of where rows come from or go to.
 
-use std::ops::Range;
-
 use moe_kernels::{Accumulate, Backend, DeviceError, GroupedDims, Rows, View, ViewMut};
 
 use crate::memory::{Kind, Slot, Tally};
@@ -42,7 +40,7 @@ const PROJECTIONS: &str = "expert projections";
 
 /// Activations and their gradients under way, shared by all layers.
 pub struct ExpertScratch<B: Backend> {
-    /// `[N, H]`: forward the input, then the output; backward the output's gradient, the input again, the input's gradient. Each is
+    /// `[N, H]`: forward the input, then the output; backward the output's gradient, the input's gradient, the input again. Each is
     /// done with when the next is written.
     rows: Slot<B, B::Act>,
     /// `[N, F]`: activations, in the backward pass weighted.
@@ -183,22 +181,21 @@ impl<B: Backend> Experts<B> {
         Ok(())
     }
 
-    /// Backward: the gradient of the combined output of each row, unweighted, is in the scratch's rows, and the input's gradient takes
-    /// its place. `expand` fills the rows with the forward pass's input when it is needed.
+    /// Backward, but for the gradient of `gate_up`: the gradient of the combined output of each row, unweighted, is in the scratch's rows,
+    /// and the input's gradient takes its place. [`Experts::grad_gate_up`] comes after it, once that has been used.
     pub fn backward(
         &mut self,
         device: &B,
         scratch: &mut ExpertScratch<B>,
         grouped: GroupedRows<'_, B>,
         tensors: ExpertBackward<'_, B>,
-        expand: impl FnOnce(ViewMut<'_, B, B::Act>),
     ) -> Result<(), DeviceError> {
         let (n, h, f) = (grouped.rows.bound, self.shape.hidden_size, self.shape.ffn_size);
         scratch.a.reserve(device, grouped.room * f)?;
         scratch.da.reserve(device, grouped.room * f)?;
         scratch.dh.reserve(device, grouped.room * 2 * f)?;
         let (up, down, offsets) = (self.up(), self.down(), grouped.offsets);
-        let ExpertBackward { gated, weights, mut gradients, gate_up, down: down_range, accumulate } = tensors;
+        let ExpertBackward { gated, weights, grad_down, accumulate } = tensors;
         let GatedRows { origin, weights: row_weights, dweights } = gated;
         device.grouped_linear_grad_input(
             down,
@@ -219,12 +216,24 @@ impl<B: Backend> Experts<B> {
             dweights,
         );
         let (dy, a) = (scratch.rows.view(n * h), scratch.a.view(n * f));
-        device.grouped_linear_grad_weight(down, offsets, dy, a, gradients.reborrow().slice(down_range), accumulate);
-        expand(scratch.rows.view_mut(n * h));
-        let (dh, x) = (scratch.dh.view(n * 2 * f), scratch.rows.view(n * h));
-        device.grouped_linear_grad_weight(up, offsets, dh, x, gradients.slice(gate_up), accumulate);
-        device.grouped_linear_grad_input(up, offsets, dh, weights.gate_up, scratch.rows.view_mut(n * h));
+        device.grouped_linear_grad_weight(down, offsets, dy, a, grad_down, accumulate);
+        let (dh, dx) = (scratch.dh.view(n * 2 * f), scratch.rows.view_mut(n * h));
+        device.grouped_linear_grad_input(up, offsets, dh, weights.gate_up, dx);
         Ok(())
+    }
+
+    /// The gradient of `gate_up`, the last of the backward pass: nothing but the optimizer waits for it, so the input's gradient travels
+    /// home meanwhile. The forward pass's input is in the scratch's rows.
+    pub fn grad_gate_up(
+        &mut self,
+        device: &B,
+        scratch: &mut ExpertScratch<B>,
+        grouped: GroupedRows<'_, B>,
+        (gradient, accumulate): (ViewMut<'_, B, f32>, Accumulate),
+    ) {
+        let (n, h, f) = (grouped.rows.bound, self.shape.hidden_size, self.shape.ffn_size);
+        let (dh, x) = (scratch.dh.view(n * 2 * f), scratch.rows.view(n * h));
+        device.grouped_linear_grad_weight(self.up(), grouped.offsets, dh, x, gradient, accumulate);
     }
 }
 
@@ -234,12 +243,8 @@ pub struct ExpertBackward<'a, B: Backend> {
     pub gated: GatedRows<'a, B>,
     /// The experts' weights.
     pub weights: ExpertWeights<'a, B>,
-    /// The flat gradient buffer.
-    pub gradients: ViewMut<'a, B, f32>,
-    /// Where `gate_up` lies in it.
-    pub gate_up: Range<usize>,
-    /// Where `down` lies in it.
-    pub down: Range<usize>,
-    /// Whether the gradients there are added to, or replaced, which saves reading them.
+    /// The gradient of `down`.
+    pub grad_down: ViewMut<'a, B, f32>,
+    /// Whether what is there is added to, or replaced, which saves reading it.
     pub accumulate: Accumulate,
 }
