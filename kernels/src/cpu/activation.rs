@@ -1,4 +1,4 @@
-//! Element-wise layers: SwiGLU, residual sums, the shared expert's gate.
+//! Element-wise layers: SwiGLU, GELU, residual sums, the shared expert's gate.
 //!
 //! Owns their arithmetic, row by row. Rows beyond the number it is given are never touched.
 
@@ -8,7 +8,7 @@ mod tests;
 use multiversion::multiversion;
 
 use super::parallel::{for_parts, parts, rows_mut, with_scratch};
-use super::simd::{dot, sigmoid};
+use super::simd::{dot, normal, sigmoid};
 
 pub(super) fn swiglu(rows: usize, f: usize, h: &[f32], a: &mut [f32]) {
     assert!(h.len() >= rows * 2 * f, "h has {} elements for {rows} rows x 2·{f}", h.len());
@@ -58,7 +58,19 @@ fn swiglu_grad_rows(f: usize, da: &[f32], h: &[f32], dh: &mut [f32]) {
     }
 }
 
-/// What [`weighted_swiglu_grad`] works from.
+pub(super) fn gelu(h: &[f32], a: &mut [f32]) {
+    assert_eq!(h.len(), a.len(), "elements before GELU, and after");
+    for_parts(a.len(), parts(a.len()), rows_mut(a, 1), |range, a| gelu_part(&h[range], a.data));
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma"))]
+fn gelu_part(h: &[f32], a: &mut [f32]) {
+    for (a, h) in a.iter_mut().zip(h) {
+        *a = h * normal(*h).0;
+    }
+}
+
+/// What [`weighted_swiglu_grad`] and [`weighted_gelu_grad`] work from.
 pub(super) struct Weighted<'a> {
     /// F.
     pub(super) f: usize,
@@ -68,22 +80,41 @@ pub(super) struct Weighted<'a> {
     pub(super) weights: &'a [f32],
     /// `[N, F]`.
     pub(super) da: &'a [f32],
-    /// `[N, 2F]`.
+    /// `[N, 2F]`; of GELU `[N, F]`.
     pub(super) h: &'a [f32],
 }
 
-/// See [`crate::ExpertOps::weighted_swiglu_grad`]. The rows' dot products are collected in memory of this thread and then scattered by
-/// it alone, since no cut of `dweights` follows a cut of the rows.
+/// One row of a weighted gradient: weight, da and h in, dh and a out; returns the weight's gradient.
+type GradRow = fn(f32, &[f32], &[f32], &mut [f32], &mut [f32]) -> f32;
+
+/// See [`crate::ExpertOps::weighted_swiglu_grad`].
 pub(super) fn weighted_swiglu_grad(given: &Weighted<'_>, dh: &mut [f32], a: &mut [f32], dweights: &mut [f32]) {
+    weighted_grad((2 * given.f, weighted_swiglu_grad_row), given, dh, a, dweights);
+}
+
+/// See [`crate::ExpertOps::weighted_gelu_grad`].
+pub(super) fn weighted_gelu_grad(given: &Weighted<'_>, dh: &mut [f32], a: &mut [f32], dweights: &mut [f32]) {
+    weighted_grad((given.f, weighted_gelu_grad_row), given, dh, a, dweights);
+}
+
+/// Rows of `h` and `dh` are `wide`. The rows' dot products are collected in memory of this thread and then scattered by
+/// it alone, since no cut of `dweights` follows a cut of the rows.
+fn weighted_grad(
+    (wide, grad_row): (usize, GradRow),
+    given: &Weighted<'_>,
+    dh: &mut [f32],
+    a: &mut [f32],
+    dweights: &mut [f32],
+) {
     let (rows, f) = (given.origin.len(), given.f);
     with_scratch(rows, |dots| {
-        let outputs = ((rows_mut(dh, 2 * f), rows_mut(a, f)), rows_mut(dots, 1));
+        let outputs = ((rows_mut(dh, wide), rows_mut(a, f)), rows_mut(dots, 1));
         for_parts(rows, parts(rows * f), outputs, |range, ((dh, a), dots)| {
             for ((i, dot), at) in range.zip(dots.data).zip(0..) {
                 let weight = given.weights[given.origin[i] as usize];
-                let (da, h) = (&given.da[i * f..(i + 1) * f], &given.h[i * 2 * f..(i + 1) * 2 * f]);
-                let (dh, a) = (&mut dh.data[at * 2 * f..(at + 1) * 2 * f], &mut a.data[at * f..(at + 1) * f]);
-                *dot = weighted_swiglu_grad_row(weight, da, h, dh, a);
+                let (da, h) = (&given.da[i * f..(i + 1) * f], &given.h[i * wide..(i + 1) * wide]);
+                let (dh, a) = (&mut dh.data[at * wide..(at + 1) * wide], &mut a.data[at * f..(at + 1) * f]);
+                *dot = grad_row(weight, da, h, dh, a);
             }
         });
         for (&origin, &dot) in given.origin.iter().zip(&*dots) {
@@ -103,6 +134,19 @@ fn weighted_swiglu_grad_row(weight: f32, da: &[f32], h: &[f32], dh: &mut [f32], 
         *a = g * s * u;
         *du = da * g * s;
         *dg = da * u * s * (1.0 + g * (1.0 - s));
+    }
+    let dweight = dot(da, a);
+    a.iter_mut().for_each(|a| *a *= weight);
+    dweight
+}
+
+/// As [`weighted_swiglu_grad_row`]; with Φ and φ at h: d(h·Φ)/dh = Φ + h·φ.
+#[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma"))]
+fn weighted_gelu_grad_row(weight: f32, da: &[f32], h: &[f32], dh: &mut [f32], a: &mut [f32]) -> f32 {
+    for (((dh, a), da), h) in dh.iter_mut().zip(a.iter_mut()).zip(da).zip(h) {
+        let (below, density) = normal(*h);
+        *a = h * below;
+        *dh = weight * da * (below + h * density);
     }
     let dweight = dot(da, a);
     a.iter_mut().for_each(|a| *a *= weight);

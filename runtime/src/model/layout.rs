@@ -9,6 +9,7 @@ use std::fmt;
 use std::ops::Range;
 
 use super::config::{ModelConfig, QkNorm};
+use crate::experts::ExpertActivation;
 use crate::routing::{RouterConfig, RouterKind};
 
 /// Elements that every tensor's offset is a multiple of: 256 bytes of f32, for aligned vector and bulk-copy access.
@@ -364,10 +365,12 @@ impl Builder<'_> {
         let router_weight = self.whole(PartKind::Router, at, &[c.experts, h], std);
         let router_noise = (router.kind == RouterKind::NoisyTopk)
             .then(|| self.whole(PartKind::RouterNoise, at, &[c.experts, h], Init::Zeros));
-        let gate_up = local_experts
-            .clone()
-            .flat_map(|e| [(part(PartKind::ExpertGate, e), vec![f, h]), (part(PartKind::ExpertUp, e), vec![f, h])])
-            .collect();
+        let projections: &[PartKind] = match c.expert_activation {
+            ExpertActivation::Swiglu => &[PartKind::ExpertGate, PartKind::ExpertUp],
+            ExpertActivation::Gelu => &[PartKind::ExpertUp],
+        };
+        let of_expert = |e| projections.iter().map(move |&kind| (part(kind, e), vec![f, h]));
+        let gate_up = local_experts.clone().flat_map(of_expert).collect();
         let gate_up = self.tensor(Ownership::Expert, std, gate_up);
         let down = local_experts.map(|e| (part(PartKind::ExpertDown, e), vec![h, f])).collect();
         let down = self.tensor(Ownership::Expert, self.output_init(), down);

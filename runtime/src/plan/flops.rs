@@ -31,11 +31,12 @@ impl Flops {
         let projections = h * c.qkv_width() as f64 + h * c.attention_width() as f64;
         // Scores and their use, 2 · 2 · S/2 · width each way; the backward pass does twice as much.
         let scores = 6.0 * config.train.sequence_length as f64 * c.attention_width() as f64;
-        let feed_forward = |f: usize| 18.0 * h * f as f64;
+        let matrices = |count: usize, f: usize| 6.0 * count as f64 * h * f as f64;
+        let feed_forward = |f: usize| matrices(3, f);
         Self {
             attention: layers * (6.0 * projections + scores),
             route: moe * 6.0 * h * c.experts as f64,
-            experts: moe * c.top_k as f64 * feed_forward(c.expert_ffn_size),
+            experts: moe * c.top_k as f64 * matrices(c.expert_activation.matrices(), c.expert_ffn_size),
             dense: moe * feed_forward(c.shared_expert_ffn_size) + (layers - moe) * feed_forward(c.ffn_size),
             head: 6.0 * h * c.vocab_size as f64,
         }
@@ -45,8 +46,12 @@ impl Flops {
     pub fn recomputed(config: &Config) -> f64 {
         match config.train.recompute {
             Recompute::None => 0.0,
-            // The gate and up projections: two of the nine products of an expert's two passes.
-            Recompute::Experts => 2.0 / 9.0 * Self::of(config).experts,
+            // The projections in front of the activation, of three products for each of an expert's matrices.
+            Recompute::Experts => {
+                let activation = config.model.expert_activation;
+                let share = activation.projections() as f64 / (3 * activation.matrices()) as f64;
+                share * Self::of(config).experts
+            }
         }
     }
 

@@ -127,6 +127,7 @@ impl<B: Backend> MoeLayer<B> {
             experts: dims.local_experts(),
             hidden_size: config.hidden_size,
             ffn_size: config.expert_ffn_size,
+            activation: config.expert_activation,
         };
         let chunk = |_| {
             let shuffle = Shuffle::new(device, dims, config.hidden_size, shape.room)?;
