@@ -12,6 +12,7 @@
 // butterfly. Bound: memory; in packs of 16 bytes, bytes = 3n, 2n, 3n, 3·rows·F, 5·rows·F, 3·T·H, 3·T·H elements. `packed` is 0 where rows are
 // not whole packs: then element by element.
 
+#include "gelu.cuh"
 #include "pack.cuh"
 #include "swiglu.cuh"
 
@@ -33,34 +34,30 @@ template <typename Act> __device__ void body_add(const Act* x, Act* y, Cut cut) 
     }
 }
 
-// 2u of GELU's tanh form, and its slope: u = √(2/π)·(x + 0.044715x³).
-__device__ __forceinline__ float gelu_logit(float x, float& slope) {
-    const float factor = 2.0f * 0.7978846f, square = 0.044715f * x * x;
-    slope = factor * (1.0f + 3.0f * square);
-    return factor * x * (1.0f + square);
-}
-
 // Numbers as in kernels/src/cuda/dense.rs. Comparisons let NaN through.
 enum Kind { RELU, GELU, SILU, TANH };
 
 template <Kind K> __device__ __forceinline__ float activated(float x) {
-    float slope;
     if constexpr (K == RELU) return x < 0.0f ? 0.0f : x;
-    if constexpr (K == GELU) return x * sigmoid(gelu_logit(x, slope));
+    if constexpr (K == GELU) return gelu(x);
     if constexpr (K == SILU) return x * sigmoid(x);
     return tanhf(x);
 }
 
-// dy · f'(x). Of x·s with s = sigmoid(v): s·(1 + x·v'·(1 − s)).
+// dy · f'(x). Of x·s with s = sigmoid(x): s·(1 + x·(1 − s)).
 template <Kind K> __device__ __forceinline__ float sloped(float x, float dy) {
     if constexpr (K == RELU) return x <= 0.0f ? 0.0f : dy;
     if constexpr (K == TANH) {
         const float t = tanhf(x);
         return dy * (1.0f - t * t);
     }
-    float slope = 1.0f;
-    const float s = sigmoid(K == GELU ? gelu_logit(x, slope) : x);
-    return dy * (s * (1.0f + x * slope * (1.0f - s)));
+    if constexpr (K == GELU) {
+        float density;
+        const float below = normal(x, density);
+        return dy * (below + x * density);
+    }
+    const float s = sigmoid(x);
+    return dy * (s * (1.0f + x * (1.0f - s)));
 }
 
 template <Kind K, typename Act> __device__ void activate(const Act* x, Act* y, Cut cut) {

@@ -4,6 +4,7 @@
 // E groups, `out` × `in` one group's matrix w[E, out, in].
 //   linear       y[i, out]   = x[i, in] · w[g]ᵀ                           both operands K-major
 //   swiglu       h[i, 2F]    = x · w[g]ᵀ, a[i, F] = silu(h[:, :F])·h[:, F:]  a tile holds 128 gate columns and their 128 up columns
+//   gelu         h[i, F]     = x · w[g]ᵀ, a[i, F] = h · Φ(h)               experts without a gate
 //   grad_input   dx[i, in]   = dy[i, out] · w[g]                          w is MN-major
 // Rows outside the groups are never written; they may hold NaN. Any group size, 0 included. `in` and `out` are multiples of 8; bases
 // of the operands lie on 16 bytes.
@@ -15,6 +16,7 @@
 // Versions: rows stored from the accumulators before the next tile begins (qwen3-up 1.70 ms with swiglu) → rounded, kept in registers and
 // stored under the next tile's products (1.47 ms).
 
+#include "gelu.cuh"
 #include "grouped_schedule.cuh"
 #include "hopper.cuh"
 
@@ -26,7 +28,7 @@ constexpr int A_BYTES = BM * BK * 2, B_BYTES = BN * BK * 2, STAGE_BYTES = A_BYTE
 constexpr int BOX_BYTES = 64 * 128; // 64 rows of 64 bf16, as TMA writes them
 constexpr int ALIGNMENT = 1024;     // of tiles in the 128-byte swizzle
 
-enum class Form { Linear, Swiglu, GradInput };
+enum class Form { Linear, Swiglu, Gelu, GradInput };
 
 struct Shared {
     uint8_t* stages;
@@ -55,8 +57,8 @@ struct Cursor {
 struct Sizes {
     const int* offsets;
     int groups;
-    int n; // output columns: Linear out, Swiglu F, GradInput in
-    int k; // depth: Linear and Swiglu in, GradInput out
+    int n; // output columns: Linear out, Swiglu and Gelu F, GradInput in
+    int k; // depth: GradInput out, the others in
 };
 
 template <Form FORM> __device__ RowSchedule<BM, BAND> schedule(const Sizes& s, const int* first) {
@@ -83,7 +85,7 @@ __device__ void produce(const Shared& shared, const Sizes& s, const CUtensorMap*
             barrier_expect(full, STAGE_BYTES);
             const int depth = block * BK;
             tma_load(a, map_a, full, depth, tile.start + tile.m * BM);
-            if constexpr (FORM == Form::Linear) {
+            if constexpr (FORM == Form::Linear || FORM == Form::Gelu) {
                 tma_load(b, map_b, full, depth, tile.group * s.n + tile.n * BN);
             } else if constexpr (FORM == Form::Swiglu) {
                 const int gate = tile.group * 2 * s.n + tile.n * (BN / 2);
@@ -139,8 +141,8 @@ __device__ __forceinline__ float silu(float x) {
 }
 
 struct Outputs {
-    bf16* y; // [N, n]; Swiglu h [N, 2F]
-    bf16* a; // Swiglu [N, F]
+    bf16* y; // [N, n]; Swiglu h [N, 2F], Gelu h [N, F]
+    bf16* a; // Swiglu and Gelu [N, F]
 };
 
 // A finished tile of bf16 rows that is still to be stored: rounded, it takes half the registers, and leaves while the products of the next
@@ -160,14 +162,19 @@ __device__ __forceinline__ void round_up(Pending& pending, const float (&d)[128]
     pending.any = true;
 }
 
-// Stores 32 columns of two rows, 16 bytes a lane: words of four chunks of 8 columns from `chunk` on.
-template <int CHUNK> __device__ __forceinline__ void store_32(const uint32_t (&words)[BN / 4], bf16* out, long stride, int column, int columns, int row, int rows) {
+__device__ __forceinline__ uint32_t gelu_of(uint32_t both) {
+    const float2 x = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&both));
+    return packed(gelu(x.x), gelu(x.y));
+}
+
+// Stores 32 columns of two rows, or their GELU, 16 bytes a lane: words of four chunks of 8 columns from CHUNK on.
+template <int CHUNK, bool GELU = false> __device__ __forceinline__ void store_32(const uint32_t (&words)[BN / 4], bf16* out, long stride, int column, int columns, int row, int rows) {
     const int q = threadIdx.x % 4, at = column + 8 * q;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         uint32_t v[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) v[i] = words[2 * (CHUNK + i) + half];
+        for (int i = 0; i < 4; ++i) v[i] = GELU ? gelu_of(words[2 * (CHUNK + i) + half]) : words[2 * (CHUNK + i) + half];
         transpose_quad(v, q);
         const int r = row + 8 * half;
         if (r < rows && at < columns) *reinterpret_cast<uint4*>(out + r * stride + at) = make_uint4(v[0], v[1], v[2], v[3]);
@@ -177,6 +184,15 @@ template <int CHUNK> __device__ __forceinline__ void store_32(const uint32_t (&w
 __device__ __forceinline__ uint32_t gated(uint32_t gate, uint32_t up) {
     const float2 g = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&gate)), u = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&up));
     return packed(silu(g.x) * u.x, silu(g.y) * u.y);
+}
+
+// Stores 32 columns of h and of their GELU, four chunks from CHUNK on.
+template <int CHUNK> __device__ __forceinline__ void store_with_gelu(const Pending& pending, const Sizes& s, const Outputs& out, int row) {
+    const Tile& tile = pending.tile;
+    const int column = tile.n * BN + 8 * CHUNK;
+    store_32<CHUNK>(pending.words, out.y + long(tile.start) * s.n, s.n, column, s.n, row, tile.rows);
+    // From the rounded values, which the backward pass will see.
+    store_32<CHUNK, true>(pending.words, out.a + long(tile.start) * s.n, s.n, column, s.n, row, tile.rows);
 }
 
 // Stores a quarter of a pending tile.
@@ -194,6 +210,9 @@ template <Form FORM, int PART> __device__ __forceinline__ void store(const Pendi
 #pragma unroll
         for (int i = 0; i < 8; ++i) a[i] = gated(pending.words[2 * GATE + i], pending.words[2 * UP + i]);
         store_32<0>(a, out.a + long(tile.start) * s.n, s.n, column, s.n, row, tile.rows);
+    } else if constexpr (FORM == Form::Gelu) {
+        store_with_gelu<8 * PART>(pending, s, out, row);
+        store_with_gelu<8 * PART + 4>(pending, s, out, row);
     } else {
         constexpr int FIRST = PART * (BN / 8 / PARTS);
         bf16* y = out.y + long(tile.start) * s.n;
@@ -287,6 +306,11 @@ GROUPED grouped_linear_sm90(const __grid_constant__ CUtensorMap x, const __grid_
 GROUPED grouped_swiglu_sm90(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w, const int* offsets, int groups,
                             int f, int k, bf16* h, bf16* a) {
     run<Form::Swiglu>(&x, &w, Sizes{offsets, groups, f, k}, Outputs{h, a});
+}
+
+GROUPED grouped_gelu_sm90(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w, const int* offsets, int groups,
+                          int f, int k, bf16* h, bf16* a) {
+    run<Form::Gelu>(&x, &w, Sizes{offsets, groups, f, k}, Outputs{h, a});
 }
 
 GROUPED grouped_grad_input_sm90(const __grid_constant__ CUtensorMap dy, const __grid_constant__ CUtensorMap w, const int* offsets,

@@ -1,4 +1,4 @@
-// Rows between shuffle and experts: gather, weighted sum, the weighted SwiGLU's backward pass, the weights' gradients home.
+// Rows between shuffle and experts: gather, weighted sum, GELU, the weighted activations' backward passes, the weights' gradients home.
 //
 // gather_rows: src [·, width], index [N] i32 → dst[i] = src[index[i]].                              Bytes: 2·N·width·size.
 // expand_rows: src [R, width], slots [R, k] i32 (−1: none) → dst[slots[r, j]] = src[r].            Bytes: (N + R)·width·size.
@@ -6,12 +6,15 @@
 //   in f32, ascending j, k ≤ 32.                                                                    Bytes: (N + R)·width·size.
 // weighted_swiglu_grad: da [N, F], h [N, 2F], origin [N] i32, weights → dh [N, 2F], a [N, F], dweights[origin[i]] (ops/expert.rs); the
 //   row's dot product in f32: strided over the lanes, then a butterfly.                             Bytes: 6·N·F·size.
+// gelu_rows: h [N, F] → a [N, F].                                                                 Bytes: 2·N·F·size.
+// weighted_gelu_grad: as weighted_swiglu_grad, with h and dh [N, F].                               Bytes: 4·N·F·size.
 // scatter_choices: row_choice, row_dweights [R, k] → dweights[row_choice[i]] = row_dweights[i].
 //
 // Bound: memory, all of them. Rows beyond the live count are left alone. Each is written once over packs of 16 bytes, and
 // exported as NAME_wide; widths or addresses off 16 bytes take packs of one element. Loads of several packs are in flight before the first is used; what is
 // written is too large to be found in a cache again, so it passes them by.
 
+#include "gelu.cuh"
 #include "pack.cuh"
 #include "swiglu.cuh"
 
@@ -181,6 +184,71 @@ __device__ void weighted_swiglu_grad(int bound, const int* count, int f, const i
     if (lane == 0) dweights[from] = dot;
 }
 
+// One warp a row, two packs in flight.
+template <typename Act, int N> __device__ void gelu_rows(int bound, const int* count, int f, const Act* h, Act* a) {
+    constexpr int FLIGHT = 2;
+    const int row = row_of_warp(bound, count), lane = threadIdx.x % WARP;
+    if (row < 0) return;
+    h += long(row) * f;
+    a += long(row) * f;
+    for (int first = lane * N; first < f; first += FLIGHT * WARP * N) {
+        Pack<Act, N> x[FLIGHT];
+#pragma unroll
+        for (int i = 0; i < FLIGHT; i++)
+            if (first + i * WARP * N < f) x[i] = load<N>(h + first + i * WARP * N);
+#pragma unroll
+        for (int i = 0; i < FLIGHT; i++) {
+            const int at = first + i * WARP * N;
+            if (at >= f) continue;
+#pragma unroll
+            for (int c = 0; c < N; c++) x[i].v[c] = from_f32<Act>(gelu(to_f32(x[i].v[c])));
+            store_once<N>(a + at, x[i]);
+        }
+    }
+}
+
+// One warp a row, two packs of each operand in flight.
+template <typename Act, int N>
+__device__ void weighted_gelu_grad(int bound, const int* count, int f, const int* origin, const float* weights,
+                                   const Act* da, const Act* h, Act* dh, Act* a, float* dweights) {
+    constexpr int FLIGHT = 2;
+    const int row = row_of_warp(bound, count), lane = threadIdx.x % WARP;
+    if (row < 0) return;
+    const int from = origin[row];
+    const float weight = weights[from];
+    const long begin = long(row) * f;
+    float dot = 0.0f;
+    for (int first = lane * N; first < f; first += FLIGHT * WARP * N) {
+        Pack<Act, N> d[FLIGHT], x[FLIGHT];
+#pragma unroll
+        for (int i = 0; i < FLIGHT; i++) {
+            const int at = first + i * WARP * N;
+            if (at >= f) continue;
+            d[i] = load_once<N>(da + begin + at);
+            x[i] = load_once<N>(h + begin + at);
+        }
+#pragma unroll
+        for (int i = 0; i < FLIGHT; i++) {
+            const int at = first + i * WARP * N;
+            if (at >= f) continue;
+            Pack<Act, N> slope, weighted;
+#pragma unroll
+            for (int c = 0; c < N; c++) {
+                const float value = to_f32(x[i].v[c]), up = to_f32(d[i].v[c]);
+                float density;
+                const float below = normal(value, density), plain = value * below;
+                dot += up * plain;
+                slope.v[c] = from_f32<Act>(weight * up * (below + value * density));
+                weighted.v[c] = from_f32<Act>(weight * plain);
+            }
+            store_once<N>(dh + begin + at, slope);
+            store_once<N>(a + begin + at, weighted);
+        }
+    }
+    dot = warp_sum(dot);
+    if (lane == 0) dweights[from] = dot;
+}
+
 // NAME_wide_f32, NAME_wide_bf16 in packs of 16 bytes, NAME_f32, NAME_bf16 in single elements.
 #define EXPORT(NAME, BLOCKS, PARAMS, ARGS)                                                                                         \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) NAME##_wide_f32(PARAMS(float)) { NAME<float, 4> ARGS; }           \
@@ -199,10 +267,14 @@ EXPORT(expand_rows, 4, EXPAND_PARAMS, (bound, count, slots_per_row, width, slots
         Act *out
 EXPORT(weighted_reduce, 4, REDUCE_PARAMS, (bound, count, slots_per_row, width, slots, weights, y, out))
 
-#define SWIGLU_PARAMS(Act)                                                                                                 \
+#define GELU_PARAMS(Act) int bound, const int *count, int f, const Act *h, Act *a
+EXPORT(gelu_rows, 4, GELU_PARAMS, (bound, count, f, h, a))
+
+#define GRADIENT_PARAMS(Act)                                                                                               \
     int bound, const int *count, int f, const int *origin, const float *weights, const Act *da, const Act *h, Act *dh,     \
         Act *a, float *dweights
-EXPORT(weighted_swiglu_grad, 2, SWIGLU_PARAMS, (bound, count, f, origin, weights, da, h, dh, a, dweights))
+EXPORT(weighted_swiglu_grad, 2, GRADIENT_PARAMS, (bound, count, f, origin, weights, da, h, dh, a, dweights))
+EXPORT(weighted_gelu_grad, 2, GRADIENT_PARAMS, (bound, count, f, origin, weights, da, h, dh, a, dweights))
 
 // Choices without a row keep the zero that a fill put there before.
 extern "C" __global__ void __launch_bounds__(THREADS)

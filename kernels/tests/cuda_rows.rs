@@ -214,6 +214,60 @@ fn weighted_swiglu_gradients_agree_with_the_cpu() {
     swiglu_gradients::<bf16>();
 }
 
+fn gelu_gradients<A: CudaAct>() {
+    let Some(gpu) = gpu::<A>() else { return };
+    for (bound, live, _, f) in SIZES {
+        let origin = some_of(7, 2 * live, live, bound);
+        let mut weights = random_within(8, 2 * live, 1.0);
+        (0..2 * live).filter(|&i| !origin.contains(&(i as i32))).for_each(|i| weights[i] = f32::NAN);
+        let da: Vec<A> = narrow(&poisoned(9, bound, live, f, 1.0));
+        let h: Vec<A> = narrow(&poisoned(10, bound, live, f, 8.0));
+        let count = vec![live as i32];
+        let nan = |len: usize| vec![f32::NAN; len];
+        let (mut dh, mut a, mut dweights) = (nan(h.len()), nan(da.len()), nan(weights.len()));
+        Cpu.weighted_gelu_grad(
+            Rows { bound, count: Some(View::of(&count)) },
+            f,
+            View::of(&origin),
+            View::of(&weights),
+            View::of(&widen(&da)),
+            View::of(&widen(&h)),
+            ViewMut::of(&mut dh),
+            ViewMut::of(&mut a),
+            ViewMut::of(&mut dweights),
+        );
+
+        let (origin, weights, count) = (upload(&gpu, &origin), upload(&gpu, &weights), upload(&gpu, &count));
+        let (da, h) = (upload(&gpu, &da), upload(&gpu, &h));
+        let mut got_dh = filled(&gpu, dh.len(), A::from_f32(f32::NAN));
+        let mut got_a = filled(&gpu, a.len(), A::from_f32(f32::NAN));
+        let mut got_dweights = filled(&gpu, dweights.len(), f32::NAN);
+        gpu.weighted_gelu_grad(
+            Rows { bound, count: Some(View::of(&count)) },
+            f,
+            View::of(&origin),
+            View::of(&weights),
+            View::of(&da),
+            View::of(&h),
+            ViewMut::of(&mut got_dh),
+            ViewMut::of(&mut got_a),
+            ViewMut::of(&mut got_dweights),
+        );
+        let what = |name: &str| format!("{name}, {live} of {bound} x {f}");
+        // GELU goes up to 8, its slope to 1.13.
+        assert_matches(&what("dh"), &widen(&download(&gpu, &got_dh)), &dh, tolerance::<A>(16, 1.2));
+        assert_matches(&what("a"), &widen(&download(&gpu, &got_a)), &a, tolerance::<A>(16, 8.0));
+        let allowed = tolerance::<f32>(16, 8.0 * (f + 8) as f32);
+        assert_matches(&what("dweights"), &download(&gpu, &got_dweights), &dweights, allowed);
+    }
+}
+
+#[test]
+fn weighted_gelu_gradients_agree_with_the_cpu() {
+    gelu_gradients::<f32>();
+    gelu_gradients::<bf16>();
+}
+
 #[test]
 fn scattered_choices_reach_their_places_and_the_others_are_zero() {
     let Some(gpu) = gpu::<f32>() else { return };

@@ -2,11 +2,36 @@
 //!
 //! Owns the experts' activations. It knows nothing of where rows come from or go to.
 
-use std::ops::Range;
-
 use moe_kernels::{Accumulate, Backend, DeviceError, GroupedDims, Rows, View, ViewMut};
+use serde::{Deserialize, Serialize};
 
 use crate::memory::{Kind, Slot, Tally};
+
+/// What an expert does between its projections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ExpertActivation {
+    /// `silu(gate · x) ∘ up · x`: three matrices (Shazeer 2020).
+    #[default]
+    Swiglu,
+    /// `gelu(up · x)`, with the normal distribution itself and not an approximation by tanh: two matrices, no gate.
+    Gelu,
+}
+
+impl ExpertActivation {
+    /// Projections in front of it, each of F columns.
+    pub fn projections(self) -> usize {
+        match self {
+            Self::Swiglu => 2,
+            Self::Gelu => 1,
+        }
+    }
+
+    /// Matrices of an expert.
+    pub fn matrices(self) -> usize {
+        self.projections() + 1
+    }
+}
 
 /// Sizes of this rank's experts.
 #[derive(Clone, Copy, Debug)]
@@ -17,18 +42,28 @@ pub struct ExpertShape {
     pub hidden_size: usize,
     /// F.
     pub ffn_size: usize,
+    /// Between the projections.
+    pub activation: ExpertActivation,
 }
 
-/// `gate_up` `[E_local, 2F, H]`, `down` `[E_local, H, F]`.
+impl ExpertShape {
+    /// Width of the projections in front of the activation: 2F, or F without a gate.
+    fn projected(&self) -> usize {
+        self.activation.projections() * self.ffn_size
+    }
+}
+
+/// `gate_up` `[E_local, 2F, H]`, or `[E_local, F, H]` without a gate; `down` `[E_local, H, F]`.
 #[derive(Clone, Copy)]
 pub struct ExpertWeights<'a, B: Backend> {
-    /// Gate rows, then up rows.
+    /// Gate rows, if there is a gate, then up rows.
     pub gate_up: View<'a, B, B::Act>,
     /// Down projection.
     pub down: View<'a, B, B::Act>,
 }
 
-/// What the experts of one chunk of one layer keep for their backward pass: `h[N, 2F]`, the gate and up projections, or nothing where
+/// What the experts of one chunk of one layer keep for their backward pass: `h[N, 2F]`, the gate and up projections, of which
+/// experts without a gate have the latter `[N, F]`, or nothing where
 /// these are computed again. All else is computed again or not needed, since the combine weight is applied in front of the down
 /// projection there.
 pub struct Experts<B: Backend> {
@@ -42,14 +77,14 @@ const PROJECTIONS: &str = "expert projections";
 
 /// Activations and their gradients under way, shared by all layers.
 pub struct ExpertScratch<B: Backend> {
-    /// `[N, H]`: forward the input, then the output; backward the output's gradient, the input again, the input's gradient. Each is
+    /// `[N, H]`: forward the input, then the output; backward the output's gradient, the input's gradient, the input again. Each is
     /// done with when the next is written.
     rows: Slot<B, B::Act>,
     /// `[N, F]`: activations, in the backward pass weighted.
     a: Slot<B, B::Act>,
     da: Slot<B, B::Act>,
     dh: Slot<B, B::Act>,
-    /// `[N, 2F]`: the projections of experts that do not keep them.
+    /// `[N, 2F]` or `[N, F]`: the projections of experts that do not keep them.
     h: Slot<B, B::Act>,
 }
 
@@ -141,14 +176,14 @@ impl<B: Backend> Experts<B> {
     }
 
     fn up(&self) -> GroupedDims {
-        GroupedDims { experts: self.shape.experts, n: 2 * self.shape.ffn_size, k: self.shape.hidden_size }
+        GroupedDims { experts: self.shape.experts, n: self.shape.projected(), k: self.shape.hidden_size }
     }
 
     fn down(&self) -> GroupedDims {
         GroupedDims { experts: self.shape.experts, n: self.shape.hidden_size, k: self.shape.ffn_size }
     }
 
-    /// `y[i] = down_e · swiglu(gate_up_e · x[i])` for the rows of each expert e: x is in the scratch's rows, y takes its place.
+    /// `y[i] = down_e · swiglu(gate_up_e · x[i])`, or gelu, for the rows of each expert e: x is in the scratch's rows, y takes its place.
     pub fn forward(
         &mut self,
         device: &B,
@@ -172,33 +207,39 @@ impl<B: Backend> Experts<B> {
         grouped: GroupedRows<'_, B>,
         gate_up: View<'_, B, B::Act>,
     ) -> Result<(), DeviceError> {
-        let (n, h, f) = (grouped.rows.bound, self.shape.hidden_size, self.shape.ffn_size);
-        let up = self.up();
+        let (n, h, f, wide) = (grouped.rows.bound, self.shape.hidden_size, self.shape.ffn_size, self.shape.projected());
+        let (up, offsets) = (self.up(), grouped.offsets);
         let projections = self.h.as_mut().filter(|_| !self.passing).unwrap_or(&mut scratch.h);
-        projections.reserve(device, grouped.room * 2 * f)?;
+        projections.reserve(device, grouped.room * wide)?;
         scratch.a.reserve(device, grouped.room * f)?;
         let (x_NH, projections, a) =
-            (scratch.rows.view(n * h), projections.view_mut(n * 2 * f), scratch.a.view_mut(n * f));
-        device.grouped_linear_swiglu(grouped.rows, up, grouped.offsets, x_NH, gate_up, projections, a);
+            (scratch.rows.view(n * h), projections.view_mut(n * wide), scratch.a.view_mut(n * f));
+        match self.shape.activation {
+            ExpertActivation::Swiglu => {
+                device.grouped_linear_swiglu(grouped.rows, up, offsets, x_NH, gate_up, projections, a);
+            }
+            ExpertActivation::Gelu => {
+                device.grouped_linear_gelu(grouped.rows, up, offsets, x_NH, gate_up, projections, a);
+            }
+        }
         Ok(())
     }
 
-    /// Backward: the gradient of the combined output of each row, unweighted, is in the scratch's rows, and the input's gradient takes
-    /// its place. `expand` fills the rows with the forward pass's input when it is needed.
+    /// Backward, but for the gradient of `gate_up`: the gradient of the combined output of each row, unweighted, is in the scratch's rows,
+    /// and the input's gradient takes its place. [`Experts::grad_gate_up`] comes after it, once that has been used.
     pub fn backward(
         &mut self,
         device: &B,
         scratch: &mut ExpertScratch<B>,
         grouped: GroupedRows<'_, B>,
         tensors: ExpertBackward<'_, B>,
-        expand: impl FnOnce(ViewMut<'_, B, B::Act>),
     ) -> Result<(), DeviceError> {
-        let (n, h, f) = (grouped.rows.bound, self.shape.hidden_size, self.shape.ffn_size);
+        let (n, h, f, wide) = (grouped.rows.bound, self.shape.hidden_size, self.shape.ffn_size, self.shape.projected());
         scratch.a.reserve(device, grouped.room * f)?;
         scratch.da.reserve(device, grouped.room * f)?;
-        scratch.dh.reserve(device, grouped.room * 2 * f)?;
+        scratch.dh.reserve(device, grouped.room * wide)?;
         let (up, down, offsets) = (self.up(), self.down(), grouped.offsets);
-        let ExpertBackward { gated, weights, mut gradients, gate_up, down: down_range, accumulate } = tensors;
+        let ExpertBackward { gated, weights, grad_down, accumulate } = tensors;
         let GatedRows { origin, weights: row_weights, dweights } = gated;
         device.grouped_linear_grad_input(
             down,
@@ -207,24 +248,36 @@ impl<B: Backend> Experts<B> {
             weights.down,
             scratch.da.view_mut(n * f),
         );
-        device.weighted_swiglu_grad(
-            grouped.rows,
-            f,
-            origin,
-            row_weights,
-            scratch.da.view(n * f),
-            self.h.as_ref().filter(|_| !self.passing).unwrap_or(&scratch.h).view(n * 2 * f),
-            scratch.dh.view_mut(n * 2 * f),
-            scratch.a.view_mut(n * f),
-            dweights,
-        );
+        let projections = self.h.as_ref().filter(|_| !self.passing).unwrap_or(&scratch.h).view(n * wide);
+        let (da, dh, a) = (scratch.da.view(n * f), scratch.dh.view_mut(n * wide), scratch.a.view_mut(n * f));
+        let rows = grouped.rows;
+        match self.shape.activation {
+            ExpertActivation::Swiglu => {
+                device.weighted_swiglu_grad(rows, f, origin, row_weights, da, projections, dh, a, dweights);
+            }
+            ExpertActivation::Gelu => {
+                device.weighted_gelu_grad(rows, f, origin, row_weights, da, projections, dh, a, dweights);
+            }
+        }
         let (dy, a) = (scratch.rows.view(n * h), scratch.a.view(n * f));
-        device.grouped_linear_grad_weight(down, offsets, dy, a, gradients.reborrow().slice(down_range), accumulate);
-        expand(scratch.rows.view_mut(n * h));
-        let (dh, x) = (scratch.dh.view(n * 2 * f), scratch.rows.view(n * h));
-        device.grouped_linear_grad_weight(up, offsets, dh, x, gradients.slice(gate_up), accumulate);
-        device.grouped_linear_grad_input(up, offsets, dh, weights.gate_up, scratch.rows.view_mut(n * h));
+        device.grouped_linear_grad_weight(down, offsets, dy, a, grad_down, accumulate);
+        let (dh, dx) = (scratch.dh.view(n * wide), scratch.rows.view_mut(n * h));
+        device.grouped_linear_grad_input(up, offsets, dh, weights.gate_up, dx);
         Ok(())
+    }
+
+    /// The gradient of `gate_up`, the last of the backward pass: nothing but the optimizer waits for it, so the input's gradient travels
+    /// home meanwhile. The forward pass's input is in the scratch's rows.
+    pub fn grad_gate_up(
+        &mut self,
+        device: &B,
+        scratch: &mut ExpertScratch<B>,
+        grouped: GroupedRows<'_, B>,
+        (gradient, accumulate): (ViewMut<'_, B, f32>, Accumulate),
+    ) {
+        let (n, h, wide) = (grouped.rows.bound, self.shape.hidden_size, self.shape.projected());
+        let (dh, x) = (scratch.dh.view(n * wide), scratch.rows.view(n * h));
+        device.grouped_linear_grad_weight(self.up(), grouped.offsets, dh, x, gradient, accumulate);
     }
 }
 
@@ -234,12 +287,8 @@ pub struct ExpertBackward<'a, B: Backend> {
     pub gated: GatedRows<'a, B>,
     /// The experts' weights.
     pub weights: ExpertWeights<'a, B>,
-    /// The flat gradient buffer.
-    pub gradients: ViewMut<'a, B, f32>,
-    /// Where `gate_up` lies in it.
-    pub gate_up: Range<usize>,
-    /// Where `down` lies in it.
-    pub down: Range<usize>,
-    /// Whether the gradients there are added to, or replaced, which saves reading them.
+    /// The gradient of `down`.
+    pub grad_down: ViewMut<'a, B, f32>,
+    /// Whether what is there is added to, or replaced, which saves reading it.
     pub accumulate: Accumulate,
 }

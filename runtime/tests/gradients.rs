@@ -13,8 +13,9 @@ use std::collections::BTreeMap;
 use moe_kernels::{Cpu, Device};
 use moe_runtime::collectives::{Context, Groups, HostCommunicator, local};
 use moe_runtime::config::Config;
+use moe_runtime::experts::ExpertActivation;
 use moe_runtime::model::layout::{Part, PartKind};
-use moe_runtime::model::{BlockNorm, ModelSetup, PassTokens, Transformer};
+use moe_runtime::model::{BlockNorm, ModelSetup, PassTokens, Recompute, Transformer};
 use moe_runtime::routing::{BalanceScope, BatchShare, RouterConfig};
 use moe_runtime::stages::StageClock;
 use moe_runtime::topology::{Grid, Rank};
@@ -326,6 +327,15 @@ fn gradients_are_those_of_the_objective_for_every_balance_scope() {
             }
         }
     }
+}
+
+#[test]
+fn gradients_are_those_of_the_objective_for_experts_without_a_gate() {
+    let mut config = configuration();
+    config.model.expert_activation = ExpertActivation::Gelu;
+    check("experts without a gate", &config);
+    config.train.recompute = Recompute::Experts;
+    check("experts without a gate, computed again", &config);
 }
 
 #[test]

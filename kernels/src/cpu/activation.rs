@@ -1,4 +1,4 @@
-//! Element-wise layers: activations, SwiGLU, residual sums, the shared expert's gate.
+//! Element-wise layers: activations, SwiGLU, GELU, residual sums, the shared expert's gate.
 //!
 //! Owns their arithmetic, row by row. Rows beyond the number it is given are never touched.
 
@@ -8,7 +8,7 @@ mod tests;
 use multiversion::multiversion;
 
 use super::parallel::{for_parts, parts, rows_mut, with_scratch};
-use super::simd::{dot, sigmoid, tanh};
+use super::simd::{dot, normal, sigmoid, tanh};
 use crate::ActivationKind;
 
 pub(super) fn swiglu(rows: usize, f: usize, h: &[f32], a: &mut [f32]) {
@@ -59,7 +59,19 @@ fn swiglu_grad_rows(f: usize, da: &[f32], h: &[f32], dh: &mut [f32]) {
     }
 }
 
-/// What [`weighted_swiglu_grad`] works from.
+pub(super) fn gelu(h: &[f32], a: &mut [f32]) {
+    assert_eq!(h.len(), a.len(), "elements before GELU, and after");
+    for_parts(a.len(), parts(a.len()), rows_mut(a, 1), |range, a| gelu_part(&h[range], a.data));
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma"))]
+fn gelu_part(h: &[f32], a: &mut [f32]) {
+    for (a, h) in a.iter_mut().zip(h) {
+        *a = h * normal(*h).0;
+    }
+}
+
+/// What [`weighted_swiglu_grad`] and [`weighted_gelu_grad`] work from.
 pub(super) struct Weighted<'a> {
     /// F.
     pub(super) f: usize,
@@ -69,22 +81,41 @@ pub(super) struct Weighted<'a> {
     pub(super) weights: &'a [f32],
     /// `[N, F]`.
     pub(super) da: &'a [f32],
-    /// `[N, 2F]`.
+    /// `[N, 2F]`; of GELU `[N, F]`.
     pub(super) h: &'a [f32],
 }
 
-/// See [`crate::ExpertOps::weighted_swiglu_grad`]. The rows' dot products are collected in memory of this thread and then scattered by
-/// it alone, since no cut of `dweights` follows a cut of the rows.
+/// One row of a weighted gradient: weight, da and h in, dh and a out; returns the weight's gradient.
+type GradRow = fn(f32, &[f32], &[f32], &mut [f32], &mut [f32]) -> f32;
+
+/// See [`crate::ExpertOps::weighted_swiglu_grad`].
 pub(super) fn weighted_swiglu_grad(given: &Weighted<'_>, dh: &mut [f32], a: &mut [f32], dweights: &mut [f32]) {
+    weighted_grad((2 * given.f, weighted_swiglu_grad_row), given, dh, a, dweights);
+}
+
+/// See [`crate::ExpertOps::weighted_gelu_grad`].
+pub(super) fn weighted_gelu_grad(given: &Weighted<'_>, dh: &mut [f32], a: &mut [f32], dweights: &mut [f32]) {
+    weighted_grad((given.f, weighted_gelu_grad_row), given, dh, a, dweights);
+}
+
+/// Rows of `h` and `dh` are `wide`. The rows' dot products are collected in memory of this thread and then scattered by
+/// it alone, since no cut of `dweights` follows a cut of the rows.
+fn weighted_grad(
+    (wide, grad_row): (usize, GradRow),
+    given: &Weighted<'_>,
+    dh: &mut [f32],
+    a: &mut [f32],
+    dweights: &mut [f32],
+) {
     let (rows, f) = (given.origin.len(), given.f);
     with_scratch(rows, |dots| {
-        let outputs = ((rows_mut(dh, 2 * f), rows_mut(a, f)), rows_mut(dots, 1));
+        let outputs = ((rows_mut(dh, wide), rows_mut(a, f)), rows_mut(dots, 1));
         for_parts(rows, parts(rows * f), outputs, |range, ((dh, a), dots)| {
             for ((i, dot), at) in range.zip(dots.data).zip(0..) {
                 let weight = given.weights[given.origin[i] as usize];
-                let (da, h) = (&given.da[i * f..(i + 1) * f], &given.h[i * 2 * f..(i + 1) * 2 * f]);
-                let (dh, a) = (&mut dh.data[at * 2 * f..(at + 1) * 2 * f], &mut a.data[at * f..(at + 1) * f]);
-                *dot = weighted_swiglu_grad_row(weight, da, h, dh, a);
+                let (da, h) = (&given.da[i * f..(i + 1) * f], &given.h[i * wide..(i + 1) * wide]);
+                let (dh, a) = (&mut dh.data[at * wide..(at + 1) * wide], &mut a.data[at * f..(at + 1) * f]);
+                *dot = grad_row(weight, da, h, dh, a);
             }
         });
         for (&origin, &dot) in given.origin.iter().zip(&*dots) {
@@ -110,6 +141,19 @@ fn weighted_swiglu_grad_row(weight: f32, da: &[f32], h: &[f32], dh: &mut [f32], 
     dweight
 }
 
+/// As [`weighted_swiglu_grad_row`]; with Φ and φ at h: d(h·Φ)/dh = Φ + h·φ.
+#[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma"))]
+fn weighted_gelu_grad_row(weight: f32, da: &[f32], h: &[f32], dh: &mut [f32], a: &mut [f32]) -> f32 {
+    for (((dh, a), da), h) in dh.iter_mut().zip(a.iter_mut()).zip(da).zip(h) {
+        let (below, density) = normal(*h);
+        *a = h * below;
+        *dh = weight * da * (below + h * density);
+    }
+    let dweight = dot(da, a);
+    a.iter_mut().for_each(|a| *a *= weight);
+    dweight
+}
+
 pub(super) fn apply(kind: ActivationKind, x: &[f32], y: &mut [f32]) {
     assert_eq!(x.len(), y.len(), "lengths of an activation's x and y");
     for_parts(y.len(), parts(y.len()), rows_mut(y, 1), |range, y| apply_part(kind, &x[range], y.data));
@@ -128,22 +172,21 @@ fn apply_part(kind: ActivationKind, x: &[f32], y: &mut [f32]) {
     match kind {
         // Comparisons written so that NaN passes through.
         ActivationKind::Relu => of.for_each(|(x, y)| *y = if *x < 0.0 { 0.0 } else { *x }),
-        ActivationKind::Gelu => of.for_each(|(x, y)| *y = *x * sigmoid(gelu_logit(*x).0)),
+        ActivationKind::Gelu => of.for_each(|(x, y)| *y = *x * normal(*x).0),
         ActivationKind::Silu => of.for_each(|(x, y)| *y = *x * sigmoid(*x)),
         ActivationKind::Tanh => of.for_each(|(x, y)| *y = tanh(*x)),
     }
 }
 
-/// Of x·s with s = sigmoid(v): s·(1 + x·v′·(1 − s)).
+/// Of x·s with s = sigmoid(x): s·(1 + x·(1 − s)).
 #[multiversion(targets("x86_64+avx512f+avx512vl", "x86_64+avx2+fma"))]
 fn apply_grad_part(kind: ActivationKind, x: &[f32], dy: &[f32], dx: &mut [f32]) {
     let of = x.iter().zip(dy).zip(dx);
     match kind {
         ActivationKind::Relu => of.for_each(|((x, dy), dx)| *dx = if *x <= 0.0 { 0.0 } else { *dy }),
         ActivationKind::Gelu => of.for_each(|((x, dy), dx)| {
-            let (logit, slope) = gelu_logit(*x);
-            let s = sigmoid(logit);
-            *dx = dy * (s * (1.0 + x * slope * (1.0 - s)));
+            let (below, density) = normal(*x);
+            *dx = dy * (below + x * density);
         }),
         ActivationKind::Silu => of.for_each(|((x, dy), dx)| {
             let s = sigmoid(*x);
@@ -154,16 +197,6 @@ fn apply_grad_part(kind: ActivationKind, x: &[f32], dy: &[f32], dx: &mut [f32]) 
             *dx = dy * (1.0 - t * t);
         }),
     }
-}
-
-/// 2u of GELU's tanh form, and its slope.
-#[inline(always)]
-fn gelu_logit(x: f32) -> (f32, f32) {
-    // √(2/π)
-    const FACTOR: f32 = 0.797_884_6;
-    const CUBIC: f32 = 0.044_715;
-    let square = CUBIC * x * x;
-    (2.0 * FACTOR * x * (1.0 + square), 2.0 * FACTOR * (1.0 + 3.0 * square))
 }
 
 pub(super) fn add(x: &[f32], y: &mut [f32]) {

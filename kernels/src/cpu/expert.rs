@@ -28,6 +28,29 @@ fn check_grouped(dims: GroupedDims, offsets: &[i32], matrices: usize) {
     assert!(offsets[0] >= 0 && offsets.is_sorted(), "offsets of groups must ascend from 0, not {offsets:?}");
 }
 
+/// What the gradient of a weighted activation works from, and where it leaves `dh` and `a`, for `rows` rows of width `f` whose `h` are
+/// `wide`.
+fn weighted<'a>(
+    (rows, f, wide): (usize, usize, usize),
+    (origin, weights): (View<'a, Cpu, i32>, View<'a, Cpu, f32>),
+    (da, h): (View<'a, Cpu, f32>, View<'a, Cpu, f32>),
+    (dh, a): (ViewMut<'a, Cpu, f32>, ViewMut<'a, Cpu, f32>),
+) -> (activation::Weighted<'a>, &'a mut [f32], &'a mut [f32]) {
+    check_at_least("origin", origin.len(), rows);
+    check_at_least("da", da.len(), rows * f);
+    check_at_least("h", h.len(), rows * wide);
+    check_at_least("dh", dh.len(), rows * wide);
+    check_at_least("a", a.len(), rows * f);
+    let given = activation::Weighted {
+        f,
+        origin: &slice(origin)[..rows],
+        weights: slice(weights),
+        da: &slice(da)[..rows * f],
+        h: &slice(h)[..rows * wide],
+    };
+    (given, &mut slice_mut(dh)[..rows * wide], &mut slice_mut(a)[..rows * f])
+}
+
 impl ExpertOps for Cpu {
     fn shuffle_plan(
         &self,
@@ -112,21 +135,24 @@ impl ExpertOps for Cpu {
         a: ViewMut<'_, Self, f32>,
         dweights: ViewMut<'_, Self, f32>,
     ) {
-        let rows = live(rows);
-        check_at_least("origin", origin.len(), rows);
-        check_at_least("da", da.len(), rows * f);
-        check_at_least("h", h.len(), rows * 2 * f);
-        check_at_least("dh", dh.len(), rows * 2 * f);
-        check_at_least("a", a.len(), rows * f);
-        let weighted = activation::Weighted {
-            f,
-            origin: &slice(origin)[..rows],
-            weights: slice(weights),
-            da: &slice(da)[..rows * f],
-            h: &slice(h)[..rows * 2 * f],
-        };
-        let (dh, a) = (&mut slice_mut(dh)[..rows * 2 * f], &mut slice_mut(a)[..rows * f]);
-        activation::weighted_swiglu_grad(&weighted, dh, a, slice_mut(dweights));
+        let (given, dh, a) = weighted((live(rows), f, 2 * f), (origin, weights), (da, h), (dh, a));
+        activation::weighted_swiglu_grad(&given, dh, a, slice_mut(dweights));
+    }
+
+    fn weighted_gelu_grad(
+        &self,
+        rows: Rows<'_, Self>,
+        f: usize,
+        origin: View<'_, Self, i32>,
+        weights: View<'_, Self, f32>,
+        da: View<'_, Self, f32>,
+        h: View<'_, Self, f32>,
+        dh: ViewMut<'_, Self, f32>,
+        a: ViewMut<'_, Self, f32>,
+        dweights: ViewMut<'_, Self, f32>,
+    ) {
+        let (given, dh, a) = weighted((live(rows), f, f), (origin, weights), (da, h), (dh, a));
+        activation::weighted_gelu_grad(&given, dh, a, slice_mut(dweights));
     }
 
     fn scatter_choices(
@@ -168,6 +194,21 @@ impl ExpertOps for Cpu {
         assert!(dims.n.is_multiple_of(2), "gate and up columns are as many: their sum cannot be {}", dims.n);
         self.grouped_linear(dims, offsets, x, w, h.reborrow());
         activation::swiglu(live(rows), dims.n / 2, slice(h.as_view()), slice_mut(a));
+    }
+
+    fn grouped_linear_gelu(
+        &self,
+        rows: Rows<'_, Self>,
+        dims: GroupedDims,
+        offsets: View<'_, Self, i32>,
+        x: View<'_, Self, f32>,
+        w: View<'_, Self, f32>,
+        mut h: ViewMut<'_, Self, f32>,
+        a: ViewMut<'_, Self, f32>,
+    ) {
+        self.grouped_linear(dims, offsets, x, w, h.reborrow());
+        let elements = live(rows) * dims.n;
+        activation::gelu(&slice(h.as_view())[..elements], &mut slice_mut(a)[..elements]);
     }
 
     fn grouped_linear_grad_input(

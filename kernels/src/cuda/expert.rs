@@ -79,6 +79,21 @@ impl<A: CudaAct> ExpertOps for Cuda<A> {
         rows::weighted_swiglu_grad(self, rows, Weighted { f, origin, weights, da, h }, dh, a, dweights);
     }
 
+    fn weighted_gelu_grad(
+        &self,
+        rows: Rows<'_, Self>,
+        f: usize,
+        origin: View<'_, Self, i32>,
+        weights: View<'_, Self, f32>,
+        da: View<'_, Self, A>,
+        h: View<'_, Self, A>,
+        dh: ViewMut<'_, Self, A>,
+        a: ViewMut<'_, Self, A>,
+        dweights: ViewMut<'_, Self, f32>,
+    ) {
+        rows::weighted_gelu_grad(self, rows, Weighted { f, origin, weights, da, h }, dh, a, dweights);
+    }
+
     fn scatter_choices(
         &self,
         rows: Rows<'_, Self>,
@@ -115,6 +130,22 @@ impl<A: CudaAct> ExpertOps for Cuda<A> {
         if !grouped::linear_swiglu(self, dims, offsets, (x, w), (h.reborrow(), a.reborrow())) {
             grouped::linear(self, dims, offsets, x, w, h.reborrow());
             self.swiglu(rows, dims.n / 2, h.as_view(), a);
+        }
+    }
+
+    fn grouped_linear_gelu(
+        &self,
+        rows: Rows<'_, Self>,
+        dims: GroupedDims,
+        offsets: View<'_, Self, i32>,
+        x: View<'_, Self, A>,
+        w: View<'_, Self, A>,
+        mut h: ViewMut<'_, Self, A>,
+        mut a: ViewMut<'_, Self, A>,
+    ) {
+        if !grouped::linear_gelu(self, dims, offsets, (x, w), (h.reborrow(), a.reborrow())) {
+            grouped::linear(self, dims, offsets, x, w, h.reborrow());
+            rows::gelu(self, rows, dims.n, h.as_view(), a);
         }
     }
 

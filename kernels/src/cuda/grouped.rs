@@ -76,6 +76,30 @@ pub(super) fn linear_swiglu<A: CudaAct>(
     true
 }
 
+/// `h[i] = x[i] · w[e]ᵀ`, `a` = GELU of it. None of it is done, and false comes back, where the Hopper kernel cannot do both at once.
+pub(super) fn linear_gelu<A: CudaAct>(
+    queue: &Cuda<A>,
+    dims: GroupedDims,
+    offsets: View<'_, Cuda<A>, i32>,
+    (x, w): (View<'_, Cuda<A>, A>, View<'_, Cuda<A>, A>),
+    (h, a): (ViewMut<'_, Cuda<A>, A>, ViewMut<'_, Cuda<A>, A>),
+) -> bool {
+    let rows = check(dims, offsets.len(), x.len(), dims.k, w.len());
+    let most = h.len().min(a.len());
+    assert!(most >= rows * dims.n, "grouped GELU: h or a has {most} elements for {rows} rows of {}", dims.n);
+    let (x, w, offsets, h, a) = (pointer(x), pointer(w), pointer(offsets), pointer_mut(h), pointer_mut(a));
+    if !on_hopper(queue, dims, [x, w, h]) || !a.is_multiple_of(16) {
+        return false;
+    }
+    let (groups, f, k) = (dims.experts as i32, dims.n as i32, dims.k as i32);
+    let maps =
+        matrix(queue, x, [rows, dims.k], [128, 64]).zip(matrix(queue, w, [dims.experts * dims.n, dims.k], [256, 64]));
+    if let Some((x, w)) = maps {
+        launch!(queue, "grouped_gelu_sm90", hopper(queue); x, w, offsets, groups, f, k, h, a);
+    }
+    true
+}
+
 /// `dx[i] = dy[i] · w[e]`.
 pub(super) fn grad_input<A: CudaAct>(
     queue: &Cuda<A>,

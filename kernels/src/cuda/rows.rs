@@ -112,7 +112,7 @@ pub(super) fn reduce<A: CudaAct>(
     );
 }
 
-/// What [`weighted_swiglu_grad`] works from.
+/// What [`weighted_swiglu_grad`] and [`weighted_gelu_grad`] work from.
 pub(super) struct Weighted<'a, A: CudaAct> {
     /// F.
     pub(super) f: usize,
@@ -122,8 +122,23 @@ pub(super) struct Weighted<'a, A: CudaAct> {
     pub(super) weights: View<'a, Cuda<A>, f32>,
     /// `[N, F]`.
     pub(super) da: View<'a, Cuda<A>, A>,
-    /// `[N, 2F]`.
+    /// `[N, 2F]`; of GELU `[N, F]`.
     pub(super) h: View<'a, Cuda<A>, A>,
+}
+
+/// `a[N, F]` = GELU of `h[N, F]`.
+pub(super) fn gelu<A: CudaAct>(
+    queue: &Cuda<A>,
+    rows: Rows<'_, Cuda<A>>,
+    f: usize,
+    h: View<'_, Cuda<A>, A>,
+    a: ViewMut<'_, Cuda<A>, A>,
+) {
+    holds("h", h.len(), rows.bound * f);
+    holds("a", a.len(), rows.bound * f);
+    let (h, a) = (pointer(h), pointer_mut(a));
+    let (_, name) = packs::<A>(names!("gelu_rows"), f, &[h, a]);
+    launch!(queue, name, warp_a_row(rows.bound); rows.bound as i32, pointer_or_null(rows.count), f as i32, h, a);
 }
 
 /// See [`crate::ExpertOps::weighted_swiglu_grad`].
@@ -135,15 +150,41 @@ pub(super) fn weighted_swiglu_grad<A: CudaAct>(
     a: ViewMut<'_, Cuda<A>, A>,
     dweights: ViewMut<'_, Cuda<A>, f32>,
 ) {
+    weighted_grad(queue, rows, (2 * given.f, names!("weighted_swiglu_grad")), given, dh, a, dweights);
+}
+
+/// See [`crate::ExpertOps::weighted_gelu_grad`].
+pub(super) fn weighted_gelu_grad<A: CudaAct>(
+    queue: &Cuda<A>,
+    rows: Rows<'_, Cuda<A>>,
+    given: Weighted<'_, A>,
+    dh: ViewMut<'_, Cuda<A>, A>,
+    a: ViewMut<'_, Cuda<A>, A>,
+    dweights: ViewMut<'_, Cuda<A>, f32>,
+) {
+    weighted_grad(queue, rows, (given.f, names!("weighted_gelu_grad")), given, dh, a, dweights);
+}
+
+/// Rows of `h` and `dh` are `wide`.
+#[allow(clippy::too_many_arguments)] // what is saved, what comes in, and three gradients
+fn weighted_grad<A: CudaAct>(
+    queue: &Cuda<A>,
+    rows: Rows<'_, Cuda<A>>,
+    (wide, names): (usize, Names),
+    given: Weighted<'_, A>,
+    dh: ViewMut<'_, Cuda<A>, A>,
+    a: ViewMut<'_, Cuda<A>, A>,
+    dweights: ViewMut<'_, Cuda<A>, f32>,
+) {
     let (bound, f) = (rows.bound, given.f);
     holds("origin", given.origin.len(), bound);
     holds("da", given.da.len(), bound * f);
-    holds("h", given.h.len(), bound * 2 * f);
-    holds("dh", dh.len(), bound * 2 * f);
+    holds("h", given.h.len(), bound * wide);
+    holds("dh", dh.len(), bound * wide);
     holds("a", a.len(), bound * f);
     holds("dweights", dweights.len(), given.weights.len());
     let (da, h, dh, a) = (pointer(given.da), pointer(given.h), pointer_mut(dh), pointer_mut(a));
-    let (_, name) = packs::<A>(names!("weighted_swiglu_grad"), f, &[da, h, dh, a]);
+    let (_, name) = packs::<A>(names, f, &[da, h, dh, a]);
     launch!(
         queue, name, warp_a_row(bound);
         bound as i32, pointer_or_null(rows.count), f as i32, pointer(given.origin), pointer(given.weights), da, h, dh, a,

@@ -27,7 +27,7 @@ pub enum Accumulate {
 pub enum ActivationKind {
     /// max(x, 0). Its slope at 0 is 0.
     Relu,
-    /// x · Φ(x) (Hendrycks and Gimpel 2016) in its tanh form: `x · sigmoid(2u)`, `u = √(2/π) · (x + 0.044715 x³)`.
+    /// x · Φ(x) with the normal distribution itself (Hendrycks and Gimpel 2016).
     Gelu,
     /// x · sigmoid(x) (Elfwing et al. 2017).
     Silu,

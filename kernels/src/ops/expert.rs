@@ -156,6 +156,21 @@ pub trait ExpertOps: Device {
         a: ViewMut<'_, Self, Self::Act>,
         dweights: ViewMut<'_, Self, f32>,
     );
+    /// As [`ExpertOps::weighted_swiglu_grad`] for experts without a gate, whose activation is GELU, from the saved `h[N, F]`: `dh[N, F]` =
+    /// GELU's gradient for `w · da`; `a[N, F] = w · gelu(h)`; `dweights[origin[i]] = ⟨da[i], gelu(h[i])⟩`.
+    #[allow(clippy::too_many_arguments)] // as there
+    fn weighted_gelu_grad(
+        &self,
+        rows: Rows<'_, Self>,
+        f: usize,
+        origin: View<'_, Self, i32>,
+        weights: View<'_, Self, f32>,
+        da: View<'_, Self, Self::Act>,
+        h: View<'_, Self, Self::Act>,
+        dh: ViewMut<'_, Self, Self::Act>,
+        a: ViewMut<'_, Self, Self::Act>,
+        dweights: ViewMut<'_, Self, f32>,
+    );
     /// Brings weight gradients home: `dweights[row_choice[r, j]] = row_dweights[r, j]`; choices without a row get 0.
     /// `dweights[T, k]` is overwritten.
     fn scatter_choices(
@@ -180,6 +195,19 @@ pub trait ExpertOps: Device {
     /// (gate columns first), and `a[N, F]` = SwiGLU of it. `dims.n` is 2F.
     #[allow(clippy::too_many_arguments)] // two operations in one
     fn grouped_linear_swiglu(
+        &self,
+        rows: Rows<'_, Self>,
+        dims: GroupedDims,
+        offsets: View<'_, Self, i32>,
+        x: View<'_, Self, Self::Act>,
+        w: View<'_, Self, Self::Act>,
+        h: ViewMut<'_, Self, Self::Act>,
+        a: ViewMut<'_, Self, Self::Act>,
+    );
+    /// The first half of experts without a gate: [`ExpertOps::grouped_linear`] with `w[E, F, H]` into `h[N, F]`, and `a[N, F]` = GELU of
+    /// it, `x · Φ(x)` with the normal distribution itself and not an approximation by tanh (Hendrycks and Gimpel 2016).
+    #[allow(clippy::too_many_arguments)] // two operations in one
+    fn grouped_linear_gelu(
         &self,
         rows: Rows<'_, Self>,
         dims: GroupedDims,

@@ -65,8 +65,14 @@ fn exact_activation(kind: ActivationKind, x: f64) -> f64 {
     match kind {
         ActivationKind::Relu => x.max(0.0),
         ActivationKind::Gelu => {
-            let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3));
-            0.5 * x * (1.0 + u.tanh())
+            // Φ = 1/2 + φ·(x + x³/3 + x⁵/15 + …).
+            let (mut term, mut sum) = (x, 0.0);
+            for n in 1..400 {
+                sum += term;
+                term *= x * x / f64::from(2 * n + 1);
+            }
+            let density = (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt();
+            x * (0.5 + density * sum)
         }
         ActivationKind::Silu => x * sigmoid(x),
         ActivationKind::Tanh => x.tanh(),
@@ -104,7 +110,8 @@ fn an_activation_keeps_nan_and_the_slope_of_relu_at_zero_is_zero() {
             ActivationKind::Gelu | ActivationKind::Silu => 0.5,
             ActivationKind::Tanh => 1.0,
         };
-        assert_eq!((y[1], dx[1]), (0.0, slope), "{kind:?}");
+        assert_eq!(y[1], 0.0, "{kind:?}");
+        assert!((dx[1] - slope).abs() < 2e-7, "{kind:?}: {}", dx[1]);
     }
 }
 

@@ -18,6 +18,7 @@ use moe_runtime::worker::{Device, DeviceChoice, OnDevice, Ranked, World, set_thr
 use serde::Serialize;
 
 use super::measure::{Conditions, failed, print_json, random_from, tflops};
+use super::megatron;
 use super::ranks::{connect, slowest_ms, together};
 use super::shapes::{LAYERS, Layer, chosen};
 use super::stub::Stubbed;
@@ -35,6 +36,9 @@ pub(crate) struct LayerArgs {
     /// Parts that the tokens are cut into, so that one part's shuffle runs beside another's experts.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     chunks: u16,
+    /// The layers that Megatron-LM publishes times of, measured as it measures them.
+    #[arg(long, conflicts_with_all = ["case", "tokens", "chunks"])]
+    megatron: bool,
     /// Where to compute.
     #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
     device: DeviceChoice,
@@ -94,6 +98,9 @@ struct Report {
 }
 
 pub(crate) fn run(args: &LayerArgs) -> Result<ExitCode, Failure> {
+    if args.megatron {
+        return megatron::run(args.device, args.json);
+    }
     let mut shapes = chosen(&LAYERS, |shape| shape.name, &args.case).map_err(|name| {
         let names: Vec<_> = LAYERS.iter().map(|shape| shape.name).collect();
         Failure::new(Code::Usage, format!("--case {name}: accepted: {}", names.join(", ")))
@@ -256,7 +263,7 @@ impl<B: Backend, C: Communicator<B>> Bench<'_, B, C> {
     }
 }
 
-fn stopped(error: ModelError) -> Failure {
+pub(super) fn stopped(error: ModelError) -> Failure {
     match error {
         ModelError::Device(error @ DeviceError::OutOfMemory { .. }) => failed(error),
         error => Failure::new(Code::Internal, error),

@@ -6,6 +6,7 @@ mod collectives;
 mod gemm;
 mod layer;
 mod measure;
+mod megatron;
 mod ops;
 mod ranks;
 mod routers;
@@ -28,6 +29,7 @@ Examples:
   moe-launch bench routers --only switch,sigmoid-bias
   moe-launch bench routers --cost
   mpirun -n 4 moe-launch bench layer --device cuda
+  mpirun -n 4 moe-launch bench layer --megatron --device cuda
   mpirun -n 2 moe-launch bench collectives --collective all_to_all_v
   mpirun -n 2 moe-launch bench train --preset moe-15m --ep 2 --threads 1";
 

@@ -5,11 +5,13 @@ use std::ffi::c_int;
 use std::fmt;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::mpsc::RecvTimeoutError;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use cudarc::nccl::sys;
 
+use crate::config::Role;
 use crate::{Code, CommConfig, Error, Group, Nccl, UniqueId};
 
 /// `NCCL_SPLIT_NOCOLOR`: the rank takes part in a split and gets no communicator.
@@ -27,8 +29,11 @@ pub enum Progress {
     InProgress,
 }
 
-/// One rank's end of a group of ranks. It may be used by several threads, one at a time: calls wait for each other, for no longer
-/// than a call of a non-blocking communicator takes.
+/// One rank's end of a group of ranks. It may be used by several threads, one at a time: calls wait for each other.
+///
+/// NCCL has two handles of it, which share their resources: the one that connects, splits and aborts returns from each call at once,
+/// the other issues collectives on the calling thread. The first exchange with a peer connects to it in there and waits for it, for as
+/// long as no other thread aborts.
 ///
 /// Dropping it ends it in order where it has finished its work, and aborts it where it has not within 2 s.
 pub struct Communicator {
@@ -39,8 +44,11 @@ pub struct Communicator {
 #[derive(Clone)]
 pub struct AbortHandle(std::sync::Weak<Shared>);
 
+/// One of NCCL's handles.
 pub(crate) struct Shared {
     pub(crate) nccl: Nccl,
+    /// The handle that this one was split from and shares its resources with, if this is the one that issues.
+    control: Option<Arc<Shared>>,
     slot: Mutex<Slot>,
     aborted: AtomicBool,
     rank: usize,
@@ -103,9 +111,10 @@ impl Held<'_> {
 }
 
 impl Shared {
-    fn new(nccl: &Nccl, comm: sys::ncclComm_t) -> Result<Arc<Self>, Error> {
+    fn new(nccl: &Nccl, comm: sys::ncclComm_t, control: Option<&Arc<Self>>) -> Result<Arc<Self>, Error> {
         let mut shared = Self {
             nccl: nccl.clone(),
+            control: control.cloned(),
             slot: Mutex::new(Slot(comm)),
             aborted: AtomicBool::new(false),
             rank: 0,
@@ -154,6 +163,65 @@ impl Shared {
 
     fn wait(&self, call: &'static str, deadline: Duration) -> Result<(), Error> {
         wait_until(call, deadline, || Ok(self.state(call)? == Progress::Done))
+    }
+
+    /// The handle that connects, splits and aborts.
+    fn control(&self) -> &Self {
+        self.control.as_deref().unwrap_or(self)
+    }
+
+    /// Ranks that give the same `color` get a handle for `role`.
+    fn split(
+        self: &Arc<Self>,
+        role: Role,
+        (color, key): (Option<usize>, usize),
+        config: &CommConfig,
+        deadline: Duration,
+    ) -> Result<Option<Arc<Self>>, Error> {
+        const CALL: &str = "ncclCommSplit";
+        let raw_color = color.map_or(Ok(NO_COLOR), |color| counted(CALL, "the color", color))?;
+        let key = counted(CALL, "the key", key)?;
+        let nccl = &self.nccl;
+        let mut config = config.to_raw(nccl.version(), role);
+        let awaited = Awaited::new();
+        let begun = {
+            let held = self.hold(CALL)?;
+            // SAFETY: as in `connect`; the parent is alive while it is held.
+            let code =
+                unsafe { (nccl.symbols().split)(held.comm(), raw_color, key, awaited.place(), &raw mut config.raw) };
+            held.progress(CALL, code)
+        };
+        let child = begun.and_then(|_| {
+            wait_until(CALL, deadline, || {
+                let done = self.state(CALL)? == Progress::Done;
+                Ok(done && (color.is_none() || !awaited.get().is_null()))
+            })
+        });
+        let control = (role == Role::Issue).then_some(self);
+        let child = child.and_then(|()| color.map(|_| Self::new(nccl, awaited.get(), control)).transpose());
+        child.inspect_err(|_| awaited.leak())
+    }
+
+    /// Ends the handle in order where it has finished its work by then, and aborts it otherwise.
+    fn end(&self, comm: sys::ncclComm_t) {
+        let symbols = self.nccl.symbols();
+        // SAFETY: the handle is alive, and this is its last user.
+        let finalizing = Code::new(unsafe { (symbols.finalize)(comm) });
+        let flushed = wait_until("ncclCommFinalize", FAREWELL, || {
+            let mut code = 0;
+            // SAFETY: as above; the pointer is to a live number.
+            let answer = unsafe { (symbols.get_async_error)(comm, &raw mut code) };
+            self.nccl.done("ncclCommGetAsyncError", answer, comm)?;
+            match Code::new(code) {
+                Code::IN_PROGRESS => Ok(false),
+                code => self.nccl.done("ncclCommFinalize", code.number(), comm).map(|()| true),
+            }
+        });
+        let in_order = flushed.is_ok()
+            && [Code::SUCCESS, Code::IN_PROGRESS].contains(&finalizing)
+            && !self.control().aborted.load(Ordering::Acquire);
+        // SAFETY: as above; nobody uses the handle after this. Nobody is left to hear of a failure.
+        let _ = unsafe { if in_order { (symbols.destroy)(comm) } else { (symbols.abort)(comm) } };
     }
 }
 
@@ -228,14 +296,14 @@ impl Communicator {
             return Err(Error::InsideGroup { call: CALL });
         }
         let ranks = counted(CALL, "the number of ranks", size)?;
-        let mut config = config.to_raw(nccl.version());
+        let began = Instant::now();
+        let mut raw = config.to_raw(nccl.version(), Role::Control);
         let symbols = nccl.symbols();
         let awaited = Awaited::new();
         // SAFETY: the configuration and the place of the handle are live; NCCL copies the configuration, and the place stays until it
         // has been written.
-        let code = unsafe {
-            (symbols.init_rank_config)(awaited.place(), ranks, id.to_raw(), rank as c_int, &raw mut config.raw)
-        };
+        let code =
+            unsafe { (symbols.init_rank_config)(awaited.place(), ranks, id.to_raw(), rank as c_int, &raw mut raw.raw) };
         let comm = awaited.get();
         let ready = || {
             let mut code = code;
@@ -250,8 +318,8 @@ impl Communicator {
                 code => Err(nccl.error(CALL, code, comm)),
             }
         };
-        match wait_until(CALL, deadline, ready).and_then(|()| Shared::new(nccl, comm)) {
-            Ok(shared) => Ok(Self { shared }),
+        match wait_until(CALL, deadline, ready).and_then(|()| Shared::new(nccl, comm, None)) {
+            Ok(control) => Self::issuing(&control, config, deadline.saturating_sub(began.elapsed())),
             Err(error) => {
                 if !comm.is_null() {
                     // SAFETY: as above; nobody uses the handle after this. That it fails changes nothing for the caller.
@@ -261,6 +329,13 @@ impl Communicator {
                 Err(error)
             }
         }
+    }
+
+    /// Splits the handle that issues from `control`.
+    fn issuing(control: &Arc<Shared>, config: &CommConfig, deadline: Duration) -> Result<Self, Error> {
+        let issue = control.split(Role::Issue, (Some(0), control.rank), config, deadline)?;
+        // A rank that gives a color has a handle.
+        Ok(Self { shared: issue.unwrap_or_else(|| Arc::clone(control)) })
     }
 
     /// Ranks that give the same `color` get a communicator of their own, ordered by `key` and then by their rank here; those that give
@@ -275,32 +350,10 @@ impl Communicator {
         config: &CommConfig,
         deadline: Duration,
     ) -> Result<Option<Self>, Error> {
-        const CALL: &str = "ncclCommSplit";
-        let raw_color = color.map_or(Ok(NO_COLOR), |color| counted(CALL, "the color", color))?;
-        let key = counted(CALL, "the key", key)?;
-        let nccl = &self.shared.nccl;
-        let mut config = config.to_raw(nccl.version());
-        let awaited = Awaited::new();
-        let begun = {
-            let held = self.shared.hold(CALL)?;
-            // SAFETY: as in `connect`; the parent is alive while it is held.
-            let code =
-                unsafe { (nccl.symbols().split)(held.comm(), raw_color, key, awaited.place(), &raw mut config.raw) };
-            held.progress(CALL, code)
-        };
-        let child = begun.and_then(|_| {
-            wait_until(CALL, deadline, || {
-                let done = self.shared.state(CALL)? == Progress::Done;
-                Ok(done && (color.is_none() || !awaited.get().is_null()))
-            })
-        });
-        match child.and_then(|()| color.map(|_| Shared::new(nccl, awaited.get())).transpose()) {
-            Ok(child) => Ok(child.map(|shared| Self { shared })),
-            Err(error) => {
-                awaited.leak();
-                Err(error)
-            }
-        }
+        let began = Instant::now();
+        let control = self.shared.control.as_ref().unwrap_or(&self.shared);
+        let child = control.split(Role::Control, (color, key), config, deadline)?;
+        child.map(|child| Self::issuing(&child, config, deadline.saturating_sub(began.elapsed()))).transpose()
     }
 
     /// This rank.
@@ -332,10 +385,11 @@ impl Communicator {
     /// # Errors
     /// What was found, as of `call`; [`Error::Aborted`].
     pub fn state(&self, call: &'static str) -> Result<Progress, Error> {
-        self.shared.state(call)
+        self.shared.control().state(call)
     }
 
-    /// Waits until what was issued by `call` is on its stream: the first exchange with a peer connects to it, and waits for it.
+    /// Waits until what was issued by `call` is on its stream. A group says so itself, unless the variable `NCCL_COMM_BLOCKING` has NCCL
+    /// launch it on another thread.
     ///
     /// # Errors
     /// [`Error::Deadline`]; NCCL's own; [`Error::Aborted`] where another thread aborted meanwhile.
@@ -350,7 +404,7 @@ impl Communicator {
 
     /// Whether it was aborted: then what its collectives received is not to be trusted.
     pub fn is_aborted(&self) -> bool {
-        self.shared.aborted.load(Ordering::Acquire)
+        [&*self.shared, self.shared.control()].iter().any(|handle| handle.aborted.load(Ordering::Acquire))
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {
@@ -375,7 +429,10 @@ impl AbortHandle {
     /// # Errors
     /// NCCL's; the communicator is given up all the same.
     pub fn abort(&self) -> Result<(), Error> {
-        self.0.upgrade().map_or(Ok(()), |shared| shared.lock().abort())
+        let Some(shared) = self.0.upgrade() else { return Ok(()) };
+        // A call that waits for a peer keeps the handle that issues; it comes back once the other is aborted.
+        let aborted = shared.control().lock().abort();
+        aborted.and(shared.lock().abort())
     }
 }
 
@@ -391,22 +448,21 @@ impl Drop for Shared {
         if comm.is_null() {
             return;
         }
-        let symbols = self.nccl.symbols();
-        // SAFETY: the handle is alive, and this is its last user.
-        let finalizing = Code::new(unsafe { (symbols.finalize)(comm) });
-        let flushed = wait_until("ncclCommFinalize", FAREWELL, || {
-            let mut code = 0;
-            // SAFETY: as above; the pointer is to a live number.
-            let answer = unsafe { (symbols.get_async_error)(comm, &raw mut code) };
-            self.nccl.done("ncclCommGetAsyncError", answer, comm)?;
-            match Code::new(code) {
-                Code::IN_PROGRESS => Ok(false),
-                code => self.nccl.done("ncclCommFinalize", code.number(), comm).map(|()| true),
+        let Some(control) = self.control.clone() else { return self.end(comm) };
+        // The end of a handle that issues waits for its work, and only the abort of the other ends that.
+        let (over, ended) = mpsc::channel::<()>();
+        let watch = std::thread::Builder::new().name("nccl-farewell".into()).spawn(move || {
+            if ended.recv_timeout(FAREWELL) == Err(RecvTimeoutError::Timeout) {
+                // Nobody is left to hear of a failure.
+                let _ = control.lock().abort();
             }
         });
-        let in_order = flushed.is_ok() && [Code::SUCCESS, Code::IN_PROGRESS].contains(&finalizing);
-        // SAFETY: as above; nobody uses the handle after this. Nobody is left to hear of a failure.
-        let _ = unsafe { if in_order { (symbols.destroy)(comm) } else { (symbols.abort)(comm) } };
+        self.end(comm);
+        drop(over);
+        if let Ok(watch) = watch {
+            // A panic was printed by its thread.
+            let _ = watch.join();
+        }
     }
 }
 

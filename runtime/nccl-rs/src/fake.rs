@@ -6,6 +6,8 @@ use std::cell::{Cell, RefCell};
 use std::ffi::{c_char, c_int, c_void};
 use std::path::PathBuf;
 use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use cudarc::nccl::sys;
@@ -51,6 +53,9 @@ thread_local! {
     static OUTCOME: Cell<c_int> = const { Cell::new(0) };
     /// What a group's end answers.
     static END: Cell<c_int> = const { Cell::new(0) };
+    /// What a group's end waits for on this thread, and what an abort on this thread ends.
+    static HANGS: RefCell<Option<Arc<AtomicBool>>> = const { RefCell::new(None) };
+    static ENDS: RefCell<Option<Arc<AtomicBool>>> = const { RefCell::new(None) };
     /// What a send answers.
     static SEND: Cell<c_int> = const { Cell::new(0) };
 }
@@ -69,6 +74,18 @@ pub(crate) fn answer(delay: usize, outcome: c_int) {
 /// What a group's end answers from now on.
 pub(crate) fn answer_group_end(code: c_int) {
     END.set(code);
+}
+
+/// The next group's end on this thread returns once another thread, which was given what this returns, has aborted.
+pub(crate) fn hang_group_end() -> Arc<AtomicBool> {
+    let ended = Arc::new(AtomicBool::new(false));
+    HANGS.set(Some(Arc::clone(&ended)));
+    ended
+}
+
+/// An abort on this thread ends what hangs.
+pub(crate) fn aborts_end(ended: Arc<AtomicBool>) {
+    ENDS.set(Some(ended));
 }
 
 /// What a send answers from now on.
@@ -162,7 +179,7 @@ unsafe extern "C" fn init_rank_config(
     config: *mut sys::ncclConfig_t,
 ) -> c_int {
     note(Call::Connect);
-    assert_eq!(unsafe { (*config).blocking }, 0, "communicators are non-blocking");
+    assert_eq!(unsafe { (*config).blocking }, 0, "a wait for other ranks has a deadline");
     unsafe { *comm = handle() };
     7
 }
@@ -183,6 +200,9 @@ unsafe extern "C" fn destroy(_: Comm) -> c_int {
 }
 
 unsafe extern "C" fn abort(_: Comm) -> c_int {
+    if let Some(ended) = ENDS.take() {
+        ended.store(true, Ordering::Release);
+    }
     note(Call::Abort)
 }
 
@@ -209,6 +229,11 @@ unsafe extern "C" fn group_start() -> c_int {
 
 unsafe extern "C" fn group_end() -> c_int {
     note(Call::GroupEnd);
+    if let Some(ended) = HANGS.take() {
+        while !ended.load(Ordering::Acquire) {
+            std::thread::yield_now();
+        }
+    }
     END.get()
 }
 

@@ -44,8 +44,8 @@
 //! # Rules that NCCL has
 //!
 //! - All ranks of a communicator issue the same collectives in the same order with agreeing sizes.
-//! - Collectives of a non-blocking communicator may be under way when their call returns ([`Progress::InProgress`]): nothing
-//!   else is issued to the communicator or its stream until [`Communicator::wait_ready`] has returned.
+//! - A group is on its stream when it has ended, unless the variable `NCCL_COMM_BLOCKING` asks otherwise ([`Progress::InProgress`]): then
+//!   nothing else is issued to the communicator or its stream until [`Communicator::wait_ready`] has returned.
 //! - An aborted collective leaves its stream as if it had finished, with partial data: after a synchronisation ask
 //!   [`Communicator::is_aborted`] before the data are trusted.
 

@@ -138,7 +138,7 @@ mod tests {
         let late = register();
         communicator.abort_handle().abort().unwrap();
         drop(late);
-        assert_eq!(fake::calls(), [Call::Register(64), Call::Deregister, Call::Register(64), Call::Abort]);
+        assert_eq!(fake::calls(), [Call::Register(64), Call::Deregister, Call::Register(64), Call::Abort, Call::Abort]);
         // SAFETY: as above.
         let refused = unsafe { communicator.register(0x1000, 64) }.unwrap_err();
         assert_eq!(refused.to_string(), "ncclCommRegister: the communicator was aborted");

@@ -255,13 +255,25 @@ impl<B: Backend> Journey<B> {
         round: usize,
         x_TH: View<'_, B, B::Act>,
     ) -> Result<(), CollectiveError> {
+        let parts = self.course.rounds[round].parts.clone();
+        self.carry_lists(device, group, &parts)?;
         if round == 0 {
             // A token's result comes back to the place that it was sent from.
             let all = 0..self.course.home.1;
             self.gather(device, scratch, &[all], x_TH);
         }
-        let parts = self.course.rounds[round].parts.clone();
         self.carry_tokens(device, group, scratch, &parts)
+    }
+
+    /// The experts and weights of rows on their way. They leave before the rows are gathered, which they travel beside.
+    fn carry_lists<C: Communicator<B>>(&mut self, device: &B, group: &C, parts: &Parts) -> Result<(), CollectiveError> {
+        let (k, (_, sent), received) = (self.k, self.course.home, parts.received());
+        let Parts { home, away } = parts;
+        let experts = self.recv_experts.view_mut(received * k);
+        group.all_to_all_v(device, k, (self.row_experts.view(sent * k), home), (experts, away))?;
+        let weights = self.recv_weights.view_mut(received * k);
+        group.all_to_all_v(device, k, (self.row_weights.view(sent * k), home), (weights, away))?;
+        Ok(())
     }
 
     fn carry_tokens<C: Communicator<B>>(
@@ -271,13 +283,8 @@ impl<B: Backend> Journey<B> {
         scratch: &ShuffleScratch<B>,
         parts: &Parts,
     ) -> Result<(), CollectiveError> {
-        let (h, k, (_, sent), received) = (self.h, self.k, self.course.home, parts.received());
-        let Parts { home, away } = parts;
-        let experts = self.recv_experts.view_mut(received * k);
-        let weights = self.recv_weights.view_mut(received * k);
-        let arrived = self.arrived.view_mut(received * h);
-        group.all_to_all_v(device, k, (self.row_experts.view(sent * k), home), (experts, away))?;
-        group.all_to_all_v(device, k, (self.row_weights.view(sent * k), home), (weights, away))?;
+        let (h, Parts { home, away }) = (self.h, parts);
+        let arrived = self.arrived.view_mut(parts.received() * h);
         let rows = stretch(&scratch.home, self.course.home, h);
         self.course.under_way = Some(group.all_to_all_v(device, h, (rows, home), (arrived, away))?);
         Ok(())
@@ -298,6 +305,7 @@ impl<B: Backend> Journey<B> {
         if self.rounds() == 1 {
             self.gather(device, scratch, &[all], dout_TH);
         } else {
+            self.carry_lists(device, group, &again)?;
             self.gather(device, scratch, &again.home, x_TH);
             self.carry_tokens(device, group, scratch, &again)?;
             self.wait(device);

@@ -5,6 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::rotary::RopeScaling;
+use crate::experts::ExpertActivation;
 use crate::invalid::InvalidValue;
 use crate::routing::{RouterConfig, RouterKind};
 
@@ -88,6 +89,8 @@ pub struct ModelConfig {
     pub top_k: usize,
     /// F: feed-forward size of one expert.
     pub expert_ffn_size: usize,
+    /// What an expert does between its projections; `gelu`: experts have no gate.
+    pub expert_activation: ExpertActivation,
     /// Feed-forward size of the shared expert; 0: none.
     pub shared_expert_ffn_size: usize,
     /// Whether a sigmoid gate scales the shared expert (Qwen2-MoE).
@@ -135,6 +138,7 @@ impl Default for ModelConfig {
             experts_by_layer: Vec::new(),
             top_k: 2,
             expert_ffn_size: 128,
+            expert_activation: ExpertActivation::Swiglu,
             shared_expert_ffn_size: 0,
             shared_expert_gate: false,
             sub_tokens: 1,
@@ -325,6 +329,11 @@ impl ModelConfig {
         if self.expert_ffn_size == 0 {
             return Err(InvalidValue::new("model.expert_ffn_size", 0, "must be at least 1"));
         }
+        let others = self.shared_expert_ffn_size > 0 || (0..self.layers).any(|layer| !self.is_moe(layer));
+        if self.expert_activation != ExpertActivation::Swiglu && others {
+            let reason = "shared experts and dense blocks have a gate: accepted without them";
+            return Err(InvalidValue::new("model.expert_activation", "gelu", reason));
+        }
         if self.shared_expert_gate && self.shared_expert_ffn_size == 0 {
             let reason = "there is no shared expert to gate: set model.shared_expert_ffn_size";
             return Err(InvalidValue::new("model.shared_expert_gate", true, reason));
@@ -362,7 +371,7 @@ mod tests {
     #[test]
     fn each_impossible_size_is_refused_by_its_key() {
         type Break = fn(&mut ModelConfig);
-        let table: [(&str, Break); 11] = [
+        let table: [(&str, Break); 12] = [
             ("model.vocab_size", |c| c.vocab_size = 0),
             ("model.heads", |c| c.heads = 5),
             ("model.kv_heads", |c| c.kv_heads = 3),
@@ -370,6 +379,7 @@ mod tests {
             ("model.top_k", |c| c.top_k = 9),
             ("model.expert_ffn_size", |c| c.expert_ffn_size = 0),
             ("model.ffn_size", |c| c.moe_every = 2),
+            ("model.expert_activation", |c| (c.expert_activation, c.moe_every) = (ExpertActivation::Gelu, 2)),
             ("model.dense_layers", |c| c.dense_layers = vec![2]),
             ("model.norm_eps", |c| c.norm_eps = f32::NAN),
             ("model.sub_tokens", |c| c.sub_tokens = 3),

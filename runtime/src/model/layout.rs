@@ -11,6 +11,7 @@ use std::ops::Range;
 use moe_kernels::Fold;
 
 use super::config::{ModelConfig, QkNorm};
+use crate::experts::ExpertActivation;
 use crate::routing::{GateForm, Logits, RouterConfig};
 
 /// Elements that every tensor's offset is a multiple of: 256 bytes of f32, for aligned vector and bulk-copy access.
@@ -416,10 +417,12 @@ impl Builder<'_> {
         });
         let part = |kind, expert| PartId { kind, layer: at, expert: Some(expert) };
         let router = self.router(layer, (router, experts));
-        let gate_up = local_experts
-            .clone()
-            .flat_map(|e| [(part(PartKind::ExpertGate, e), vec![f, h]), (part(PartKind::ExpertUp, e), vec![f, h])])
-            .collect();
+        let projections: &[PartKind] = match c.expert_activation {
+            ExpertActivation::Swiglu => &[PartKind::ExpertGate, PartKind::ExpertUp],
+            ExpertActivation::Gelu => &[PartKind::ExpertUp],
+        };
+        let of_expert = |e| projections.iter().map(move |&kind| (part(kind, e), vec![f, h]));
+        let gate_up = local_experts.clone().flat_map(of_expert).collect();
         let gate_up = self.tensor(Ownership::Expert, std, gate_up);
         let down = local_experts.map(|e| (part(PartKind::ExpertDown, e), vec![h, f])).collect();
         let down = self.tensor(Ownership::Expert, self.output_init(), down);

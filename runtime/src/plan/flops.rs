@@ -33,6 +33,7 @@ impl Flops {
         let scores = 6.0 * config.train.sequence_length as f64 * c.attention_width() as f64;
         let feed_forward = |f: usize| 18.0 * h * f as f64;
         let (parts, width) = (c.sub_tokens as f64, c.routed_width() as f64);
+        let expert = 6.0 * c.expert_activation.matrices() as f64 * width * c.expert_ffn_size as f64;
         // Two projections of a token that is cut into parts.
         let cut = if c.sub_tokens > 1 { 12.0 * h * h } else { 0.0 };
         let widths = [c.routed_width()].into_iter().chain(config.router.hidden_sizes.iter().copied());
@@ -41,7 +42,7 @@ impl Flops {
         Self {
             attention: layers * (6.0 * projections + scores),
             route: moe * 6.0 * parts * router,
-            experts: moe * c.top_k as f64 * parts * 18.0 * width * c.expert_ffn_size as f64,
+            experts: moe * c.top_k as f64 * parts * expert,
             dense: moe * (feed_forward(c.shared_expert_ffn_size) + cut) + (layers - moe) * feed_forward(c.ffn_size),
             head: 6.0 * h * c.vocab_size as f64,
         }
@@ -51,8 +52,12 @@ impl Flops {
     pub fn recomputed(config: &Config) -> f64 {
         match config.train.recompute {
             Recompute::None => 0.0,
-            // The gate and up projections: two of the nine products of an expert's two passes.
-            Recompute::Experts => 2.0 / 9.0 * Self::of(config).experts,
+            // The projections in front of the activation, of three products for each of an expert's matrices.
+            Recompute::Experts => {
+                let activation = config.model.expert_activation;
+                let share = activation.projections() as f64 / (3 * activation.matrices()) as f64;
+                share * Self::of(config).experts
+            }
         }
     }
 

@@ -91,7 +91,7 @@ fn receive_buffer(job: &Job) -> ReceiveBuffer {
     let (h, f, act) = (c.routed_width() as u64, c.expert_ffn_size as u64, job.numbers.act_bytes as u64);
     let chunks = job.config.parallel.chunks as f64;
     let kept = match job.config.train.recompute {
-        Recompute::None => layers * 2 * f,
+        Recompute::None => layers * c.expert_activation.projections() as u64 * f,
         Recompute::Experts => 0,
     };
     let shared = scratch_widths(job) * f;
@@ -152,10 +152,11 @@ fn activations(job: &Job, tally: &mut Tally) {
     tally.add(Kind::Activations, [5 * 4 * groups * experts, 4 * experts, 8 * moe, 8 * 8]);
 }
 
-/// The experts' gate and up projections of one layer.
+/// The experts' projections of one layer.
 fn projections(job: &Job) -> u64 {
     let rows = rows(job).expanded * job.config.parallel.chunks as f64;
-    rows as u64 * (job.numbers.act_bytes * 2 * job.config.model.expert_ffn_size) as u64
+    let c = &job.config.model;
+    rows as u64 * (job.numbers.act_bytes * c.expert_activation.projections() * c.expert_ffn_size) as u64
 }
 
 /// What is computed again in one pass, in bytes of its results.
@@ -209,7 +210,9 @@ fn router(job: &Job) -> u64 {
 /// Of an expanded row in the experts' scratch, in widths of F: activations and gradients; where projections are computed again, or rows may
 /// come in rounds, of which nothing is kept, those as well.
 fn scratch_widths(job: &Job) -> u64 {
-    if job.config.train.recompute == Recompute::Experts || job.grid.ep() > 1 { 6 } else { 4 }
+    let projected = job.config.model.expert_activation.projections() as u64;
+    let again = job.config.train.recompute == Recompute::Experts || job.grid.ep() > 1;
+    2 + projected * if again { 2 } else { 1 }
 }
 
 /// Expanded rows, the experts' activations and their gradients, which all layers share.

@@ -147,6 +147,31 @@ fn the_first_half_of_the_experts_is_a_product_and_its_swiglu() {
 }
 
 #[test]
+fn the_first_half_of_experts_without_a_gate_is_a_product_and_its_gelu() {
+    for groups in [&[0, 0][..], &[3, 0, 17, 1], &[0, 40]] {
+        let case = case(groups, (14, 9));
+        let h = case.forward();
+        let (mut product, mut a) = (vec![f32::NAN; h.len()], vec![f32::NAN; h.len()]);
+        let counted = Rows {
+            bound: case.offsets[groups.len()] as usize + SPARE,
+            count: Some(View::range(&case.offsets, groups.len()..groups.len() + 1)),
+        };
+        let (x, w) = (View::of(&case.x), View::of(&case.w));
+        let (h_view, a_view) = (ViewMut::of(&mut product), ViewMut::of(&mut a));
+        Cpu.grouped_linear_gelu(counted, case.dims, View::of(&case.offsets), x, w, h_view, a_view);
+        let bits = |x: &[f32]| x.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&product), bits(&h), "{groups:?}");
+        // The slope of GELU at 0 is 1/2, and its curvature at most 0.8.
+        for (a, h) in a.iter().zip(&h).filter(|(_, h)| h.abs() < 1e-3) {
+            assert!((a - 0.5 * h).abs() <= 0.4 * h * h + 2e-7 * h.abs(), "gelu({h}) = {a}");
+        }
+        for (a, h) in a.iter().zip(&h).filter(|(_, h)| h.abs() > 5.5) {
+            assert!((a - h.max(0.0)).abs() < 2e-6, "gelu({h}) = {a}");
+        }
+    }
+}
+
+#[test]
 fn an_expert_without_tokens_gets_no_weight_gradient() {
     let dw = case(&[5, 0, 3], (7, 5)).grad_weight();
     assert_eq!(dw[35..70], [1.0; 35]);

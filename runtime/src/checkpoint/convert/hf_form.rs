@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::companions::Companions;
 use crate::checkpoint::hf_rope;
+use crate::experts::ExpertActivation;
 use crate::model::{BlockNorm, Family, ModelConfig, QkNorm};
 use crate::routing::{RouterConfig, RouterKind};
 
@@ -63,6 +64,8 @@ pub fn reasons_against(family: Family, model: &ModelConfig, router: &RouterConfi
         let has = "experts in every block";
         require(moe_layers == model.layers, "MoE blocks", format!("{moe_layers} of {}", model.layers), has);
     }
+    let gated = moe_layers == 0 || model.expert_activation == ExpertActivation::Swiglu;
+    require(gated, "model.expert_activation", format!("{:?}", model.expert_activation), "experts with a gate (swiglu)");
     let qkv_bias = family == Family::Qwen2Moe;
     require(
         qkv_bias || !model.qkv_bias,
@@ -299,6 +302,9 @@ mod tests {
         assert!(against(Family::Mixtral, &every_other, &topk).starts_with("MoE blocks = 1 of 2: "));
         let shared = ModelConfig { shared_expert_ffn_size: 8, ..mixtral.clone() };
         assert!(against(Family::Qwen2Moe, &shared, &topk).starts_with("the shared expert = not gated: "));
+        let ungated = ModelConfig { expert_activation: ExpertActivation::Gelu, ..mixtral.clone() };
+        assert!(against(Family::Mixtral, &ungated, &topk).starts_with("model.expert_activation = Gelu: "));
+        assert!(families_for(&ungated, &topk).is_empty());
         assert!(against(Family::Llama, &mixtral, &topk).starts_with("model.experts = 8: "));
         assert_eq!(families_for(&mixtral, &topk), [Family::Mixtral]);
     }

@@ -14,6 +14,7 @@ use rand_distr::{Distribution, Normal};
 
 use super::ModelTensors;
 use crate::checkpoint::CheckpointError;
+use crate::experts::ExpertActivation;
 use crate::invalid::InvalidValue;
 use crate::model::layout::{Part, PartId, PartKind};
 use crate::model::{Family, ModelConfig};
@@ -115,6 +116,7 @@ impl<'a> Upcycled<'a> {
             experts,
             top_k,
             expert_ffn_size,
+            expert_activation: ExpertActivation::Swiglu,
             ffn_size: 0,
             moe_every: 1,
             dense_layers: Vec::new(),

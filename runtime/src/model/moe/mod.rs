@@ -140,6 +140,7 @@ impl<B: Backend> MoeLayer<B> {
             experts: dims.local_experts(),
             hidden_size: config.routed_width(),
             ffn_size: config.expert_ffn_size,
+            activation: config.expert_activation,
         };
         let chunk = |_| {
             let shuffle = Shuffle::new(device, dims, config.routed_width(), shape.room)?;
@@ -366,39 +367,46 @@ impl<B: Backend> MoeLayer<B> {
             let (x, dout) = (x_TH.slice(rows.clone()), dout_TH.slice(rows.clone()));
             for round in 0..self.chunks[index].shuffle.rounds() {
                 let Chunk { shuffle, experts } = &mut self.chunks[index];
+                let (tensors, weights) = (pass.tensors.experts, expert_weights(pass));
                 clock.enter(Stage::Combine);
                 if round > 0 {
                     shuffle.send_gradients(device, pass.group, &mut scratch.shuffle, round, (x, dout))?;
                 }
                 shuffle.receive_gradients(device, round, routed(&self.router, x_TH, t, tokens.clone()))?;
-                let grouped = shuffle.grouped(round);
-                if shuffle.computes(round) {
+                let (grouped, computes) = (shuffle.grouped(round), shuffle.computes(round));
+                let accumulate =
+                    if computes { std::mem::replace(&mut self.accumulate, Accumulate::Add) } else { self.accumulate };
+                if computes {
                     if experts.recomputes() {
                         clock.enter(Stage::Experts);
                         // Before the gradient comes into the rows: the input is expanded once more instead of into a buffer of its own.
                         shuffle.expanded(device, round, x, scratch.experts.rows_mut(device, grouped, h)?);
-                        experts.project(device, &mut scratch.experts, grouped, expert_weights(pass).gate_up)?;
+                        experts.project(device, &mut scratch.experts, grouped, weights.gate_up)?;
                     }
                     clock.enter(Stage::Combine);
                     let dy = scratch.experts.rows_mut(device, grouped, h)?;
                     shuffle.gradients(device, &scratch.shuffle, round, (dout, dy));
                     let dweights = scratch.dweights.view_mut(t * k).slice(choices.clone());
-                    let weights = self.router.weights(t).slice(choices.clone());
-                    let gated = shuffle.gated(device, &mut scratch.shuffle, round, weights, dweights);
+                    let row_weights = self.router.weights(t).slice(choices.clone());
+                    let gated = shuffle.gated(device, &mut scratch.shuffle, round, row_weights, dweights);
                     clock.enter(Stage::Experts);
-                    let (flat, [gate_up, down]) =
-                        gradients.several([pass.tensors.experts.gate_up, pass.tensors.experts.down]);
-                    let accumulate = std::mem::replace(&mut self.accumulate, Accumulate::Add);
-                    let weights = expert_weights(pass);
-                    let tensors = ExpertBackward { gated, weights, gradients: flat, gate_up, down, accumulate };
-                    let expand = |to: ViewMut<'_, B, B::Act>| shuffle.expanded(device, round, x, to);
-                    experts.backward(device, &mut scratch.experts, grouped, tensors, expand)?;
+                    let grad_down = gradients.get(tensors.down);
+                    let tensors = ExpertBackward { gated, weights, grad_down, accumulate };
+                    experts.backward(device, &mut scratch.experts, grouped, tensors)?;
                 }
                 clock.enter(Stage::Dispatch);
-                let tensors = (scratch.experts.rows(grouped, h), dx_TH.reborrow().slice(rows.clone()));
-                shuffle.send_input_gradients(device, pass.group, &mut scratch.shuffle, round, tensors)?;
+                let sent = (scratch.experts.rows(shuffle.grouped(round), h), dx_TH.reborrow().slice(rows.clone()));
+                shuffle.send_input_gradients(device, pass.group, &mut scratch.shuffle, round, sent)?;
+                if computes {
+                    clock.enter(Stage::Experts);
+                    let grouped = shuffle.grouped(round);
+                    shuffle.expanded(device, round, x, scratch.experts.rows_mut(device, grouped, h)?);
+                    let gradient = (gradients.get(tensors.gate_up), accumulate);
+                    experts.grad_gate_up(device, &mut scratch.experts, grouped, gradient);
+                }
             }
         }
+        clock.enter(Stage::Dispatch);
         for index in 0..self.chunks.len() {
             let tokens = self.chunk_tokens(t, index);
             let dweights = scratch.dweights.view_mut(t * k).slice(tokens.start * k..tokens.end * k);
