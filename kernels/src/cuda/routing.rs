@@ -20,8 +20,8 @@ const STRETCH: usize = 32;
 /// Columns of partial sums that one block adds up.
 const COLUMNS: usize = 32;
 /// The longest rows and choices: what a warp holds in registers.
-const MOST_EXPERTS: usize = 512;
-const MOST_CHOICES: usize = 32;
+const MOST_EXPERTS: usize = GateDims::MOST_ON_GPUS.0;
+const MOST_CHOICES: usize = GateDims::MOST_ON_GPUS.1;
 
 /// T·E, after a check that E and k fit.
 fn logits_len(dims: GateDims) -> usize {

@@ -16,8 +16,8 @@ const PLAN_THREADS: u32 = 256;
 const TILE_SLOTS: usize = 1024;
 /// What the kernels' tables hold.
 const MOST_RANKS: usize = 64;
-const MOST_EXPERTS: usize = 512;
-const MOST_CHOICES: usize = 32;
+const MOST_EXPERTS: usize = crate::GateDims::MOST_ON_GPUS.0;
+const MOST_CHOICES: usize = crate::GateDims::MOST_ON_GPUS.1;
 
 /// Items of a block and blocks, at least one block: it writes the totals.
 fn stretches(items: usize, tile: usize) -> (usize, usize) {

@@ -16,6 +16,9 @@ pub struct GateDims {
 }
 
 impl GateDims {
+    /// The most experts and the most choices a token that GPUs route: what a warp holds in registers.
+    pub const MOST_ON_GPUS: (usize, usize) = (512, 32);
+
     /// T·E, after a check that k fits.
     pub(crate) fn logits_len(self) -> usize {
         let Self { tokens, experts, top_k } = self;

@@ -2,7 +2,7 @@
 //!
 //! Owns the choice and its reasons. Everything else is generic over the backend: it gets the device by [`Device::visit`].
 
-use moe_kernels::{Cpu, Device as _, DeviceError};
+use moe_kernels::{Cpu, Device as _, DeviceError, GateDims};
 
 use super::World;
 use super::args::DeviceChoice;
@@ -10,7 +10,9 @@ use super::ranked::Ranked;
 use crate::collectives::Communicator;
 use crate::config::{Config, Precision};
 use crate::exit::{ExitCode, Failure};
+use crate::invalid::InvalidValue;
 use crate::plan::{Job, Numbers, nearest_that_fit};
+use crate::routing::RouterKind;
 use crate::topology::Grid;
 
 /// Work that is the same on every device.
@@ -91,6 +93,33 @@ impl Device {
             return Err(Failure::new(ExitCode::Usage, message));
         }
         Ok(Self { opened: Opened::Cpu(Cpu), reason })
+    }
+
+    /// Refuses a model with more experts, or more choices a token, than this device routes.
+    ///
+    /// # Errors
+    /// Usage: the key, what was found, what would do.
+    pub fn check(&self, config: &Config) -> Result<(), Failure> {
+        let (model, router) = (&config.model, &config.router);
+        let (experts, choices) = GateDims::MOST_ON_GPUS;
+        if matches!(self.opened, Opened::Cpu(_)) || model.moe_layers().next().is_none() {
+            return Ok(());
+        }
+        let slots = router.slots(model.top_k, model.experts);
+        if model.experts > experts {
+            let reason = format!("GPUs route to at most {experts} experts; --device cpu has no bound");
+            return Err(InvalidValue::new("model.experts", model.experts, reason).into());
+        }
+        if slots > choices {
+            let (key, found) = match router.kind {
+                RouterKind::ExpertChoice => ("model.experts", model.experts),
+                _ => ("model.top_k", model.top_k),
+            };
+            let kind = router.kind.name();
+            let reason = format!("with router.kind = {kind} a token has {slots} places for choices, on GPUs at most {choices}");
+            return Err(InvalidValue::new(key, found, reason).into());
+        }
+        Ok(())
     }
 
     /// Does `work` on it.

@@ -76,8 +76,15 @@ impl RoutersArgs {
         let sets: Vec<String> = self.set.iter().cloned().chain(row.assignments()).collect();
         let builder = ConfigBuilder::new().given(Some(self.preset()), None, &sets);
         let mut builder = builder.flag("--steps", "train.steps", self.steps());
-        if !self.text.is_empty() {
+        let tags = row.tags();
+        if tags.is_empty() && !self.text.is_empty() {
             builder = builder.flag("--text", "data.paths", self.text.clone());
+        }
+        for tag in tags {
+            // The same text under each tag: the shares of a router of its own, not other texts.
+            let paths: Vec<_> = self.text.iter().map(|path| path.display().to_string()).collect();
+            builder = builder.set(format!("data.sources.tag{tag}.paths={paths:?}"));
+            builder = builder.set(format!("data.sources.tag{tag}.tag={tag}"));
         }
         if let Some(ep) = self.ep {
             builder = builder.flag("--ep", "parallel.ep", ep);
@@ -100,6 +107,15 @@ pub(crate) fn run(args: &RoutersArgs) -> Result<ExitCode, Failure> {
         let names: Vec<_> = ROWS.iter().map(|row| row.name).collect();
         Failure::new(Code::Usage, format!("--only {name}: accepted: {}", names.join(", ")))
     })?;
+    let (rows, untagged): (Vec<Row>, Vec<Row>) =
+        rows.into_iter().partition(|row| row.tags().is_empty() || !args.text.is_empty());
+    for Row { name, .. } in untagged {
+        if args.only.iter().any(|only| only == name) {
+            let message = format!("{name}: its routers know text by a tag, which the default text has not; give --text");
+            return Err(Failure::new(Code::Usage, message));
+        }
+        eprintln!("{name} is left out: it needs --text");
+    }
     if args.cost {
         let measure = |world: &World| {
             let setting = Setting::new(args, &rows, world)?;
@@ -138,6 +154,9 @@ impl<'a> Setting<'a> {
         let first = &configured[0].1;
         set_threads(first, world)?;
         let device = Device::choose(args.device, first.train.precision, world)?;
+        for (row, config) in &configured {
+            device.check(config).map_err(|error| Failure::new(Code::Usage, format!("{}: {error}", row.name)))?;
+        }
         let corpus = configured_corpus(first, tokenizer(&first.data.tokenizer)?.as_ref())?;
         Ok(Self { args, configured, world, corpus, device })
     }
