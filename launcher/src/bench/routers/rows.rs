@@ -44,7 +44,7 @@ pub(super) const ROWS: [Row; 13] = [
     },
     Row {
         name: "sequence-balance",
-        paper: "Fedus et al. 2021; scope of DeepSeek-V2",
+        paper: "Fedus et al. 2021; scope of DeepSeek-V3",
         optimises: "load in each sequence",
         set: &[("router.kind", "topk-softmax"), ("router.balance_scope", "sequence")],
     },
