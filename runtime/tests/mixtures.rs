@@ -98,7 +98,7 @@ fn any_number_of_ranks_gives_the_same_numbers() {
     }
 }
 
-/// The likelihood gains at least what the M step takes off the expected loss: Jordan and Jacobs 1994, equation 20 and what follows.
+/// The likelihood gains at least what the M step takes off the expected loss (Jordan and Jacobs 1994).
 #[test]
 fn an_em_step_raises_the_likelihood_by_what_it_lowers_the_expected_loss() {
     let ((x, labels), group) = (batch(60), alone());

@@ -1,6 +1,6 @@
 //! `moe-launch bench`: how fast, as a fraction of what the machine can do.
 //!
-//! Every figure stands beside a ceiling that was measured in the same run.
+//! A rate stands beside a ceiling that was measured in the same run; `routers` compares gates with each other.
 
 mod collectives;
 mod gemm;

@@ -199,6 +199,10 @@ mod tests {
         let router = RouterConfig { kind: RouterKind::NoisyTopk, ..RouterConfig::default() };
         let mut ids: Vec<_> = Layout::new(&model, &router, 0..8).parts().map(|(part, _)| part.id).collect();
         ids.push(part(PartKind::RouterBias, 0, None));
+        let in_parts = ModelConfig { sub_tokens: 2, shared_expert_ffn_size: 0, ..model };
+        let (kind, expert_groups, hidden_sizes) = (RouterKind::Hierarchical, 2, vec![4; RouterConfig::MOST_HIDDEN]);
+        let two_levels = RouterConfig { kind, expert_groups, hidden_sizes, ..RouterConfig::default() };
+        ids.extend(Layout::new(&in_parts, &two_levels, 0..8).parts().map(|(part, _)| part.id));
         assert!(NAMES.iter().all(|(kind, ..)| ids.iter().any(|id| id.kind == *kind)), "a kind is not covered");
         for family in FAMILIES {
             for id in &ids {

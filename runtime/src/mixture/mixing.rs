@@ -84,7 +84,11 @@ impl Outputs<'_> {
     /// Competition: the likelihood's loss, which each expert learns from by as much as it explains the row.
     pub fn competitive(&self, labels: &[usize]) -> Gradients {
         let posteriors = self.posteriors(labels);
-        Gradients { loss: self.negative_log_likelihood(labels), ..self.expected(labels, &posteriors) }
+        let mut gradients = self.expected(labels, &posteriors);
+        // −ln Σ_e exp(joint_e) = −Σ_e h_e · (joint_e − ln h_e).
+        let plogp = posteriors.iter().filter(|h| **h > 0.0).map(|h| h * h.ln()).sum::<f64>();
+        gradients.loss += plogp / self.dims.rows.max(1) as f64;
+        gradients
     }
 
     /// The E step: `h[T, E]`, how likely each expert is to have been the one behind a row's label. Rows sum to 1.

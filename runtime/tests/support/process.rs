@@ -177,7 +177,7 @@ impl Place {
 #[derive(Clone, Debug)]
 pub(crate) struct Run {
     pub(crate) dir: PathBuf,
-    text: PathBuf,
+    pub(crate) text: PathBuf,
 }
 
 /// A model that trains in milliseconds a step, the same whatever the layout.

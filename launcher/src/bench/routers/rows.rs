@@ -50,7 +50,7 @@ pub(super) const ROWS: [Row; 30] = [
     },
     Row {
         name: "sequence-balance",
-        paper: "Fedus et al. 2021; scope of DeepSeek-V2",
+        paper: "Fedus et al. 2021; scope of DeepSeek-V3",
         optimises: "load in each sequence",
         set: &[("router.kind", "topk-softmax"), ("router.balance_scope", "sequence")],
     },
