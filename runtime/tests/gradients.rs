@@ -109,7 +109,7 @@ impl Probe {
         let mut model = Transformer::new(Cpu, setup).unwrap();
         let bias: Vec<f32> = (0..config.model.experts).map(|e| 0.1 * e as f32).collect();
         for layer in 0..config.model.layers {
-            model.set_selection_bias(layer, &bias);
+            model.set_selection_bias(layer, &bias[..config.model.experts_in(layer)]);
         }
         let groups = Groups::of_grid::<Cpu>(local::solo(Context::default()), &grid).unwrap();
         let mut rng = ChaCha8Rng::seed_from_u64(5);
