@@ -116,7 +116,8 @@ impl Device {
                 _ => ("model.top_k", model.top_k),
             };
             let kind = router.kind.name();
-            let reason = format!("with router.kind = {kind} a token has {slots} places for choices, on GPUs at most {choices}");
+            let reason =
+                format!("with router.kind = {kind} a token has {slots} places for choices, on GPUs at most {choices}");
             return Err(InvalidValue::new(key, found, reason).into());
         }
         Ok(())

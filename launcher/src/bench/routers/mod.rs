@@ -111,7 +111,8 @@ pub(crate) fn run(args: &RoutersArgs) -> Result<ExitCode, Failure> {
         rows.into_iter().partition(|row| row.tags().is_empty() || !args.text.is_empty());
     for Row { name, .. } in untagged {
         if args.only.iter().any(|only| only == name) {
-            let message = format!("{name}: its routers know text by a tag, which the default text has not; give --text");
+            let message =
+                format!("{name}: its routers know text by a tag, which the default text has not; give --text");
             return Err(Failure::new(Code::Usage, message));
         }
         eprintln!("{name} is left out: it needs --text");

@@ -159,11 +159,7 @@ pub(super) const ROWS: [Row; 30] = [
         name: "hierarchical",
         paper: "Jordan and Jacobs 1994",
         optimises: "a softmax over groups, one in each",
-        set: &[
-            ("router.kind", "hierarchical"),
-            ("router.expert_groups", "4"),
-            ("router.groups_per_token", "2"),
-        ],
+        set: &[("router.kind", "hierarchical"), ("router.expert_groups", "4"), ("router.groups_per_token", "2")],
     },
     Row {
         name: "multi-gate",
