@@ -119,6 +119,29 @@ fn a_rank_that_never_arrives_is_given_up_and_named() {
 }
 
 #[test]
+fn a_rank_that_stays_away_from_the_first_exchange_is_given_up_and_named() {
+    let over = Barrier::new(2);
+    let errors = gpus::on_gpus(2, |gpu, world| {
+        let mut sum = buffer(gpu, 100_000, 1.0);
+        world.context().set_deadline(SHORT);
+        let began = Instant::now();
+        // The call itself waits, inside of NCCL, for the peer to connect.
+        let error = (world.rank() == 0).then(|| {
+            let issued = world.all_reduce(gpu, ViewMut::of(&mut sum), ReduceOp::Sum).map(|done| gpu.wait(&done));
+            gpu.synchronize().unwrap();
+            issued.and_then(|()| world.check()).unwrap_err()
+        });
+        assert!(began.elapsed() < 5 * SHORT);
+        over.wait();
+        error
+    });
+    let Some(errors) = errors else { return };
+    let error = errors.into_iter().flatten().next().unwrap();
+    println!("{error}");
+    assert!(matches!(&error, CollectiveError::Stalled { missing, .. } if *missing == [Rank(1)]), "{error:?}");
+}
+
+#[test]
 fn another_thread_ends_a_collective_and_its_reason_is_told() {
     let over = Barrier::new(2);
     gpus::on_gpus(2, |gpu, world| {
