@@ -6,6 +6,7 @@
 //   in f32, ascending j, k ≤ 32.                                                                    Bytes: (N + R)·width·size.
 // weighted_swiglu_grad: da [N, F], h [N, 2F], origin [N] i32, weights → dh [N, 2F], a [N, F], dweights[origin[i]] (ops/expert.rs); the
 //   row's dot product in f32: strided over the lanes, then a butterfly.                             Bytes: 6·N·F·size.
+// sum_dots: dots [N, parts] f32, origin [N] → dweights[origin[i]] = Σ dots[i], ascending; what grouped_grad_swiglu leaves (grouped_gemm_sm90.cu).
 // scatter_choices: row_choice, row_dweights [R, k] → dweights[row_choice[i]] = row_dweights[i].
 //
 // Bound: memory, all of them. Rows beyond the live count are left alone. Each is written once over packs of 16 bytes, and
@@ -203,6 +204,15 @@ EXPORT(weighted_reduce, 4, REDUCE_PARAMS, (bound, count, slots_per_row, width, s
     int bound, const int *count, int f, const int *origin, const float *weights, const Act *da, const Act *h, Act *dh,     \
         Act *a, float *dweights
 EXPORT(weighted_swiglu_grad, 2, SWIGLU_PARAMS, (bound, count, f, origin, weights, da, h, dh, a, dweights))
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    sum_dots(int bound, const int* count, int parts, const float* dots, const int* origin, float* dweights) {
+    const int row = blockIdx.x * THREADS + threadIdx.x;
+    if (row >= live_rows(bound, count)) return;
+    float sum = 0.0f;
+    for (int part = 0; part < parts; ++part) sum += dots[long(row) * parts + part];
+    dweights[origin[row]] = sum;
+}
 
 // Choices without a row keep the zero that a fill put there before.
 extern "C" __global__ void __launch_bounds__(THREADS)

@@ -28,5 +28,5 @@ pub use ops::{
     Accumulate, AdamW, AttentionDims, AttentionOps, Backend, BalanceGrad, BalanceSpec, Capacity, CapacityPolicy,
     Choice, CombineDims, DenseOps, Enough, ExpandPlan, ExpertOps, GateDims, GateSpec, GemmDims, GroupLimit, GroupRank,
     GroupedDims, LossOps, NormDims, OptimizerOps, RankedBy, RotaryDirection, RoutingOps, Rows, Score, ShuffleDims,
-    ShufflePlan,
+    ShufflePlan, WeightedSwiglu,
 };

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use moe_kernels::{Accumulate, Backend, DeviceError, GroupedDims, Rows, View, ViewMut};
+use moe_kernels::{Accumulate, Backend, DeviceError, GroupedDims, Rows, View, ViewMut, WeightedSwiglu};
 
 use crate::memory::{Kind, Slot, Tally};
 
@@ -200,24 +200,16 @@ impl<B: Backend> Experts<B> {
         let (up, down, offsets) = (self.up(), self.down(), grouped.offsets);
         let ExpertBackward { gated, weights, mut gradients, gate_up, down: down_range, accumulate } = tensors;
         let GatedRows { origin, weights: row_weights, dweights } = gated;
-        device.grouped_linear_grad_input(
-            down,
-            offsets,
-            scratch.rows.view(n * h),
-            weights.down,
-            scratch.da.view_mut(n * f),
-        );
-        device.weighted_swiglu_grad(
-            grouped.rows,
-            f,
+        let swiglu = WeightedSwiglu {
             origin,
-            row_weights,
-            scratch.da.view(n * f),
-            self.h.as_ref().filter(|_| !self.passing).unwrap_or(&scratch.h).view(n * 2 * f),
-            scratch.dh.view_mut(n * 2 * f),
-            scratch.a.view_mut(n * f),
+            weights: row_weights,
+            h: self.h.as_ref().filter(|_| !self.passing).unwrap_or(&scratch.h).view(n * 2 * f),
+            dh: scratch.dh.view_mut(n * 2 * f),
+            a: scratch.a.view_mut(n * f),
             dweights,
-        );
+        };
+        let (dy, da) = (scratch.rows.view(n * h), scratch.da.view_mut(n * f));
+        device.grouped_linear_grad_swiglu(grouped.rows, down, offsets, dy, weights.down, da, swiglu);
         let (dy, a) = (scratch.rows.view(n * h), scratch.a.view(n * f));
         device.grouped_linear_grad_weight(down, offsets, dy, a, gradients.reborrow().slice(down_range), accumulate);
         expand(scratch.rows.view_mut(n * h));

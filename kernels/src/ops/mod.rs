@@ -11,7 +11,7 @@ mod routing;
 
 pub use attention::{AttentionDims, AttentionOps, RotaryDirection};
 pub use dense::{Accumulate, DenseOps, GemmDims, NormDims, Rows};
-pub use expert::{CombineDims, ExpandPlan, ExpertOps, GroupedDims, ShuffleDims, ShufflePlan};
+pub use expert::{CombineDims, ExpandPlan, ExpertOps, GroupedDims, ShuffleDims, ShufflePlan, WeightedSwiglu};
 pub use loss::LossOps;
 pub(crate) use optimizer::AdamWFactors;
 pub use optimizer::{AdamW, OptimizerOps};
