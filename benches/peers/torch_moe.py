@@ -5,8 +5,9 @@
     python3 benches/peers/torch_moe.py layer [--ours target/release/moe-launch]
 
 Shapes, groups and counting rules are those that our side prints with --json. Both sides are the median of 15 runs after 4, by the
-device's clock. The peer's weight gradients are bf16 and replace what was there; ours are f32 and replace (`weight_grad`). Where the
-peer's layer pads groups to 16 rows, as `torch._grouped_mm` wants them, the padding is not counted.
+device's clock, and of three rounds in which they take turns. The peer's weight gradients are bf16 and replace what was there; ours are
+f32 and replace (`weight_grad`). Where the peer's layer pads groups to 16 rows, as `torch._grouped_mm` wants them, the padding is not
+counted.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import subprocess
 
 import torch
 
+ROUNDS = 3  # of each side
 ALIGNED = 16  # rows of a group that torch._grouped_mm wants to begin at
 
 
@@ -115,26 +117,53 @@ NAMES = {
 }
 
 
+def in_turn(program, kind, name):
+    """Reports of our side and rates of the peer for the cases of a name, ROUNDS of each. Who begins changes from round to round, so that
+    neither always has the GPU as the other left it."""
+    peer = {"gemm": torch_gemm, "layer": torch_layer}[kind]
+    reports, peers = [], []
+
+    def our_turn():
+        reports.append(ours(program, kind, name))
+
+    def peers_turn():
+        peers.append([peer(case) for case in reports[0]["cases"]])
+        torch.cuda.empty_cache()
+
+    for number in range(ROUNDS):
+        for turn in (our_turn, peers_turn) if number % 2 == 0 else (peers_turn, our_turn):
+            turn()
+    return reports, peers
+
+
+def rates(kind, case):
+    return {key: case[key]["tflops"] for key in ("forward", "input_grad", "weight_grad")} if kind == "gemm" else case
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=NAMES)
     parser.add_argument("--ours", default="target/release/moe-launch", metavar="PROGRAM")
     args = parser.parse_args()
-    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}: TFLOP/s of ours / PyTorch's = ratio")
+    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}: TFLOP/s of ours / PyTorch's = ratio, medians of {ROUNDS} in turn")
     ratios = []
     for name in NAMES[args.kind]:
-        report = ours(args.ours, args.kind, name)
-        for case in report["cases"]:
+        reports, peers = in_turn(args.ours, args.kind, name)
+        for i, case in enumerate(reports[0]["cases"]):
+            mine = [rates(args.kind, report["cases"][i]) for report in reports]
             if args.kind == "gemm":
-                mine = {key: case[key]["tflops"] for key in ("forward", "input_grad", "weight_grad")}
-                title, peer = f"{name} skew {case['skew']}", torch_gemm(case)
+                title = f"{name} skew {case['skew']}"
             else:
-                mine = {key: case[key] for key in ("fwd_tflops", "fwd_bwd_tflops")}
-                title, peer = f"{name} ({case['fraction_of_dense']:.2f} of dense {report['dense_tflops']:.0f})", torch_layer(case)
-            torch.cuda.empty_cache()
-            ratios += [mine[key] / peer[key] for key in peer]
-            figures = (f"{key} {mine[key]:.0f}/{peer[key]:.0f}={mine[key] / peer[key]:.2f}" for key in peer)
-            print(f"{title:<44}", "  ".join(figures), flush=True)
+                fractions = [report["cases"][i]["fraction_of_dense"] for report in reports]
+                dense = statistics.median(report["dense_tflops"] for report in reports)
+                title = f"{name} ({statistics.median(fractions):.3f} of dense {dense:.0f}, {min(fractions):.3f} to {max(fractions):.3f})"
+            figures = []
+            for key in peers[0][i]:
+                our_rate = statistics.median(rate[key] for rate in mine)
+                peer_rate = statistics.median(rate[i][key] for rate in peers)
+                ratios.append(our_rate / peer_rate)
+                figures.append(f"{key} {our_rate:.0f}/{peer_rate:.0f}={ratios[-1]:.2f}")
+            print(f"{title:<60}" if args.kind == "layer" else f"{title:<24}", "  ".join(figures), flush=True)
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
     print(f"geometric mean of the ratios {mean:.3f}, smallest {min(ratios):.2f}")
 

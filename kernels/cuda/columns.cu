@@ -45,6 +45,7 @@ BOTH(bias_grad, THREADS, BIAS_GRAD, (rows, columns, dy, partial, packed))
 extern "C" __global__ void __launch_bounds__(LATE_GROUPS* WARP) add_partials(int chunks, int columns, const float* partial, float* out) {
     __shared__ float shared[LATE_GROUPS][WARP];
     const int lane = threadIdx.x % WARP, group = threadIdx.x / WARP, column = blockIdx.x * WARP + lane;
+    after_the_kernel_before();
     float sum = 0.0f;
     if (column < columns) {
 #pragma unroll 8

@@ -85,5 +85,19 @@ template <typename T> __device__ __forceinline__ T block_max(T x, T* scratch, T 
     return warp_max(most);
 }
 
+// A kernel that is launched early (cuda/launch.rs) has its blocks take their places as soon as those of the kernel before leave room, if
+// that lets them, and waits here until that kernel is over and what it wrote can be read.
+__device__ __forceinline__ void after_the_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_the_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // The rows that count: `bound`, or fewer where the device knows the number.
 __device__ __forceinline__ int live_rows(int bound, const int* count) { return count ? min(*count, bound) : bound; }

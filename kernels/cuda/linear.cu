@@ -21,17 +21,25 @@ template <typename Act> __device__ void body_bias_rows(long rows, int columns, c
 #define BIAS_ROWS(Act) long rows, int columns, const Act *bias, Act *y
 BOTH(bias_rows, THREADS, BIAS_ROWS, (rows, columns, bias, y))
 
-extern "C" __global__ void __launch_bounds__(THREADS) split_rows(long rows, int columns, int padded, const float* dy, bf16* out) {
-    for (long i = flat_thread(); i < rows * padded; i += flat_threads()) {
-        const int c = i % padded, from = c < columns ? c : c - columns;
-        bf16 part = from_f32<bf16>(0.0f);
-        if (from < columns) {
-            const float x = dy[i / padded * columns + from];
-            const bf16 hi = from_f32<bf16>(x);
-            part = c < columns ? hi : from_f32<bf16>(x - to_f32(hi));
-        }
-        out[i] = part;
+template <int V> __device__ void split(long rows, int columns, int padded, const float* dy, bf16* out) {
+    const int packs = columns / V, rest = padded - 2 * columns;
+    for (long i = flat_thread(); i < rows * packs; i += flat_threads()) {
+        const long row = i / packs;
+        const int c = int(i - row * packs) * V;
+        const Pack<float, V> x = load<V>(dy + row * columns + c);
+        Pack<bf16, V> hi, lo;
+#pragma unroll
+        for (int e = 0; e < V; ++e) hi.v[e] = from_f32<bf16>(x.v[e]), lo.v[e] = from_f32<bf16>(x.v[e] - to_f32(hi.v[e]));
+        bf16* to = out + row * padded + c;
+        store(to, hi), store(to + columns, lo);
     }
+    for (long i = flat_thread(); i < rows * rest; i += flat_threads())
+        out[i / rest * padded + 2 * columns + i % rest] = from_f32<bf16>(0.0f);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) split_rows(long rows, int columns, int padded, const float* dy, bf16* out) {
+    const bool whole = columns % 4 == 0 && (reinterpret_cast<uintptr_t>(dy) | reinterpret_cast<uintptr_t>(out)) % 16 == 0;
+    whole ? split<4>(rows, columns, padded, dy, out) : split<1>(rows, columns, padded, dy, out);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) stack_twice(int rows, int padded, long width, const bf16* w, bf16* out) {

@@ -1,4 +1,4 @@
-// What tensor-core kernels of sm_80 and later share: tiles in shared memory, asynchronous copies into them, warp-wide products.
+// What tensor-core kernels of sm_80 and later share: tiles in shared memory, warp-wide products (copies into them: copies.cuh).
 //
 // Owns the swizzle of a tile and the places that a warp's fragments have in it. Addresses of shared memory are u32, as the
 // instructions take them.
@@ -9,6 +9,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "copies.cuh"
 
 __device__ __forceinline__ uint32_t shared_u32(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
@@ -32,22 +33,6 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-
-// 16 bytes into shared memory; zeroes, and nothing is read, where not `there`.
-__device__ __forceinline__ void copy_async16(uint32_t to, const void* from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)), "r"(there ? 16 : 0)
-                 : "memory");
-}
-
-__device__ __forceinline__ void copy_async4(uint32_t to, const void* from, bool there) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)), "r"(there ? 4 : 0)
-                 : "memory");
-}
-
-__device__ __forceinline__ void copies_end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Waits until at most N of this thread's latest groups are under way.
-template <int N> __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
 __device__ __forceinline__ void store_shared(uint32_t at, uint32_t x) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(x) : "memory");

@@ -10,7 +10,9 @@
 // 2048; odd: up to 8192 single elements, where rows are not whole packs. Sums of a row: a thread's elements, then a butterfly, then
 // warps; of dw: a team's rows ascending, then teams, then blocks. Bound: memory, bytes = 2 (forward), 3 or 4 (backward) of x.
 // Versions of row, 16384 × 2048 bf16 on an H100, of a large copy's rate (a copy of that size: 0.85): a warp a row 0.78 forward, 0.73
-// backward → a block a row, one forward 0.85, two backward 0.82.
+// backward → a block a row, one forward 0.85, two backward 0.82
+// (0.855 eight in a row) → the sums' kernel begins early 0.866. What did not help backward: rows in one stretch a block 0.82; blocks of
+// 512 or 1024 threads, for fewer partial sums, 0.85 and 0.84; three rows or one at a time 0.80 and 0.79.
 
 #include "pack.cuh"
 
@@ -106,6 +108,7 @@ __device__ void backward(const Rows& s, const Act* dy, const Act* x, const Act* 
     extern __shared__ float sums[];
     using T = Team<Act, V, L, K, R>;
     const T team{s};
+    let_the_next_kernel_begin();
     float dw[K][V] = {};
     for (int base = blockIdx.x * T::STEP; base < s.rows; base += gridDim.x * T::STEP) {
         typename T::Row slope[R], rows[R];

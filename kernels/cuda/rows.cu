@@ -8,6 +8,7 @@
 //   row's dot product in f32: strided over the lanes, then a butterfly.                             Bytes: 6·N·F·size.
 // gelu_rows: h [N, F] → a [N, F].                                                                 Bytes: 2·N·F·size.
 // weighted_gelu_grad: as weighted_swiglu_grad, with h and dh [N, F].                               Bytes: 4·N·F·size.
+// sum_dots: dots [N, parts] f32, origin [N] → dweights[origin[i]] = Σ dots[i], ascending; what grouped_grad_swiglu leaves (grouped_gemm_sm90.cu).
 // scatter_choices: row_choice, row_dweights [R, k] → dweights[row_choice[i]] = row_dweights[i].
 //
 // Bound: memory, all of them. Rows beyond the live count are left alone. Each is written once over packs of 16 bytes, and
@@ -275,6 +276,15 @@ EXPORT(gelu_rows, 4, GELU_PARAMS, (bound, count, f, h, a))
         Act *a, float *dweights
 EXPORT(weighted_swiglu_grad, 2, GRADIENT_PARAMS, (bound, count, f, origin, weights, da, h, dh, a, dweights))
 EXPORT(weighted_gelu_grad, 2, GRADIENT_PARAMS, (bound, count, f, origin, weights, da, h, dh, a, dweights))
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    sum_dots(int bound, const int* count, int parts, const float* dots, const int* origin, float* dweights) {
+    const int row = blockIdx.x * THREADS + threadIdx.x;
+    if (row >= live_rows(bound, count)) return;
+    float sum = 0.0f;
+    for (int part = 0; part < parts; ++part) sum += dots[long(row) * parts + part];
+    dweights[origin[row]] = sum;
+}
 
 // Choices without a row keep the zero that a fill put there before.
 extern "C" __global__ void __launch_bounds__(THREADS)

@@ -28,5 +28,5 @@ pub use ops::{
     Accumulate, ActivationKind, AdamW, AttentionDims, AttentionOps, Backend, BalanceFactors, BalanceGrad, BalanceSpec,
     Capacity, CapacityPolicy, Choice, CombineDims, DenseOps, Enough, ExpandPlan, ExpertOps, Fold, GateDims, GateSpec,
     GemmDims, GroupLimit, GroupRank, GroupedDims, LogitOps, LossOps, NormDims, OptimizerOps, Places, RandomFactor,
-    RankedBy, RotaryDirection, RoutingOps, Rows, Score, ShuffleDims, ShufflePlan, TokenLosses,
+    RankedBy, RotaryDirection, RoutingOps, Rows, Score, ShuffleDims, ShufflePlan, TokenLosses, WeightedSwiglu,
 };

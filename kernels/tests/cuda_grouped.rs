@@ -3,10 +3,10 @@
 
 mod cuda_support;
 
-use cuda_support::{assert_close, download, gpu, poisoned, random, rounded, upload, upload_act};
+use cuda_support::{assert_close, download, gpu, poisoned, random, random_within, rounded, upload, upload_act};
 use half::bf16;
 use moe_kernels::cuda::{Cuda, CudaAct};
-use moe_kernels::{Accumulate, Cpu, ExpertOps, GroupedDims, Rows, View, ViewMut};
+use moe_kernels::{Accumulate, Cpu, ExpertOps, GroupedDims, Rows, View, ViewMut, WeightedSwiglu};
 
 /// Rows of each group; output and input width. One has more tiles than a GPU has multiprocessors; the last widths are none that the copy
 /// engine takes.
@@ -191,6 +191,77 @@ fn gelu<A: CudaAct>() {
     }
 }
 
+fn swiglu_gradient<A: CudaAct>() {
+    let Some(gpu) = gpu::<A>() else { return };
+    for sizes in CASES {
+        let case = Case::new(&gpu, sizes);
+        let Case { dims, rows, ref offsets, ref dy, ref w, .. } = case;
+        let (f, room) = (dims.k, rows + BEYOND);
+        let h = rounded::<A>(&random_within(5, rows * 2 * f, 4.0));
+        // Every second weight is some row's, in another order.
+        let origin: Vec<i32> = (0..rows).rev().map(|row| 2 * row as i32).collect();
+        let weights = random(6, 2 * rows);
+
+        let (mut rda, mut rdh) = (vec![0.0; rows * f], vec![0.0; rows * 2 * f]);
+        let (mut ra, mut rdweights) = (vec![0.0; rows * f], vec![f32::NAN; 2 * rows]);
+        let expected = WeightedSwiglu {
+            origin: View::of(&origin),
+            weights: View::of(&weights),
+            h: View::of(&h),
+            dh: ViewMut::of(&mut rdh),
+            a: ViewMut::of(&mut ra),
+            dweights: ViewMut::of(&mut rdweights),
+        };
+        let (on_cpu, rdy, rw) = (View::of(offsets), View::of(dy), View::of(w));
+        Cpu.grouped_linear_grad_swiglu(Rows::exactly(rows), dims, on_cpu, rdy, rw, ViewMut::of(&mut rda), expected);
+
+        let on_gpu = upload(&gpu, offsets);
+        let (gdy, gw, gh) = (case.with_nans(dy, dims.n), upload_act(&gpu, w), case.with_nans(&h, 2 * f));
+        let padded = [&origin[..], &[i32::MAX; BEYOND]].concat();
+        let (gorigin, gweights) = (upload(&gpu, &padded), upload(&gpu, &weights));
+        let mut da = poisoned::<A, A>(&gpu, room * f);
+        let once = |da: &mut _| {
+            let (mut dh, mut a) = (poisoned::<A, A>(&gpu, room * 2 * f), poisoned::<A, A>(&gpu, room * f));
+            let mut dweights = upload(&gpu, &vec![f32::NAN; weights.len()]);
+            let swiglu = WeightedSwiglu {
+                origin: View::of(&gorigin),
+                weights: View::of(&gweights),
+                h: View::of(&gh),
+                dh: ViewMut::of(&mut dh),
+                a: ViewMut::of(&mut a),
+                dweights: ViewMut::of(&mut dweights),
+            };
+            let live = View::of(&on_gpu).slice(dims.experts..dims.experts + 1);
+            let counted = Rows { bound: room, count: Some(live) };
+            let (offsets, dy, w) = (View::of(&on_gpu), View::of(&gdy), View::of(&gw));
+            gpu.grouped_linear_grad_swiglu(counted, dims, offsets, dy, w, ViewMut::of(da), swiglu);
+            (case.rows_of(&dh, 2 * f), case.rows_of(&a, f), download(&gpu, &dweights))
+        };
+        let (dh, a, dweights) = once(&mut da);
+
+        let (what, of_da) = (format!("{} {sizes:?}", A::NAME), case.tolerance(dims.n));
+        let (of_result, weight_of) = (case.tolerance(8), |row: usize| weights[origin[row] as usize].abs());
+        assert_close(&format!("dh, {what}"), &dh, &rdh, |i| {
+            let (row, column) = (i / (2 * f), i % f);
+            let (gate, up) = (h[row * 2 * f + column].abs(), h[row * 2 * f + f + column].abs());
+            // The slope of silu is at most 1.1, silu at most its argument.
+            let slope = if i % (2 * f) < f { 1.1 * up } else { gate };
+            weight_of(row) * slope * of_da(rda[row * f + column]) + of_result(rdh[i]) * 4.0
+        });
+        assert_close(&format!("a, {what}"), &a, &ra, |i| of_result(ra[i]) * 4.0);
+        for (row, &at) in origin.iter().enumerate() {
+            let columns = || (0..f).map(|c| (row * f + c, h[row * 2 * f + c].abs() * h[row * 2 * f + f + c].abs()));
+            let of_sum: f32 = columns().map(|(i, most)| most * (of_da(rda[i]) + 4e-7 * f as f32 * rda[i].abs())).sum();
+            let (got, want) = (dweights[at as usize], rdweights[at as usize]);
+            assert!((got - want).abs() <= of_sum, "dweights of row {row}, {what}: {got}, expected {want} ± {of_sum}");
+        }
+        assert!(dweights.iter().skip(1).step_by(2).all(|x| x.is_nan()), "weights of no row were written, {what}");
+        let bits = |all: &[f32]| all.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        let again = once(&mut da);
+        assert!([bits(&dh), bits(&a), bits(&dweights)] == [bits(&again.0), bits(&again.1), bits(&again.2)], "{what}");
+    }
+}
+
 #[test]
 fn gelu_of_products_in_bf16() {
     gelu::<bf16>();
@@ -199,6 +270,16 @@ fn gelu_of_products_in_bf16() {
 #[test]
 fn gelu_of_products_in_f32() {
     gelu::<f32>();
+}
+
+#[test]
+fn swiglu_gradients_of_products_in_bf16() {
+    swiglu_gradient::<bf16>();
+}
+
+#[test]
+fn swiglu_gradients_of_products_in_f32() {
+    swiglu_gradient::<f32>();
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //!
 //! Owns the experts' activations. It knows nothing of where rows come from or go to.
 
-use moe_kernels::{Accumulate, Backend, DeviceError, GroupedDims, Rows, View, ViewMut};
+use moe_kernels::{Accumulate, Backend, DeviceError, GroupedDims, Rows, View, ViewMut, WeightedSwiglu};
 use serde::{Deserialize, Serialize};
 
 use crate::memory::{Kind, Slot, Tally};
@@ -241,21 +241,17 @@ impl<B: Backend> Experts<B> {
         let (up, down, offsets) = (self.up(), self.down(), grouped.offsets);
         let ExpertBackward { gated, weights, grad_down, accumulate } = tensors;
         let GatedRows { origin, weights: row_weights, dweights } = gated;
-        device.grouped_linear_grad_input(
-            down,
-            offsets,
-            scratch.rows.view(n * h),
-            weights.down,
-            scratch.da.view_mut(n * f),
-        );
         let projections = self.h.as_ref().filter(|_| !self.passing).unwrap_or(&scratch.h).view(n * wide);
-        let (da, dh, a) = (scratch.da.view(n * f), scratch.dh.view_mut(n * wide), scratch.a.view_mut(n * f));
-        let rows = grouped.rows;
+        let (da, dh, a) = (scratch.da.view_mut(n * f), scratch.dh.view_mut(n * wide), scratch.a.view_mut(n * f));
+        let (rows, dy) = (grouped.rows, scratch.rows.view(n * h));
         match self.shape.activation {
             ExpertActivation::Swiglu => {
-                device.weighted_swiglu_grad(rows, f, origin, row_weights, da, projections, dh, a, dweights);
+                let swiglu = WeightedSwiglu { origin, weights: row_weights, h: projections, dh, a, dweights };
+                device.grouped_linear_grad_swiglu(rows, down, offsets, dy, weights.down, da, swiglu);
             }
             ExpertActivation::Gelu => {
+                device.grouped_linear_grad_input(down, offsets, dy, weights.down, da);
+                let da = scratch.da.view(n * f);
                 device.weighted_gelu_grad(rows, f, origin, row_weights, da, projections, dh, a, dweights);
             }
         }

@@ -8,6 +8,7 @@ use super::{activation, grouped, shuffle, slice, slice_mut};
 use crate::ops::check_len;
 use crate::{
     Accumulate, CombineDims, Cpu, ExpandPlan, ExpertOps, GroupedDims, Rows, ShuffleDims, ShufflePlan, View, ViewMut,
+    WeightedSwiglu,
 };
 
 /// The rows that count, read from the device where only it knows.
@@ -221,6 +222,21 @@ impl ExpertOps for Cpu {
     ) {
         check_grouped(dims, slice(offsets), w.len());
         grouped::grad_input(dims, slice(offsets), slice(dy), slice(w), slice_mut(dx));
+    }
+
+    fn grouped_linear_grad_swiglu(
+        &self,
+        rows: Rows<'_, Self>,
+        dims: GroupedDims,
+        offsets: View<'_, Self, i32>,
+        dy: View<'_, Self, f32>,
+        w: View<'_, Self, f32>,
+        mut da: ViewMut<'_, Self, f32>,
+        swiglu: WeightedSwiglu<'_, Self>,
+    ) {
+        self.grouped_linear_grad_input(dims, offsets, dy, w, da.reborrow());
+        let WeightedSwiglu { origin, weights, h, dh, a, dweights } = swiglu;
+        self.weighted_swiglu_grad(rows, dims.k, origin, weights, da.as_view(), h, dh, a, dweights);
     }
 
     fn grouped_linear_grad_weight(

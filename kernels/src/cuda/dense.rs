@@ -280,10 +280,11 @@ impl<A: CudaAct> DenseOps for Cuda<A> {
 }
 
 impl<A: CudaAct> Cuda<A> {
-    /// `out[columns] += Σ partial[chunks, columns]`, chunks in a fixed order.
+    /// `out[columns] += Σ partial[chunks, columns]`, chunks in a fixed order, of the kernel before.
     pub(super) fn add_partials(&self, chunks: usize, columns: usize, partial: u64, out: u64) {
         let (chunks, columns_int) = (int("chunks", chunks), int("columns", columns));
-        launch!(self, "add_partials", Grid::new(columns.div_ceil(32), 1024); chunks, columns_int, partial, out);
+        let grid = Grid::new(columns.div_ceil(32), 1024).early();
+        launch!(self, "add_partials", grid; chunks, columns_int, partial, out);
     }
 
     fn add_at(&self, kernel: &'static str, n: usize, bytes: usize, (x, y): (u64, u64)) {

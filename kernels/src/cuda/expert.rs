@@ -4,7 +4,7 @@ use super::rows::{self, Reduction, Weighted};
 use super::{Cuda, CudaAct, grouped, shuffle};
 use crate::{
     Accumulate, CombineDims, DenseOps, ExpandPlan, ExpertOps, GroupedDims, Rows, ShuffleDims, ShufflePlan, View,
-    ViewMut,
+    ViewMut, WeightedSwiglu,
 };
 
 impl<A: CudaAct> ExpertOps for Cuda<A> {
@@ -158,6 +158,23 @@ impl<A: CudaAct> ExpertOps for Cuda<A> {
         dx: ViewMut<'_, Self, A>,
     ) {
         grouped::grad_input(self, dims, offsets, dy, w, dx);
+    }
+
+    fn grouped_linear_grad_swiglu(
+        &self,
+        rows: Rows<'_, Self>,
+        dims: GroupedDims,
+        offsets: View<'_, Self, i32>,
+        dy: View<'_, Self, A>,
+        w: View<'_, Self, A>,
+        mut da: ViewMut<'_, Self, A>,
+        swiglu: WeightedSwiglu<'_, Self>,
+    ) {
+        if let Err(swiglu) = grouped::grad_swiglu(self, rows, dims, offsets, (dy, w), swiglu) {
+            let WeightedSwiglu { origin, weights, h, dh, a, dweights } = swiglu;
+            self.grouped_linear_grad_input(dims, offsets, dy, w, da.reborrow());
+            self.weighted_swiglu_grad(rows, dims.k, origin, weights, da.as_view(), h, dh, a, dweights);
+        }
     }
 
     fn grouped_linear_grad_weight(

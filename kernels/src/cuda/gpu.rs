@@ -258,17 +258,26 @@ impl Gpu {
         }
         let Some(function) = self.kernel(name, grid.shared_bytes) else { return };
         self.bound(name, || {
-            // SAFETY: the caller's promise; function and stream are this context's.
-            unsafe {
-                result::launch_kernel(
-                    function,
-                    grid.blocks,
-                    (grid.threads, 1, 1),
-                    grid.shared_bytes,
-                    stream.cu_stream(),
-                    arguments,
-                )
-            }
+            let early = grid.early && self.facts.is_hopper();
+            let mut attribute = sys::CUlaunchAttribute {
+                id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                pad: [0; 4],
+                value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+            };
+            let config = sys::CUlaunchConfig {
+                gridDimX: grid.blocks.0,
+                gridDimY: grid.blocks.1,
+                gridDimZ: grid.blocks.2,
+                blockDimX: grid.threads,
+                blockDimY: 1,
+                blockDimZ: 1,
+                sharedMemBytes: grid.shared_bytes,
+                hStream: stream.cu_stream(),
+                attrs: &mut attribute,
+                numAttrs: early.into(),
+            };
+            // SAFETY: the caller's promise; function and stream are this context's, and the configuration lives until the call is over.
+            unsafe { sys::cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), std::ptr::null_mut()) }.result()
         });
     }
 

@@ -8,12 +8,16 @@ use cudarc::driver::sys;
 use cudarc::driver::sys::CUtensorMapDataType as Kind;
 
 use super::launch::{Grid, launch};
-use super::{Cuda, CudaAct, pointer, pointer_mut};
-use crate::{Accumulate, Element, GroupedDims, View, ViewMut};
+use super::shape::holds;
+use super::{Cuda, CudaAct, pointer, pointer_mut, rows};
+use crate::{Accumulate, Element, GroupedDims, Rows, View, ViewMut, WeightedSwiglu};
 
-/// Threads and shared memory of the Hopper kernels: four stages of (128 + 256) × 64 bf16, where groups begin, barriers, alignment.
+/// Threads and shared memory of the Hopper kernels: four stages of (128 + 256) × 64 bf16, 64 bytes for each of 256 threads, where groups
+/// begin, barriers, alignment.
 const HOPPER_THREADS: u32 = 384;
-const HOPPER_SHARED_BYTES: usize = 4 * (128 + 256) * 64 * 2 + (MOST_GROUPS + 1) * 4 + 128 + 1024;
+/// Columns of their tiles.
+const HOPPER_COLUMNS: usize = 256;
+const HOPPER_SHARED_BYTES: usize = 4 * (128 + 256) * 64 * 2 + 256 * 64 + (MOST_GROUPS + 1) * 4 + 128 + 1024;
 /// That of the weight gradients' kernel: four stages of (128 + 192) × 64 bf16, a box on its way out for each of eight warps, as above.
 const GRADIENT_SHARED_BYTES: usize = 4 * (128 + 192) * 64 * 2 + 8 * 16 * 32 * 4 + 256 + 1024;
 /// Threads of the plain kernels, and blocks of them that a multiprocessor runs at once.
@@ -120,6 +124,41 @@ pub(super) fn grad_input<A: CudaAct>(
     let Some(dy) = matrix(queue, dy, [rows, dims.n], [128, 64]) else { return };
     let Some(w) = matrix(queue, w, [dims.experts * dims.n, dims.k], [64, 64]) else { return };
     launch!(queue, "grouped_grad_input_sm90", hopper(queue); dy, w, offsets, groups, k, n, dx);
+}
+
+/// [`grad_input`] with the gradient of the weighted SwiGLU in front. None of it is done, and what was given comes back, where the Hopper
+/// kernel cannot do both at once.
+pub(super) fn grad_swiglu<'a, A: CudaAct>(
+    queue: &Cuda<A>,
+    counted: Rows<'_, Cuda<A>>,
+    dims: GroupedDims,
+    offsets: View<'_, Cuda<A>, i32>,
+    (dy, w): (View<'_, Cuda<A>, A>, View<'_, Cuda<A>, A>),
+    swiglu: WeightedSwiglu<'a, Cuda<A>>,
+) -> Result<(), WeightedSwiglu<'a, Cuda<A>>> {
+    let rows = check(dims, offsets.len(), dy.len(), dims.n, w.len());
+    let (bound, f) = (counted.bound, dims.k);
+    let (dy, w, h) = (pointer(dy), pointer(w), pointer(swiglu.h));
+    let aligned = [h, pointer(swiglu.dh.as_view()), pointer(swiglu.a.as_view())].iter().all(|at| at.is_multiple_of(16));
+    if !on_hopper(queue, dims, [dy, w, h]) || !aligned {
+        return Err(swiglu);
+    }
+    let WeightedSwiglu { origin, weights, h: saved, dh, a, dweights } = swiglu;
+    holds("origin", origin.len(), bound);
+    holds("h", saved.len(), bound * 2 * f);
+    holds("dh", dh.len(), bound * 2 * f);
+    holds("a", a.len(), bound * f);
+    holds("dweights", dweights.len(), weights.len());
+    let maps = matrix(queue, dy, [rows, dims.n], [128, 64]).zip(matrix(queue, w, [dims.experts * dims.n, f], [64, 64]));
+    let tiles = f.div_ceil(HOPPER_COLUMNS);
+    let Some(((dy, w), dots)) = maps.zip(queue.scratch(bound * tiles * f32::BYTES)) else { return Ok(()) };
+    launch!(
+        queue, "grouped_grad_swiglu_sm90", hopper(queue);
+        dy, w, pointer(offsets), dims.experts as i32, f as i32, dims.n as i32, h, pointer(origin), pointer(weights),
+        pointer_mut(dh), pointer_mut(a), dots.at(0)
+    );
+    rows::sum_dots(queue, counted, tiles, (dots.at(0), pointer(origin)), dweights);
+    Ok(())
 }
 
 /// `dw[e] (+)= dyᵀ · x` over the rows of group e.

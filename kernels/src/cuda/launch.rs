@@ -11,17 +11,25 @@ pub(super) struct Grid {
     pub threads: u32,
     /// Dynamic shared memory of a block; above 48 KiB the kernel's limit is raised at its first launch.
     pub shared_bytes: u32,
+    /// Whether blocks may take their places while the kernel before ends, where the GPU can do that. The kernel waits for it by itself
+    /// (`after_the_kernel_before` in cuda/common.cuh).
+    pub early: bool,
 }
 
 impl Grid {
     /// One-dimensional.
     pub(super) fn new(blocks: usize, threads: u32) -> Self {
-        Self { blocks: (blocks as u32, 1, 1), threads, shared_bytes: 0 }
+        Self { blocks: (blocks as u32, 1, 1), threads, shared_bytes: 0, early: false }
     }
 
     /// With dynamic shared memory.
     pub(super) fn shared(self, bytes: usize) -> Self {
         Self { shared_bytes: bytes as u32, ..self }
+    }
+
+    /// See [`Grid::early`].
+    pub(super) fn early(self) -> Self {
+        Self { early: true, ..self }
     }
 
     /// Enough blocks for `n` elements, but no more than keep the GPU full: the kernel strides over the rest.

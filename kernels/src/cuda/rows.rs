@@ -192,6 +192,21 @@ fn weighted_grad<A: CudaAct>(
     );
 }
 
+/// `dweights[origin[i]]` = the sum of row i of `dots`, `[N, parts]`, ascending. The addresses are those of `dots` and `origin`.
+pub(super) fn sum_dots<A: CudaAct>(
+    queue: &Cuda<A>,
+    rows: Rows<'_, Cuda<A>>,
+    parts: usize,
+    (dots, origin): (u64, u64),
+    dweights: ViewMut<'_, Cuda<A>, f32>,
+) {
+    let grid = Grid::new(rows.bound.div_ceil(THREADS as usize), THREADS);
+    launch!(
+        queue, "sum_dots", grid;
+        rows.bound as i32, pointer_or_null(rows.count), parts as i32, dots, origin, pointer_mut(dweights)
+    );
+}
+
 /// See [`crate::ExpertOps::scatter_choices`].
 pub(super) fn scatter_choices<A: CudaAct>(
     queue: &Cuda<A>,

@@ -82,6 +82,22 @@ pub struct CombineDims {
     pub width: usize,
 }
 
+/// What a weighted SwiGLU's backward pass works from beside its gradient, and what it makes; see [`ExpertOps::weighted_swiglu_grad`].
+pub struct WeightedSwiglu<'a, D: Device> {
+    /// `[N]`: which weight is each row's.
+    pub origin: View<'a, D, i32>,
+    /// The weights.
+    pub weights: View<'a, D, f32>,
+    /// `[N, 2F]`: gate and up.
+    pub h: View<'a, D, D::Act>,
+    /// `[N, 2F]`: its gradient.
+    pub dh: ViewMut<'a, D, D::Act>,
+    /// `[N, F]`: weighted activations.
+    pub a: ViewMut<'a, D, D::Act>,
+    /// The weights' gradients.
+    pub dweights: ViewMut<'a, D, f32>,
+}
+
 /// Shuffle plans, row movement and grouped GEMM, with backward passes.
 pub trait ExpertOps: Device {
     /// Plans the shuffle of `ids[T, k]` (−1: not sent) with `weights[T, k]`. A token whose choices are all −1 gets no row.
@@ -225,6 +241,20 @@ pub trait ExpertOps: Device {
         dy: View<'_, Self, Self::Act>,
         w: View<'_, Self, Self::Act>,
         dx: ViewMut<'_, Self, Self::Act>,
+    );
+    /// The experts' backward pass down to their projections: [`ExpertOps::grouped_linear_grad_input`] of `dy` and the down projection `w`
+    /// gives `da`, and [`ExpertOps::weighted_swiglu_grad`] the rest. `dims.k` is F. `da[N, F]` is anything afterwards: where both are one
+    /// kernel it does not leave the multiprocessor.
+    #[allow(clippy::too_many_arguments)] // two operations in one
+    fn grouped_linear_grad_swiglu(
+        &self,
+        rows: Rows<'_, Self>,
+        dims: GroupedDims,
+        offsets: View<'_, Self, i32>,
+        dy: View<'_, Self, Self::Act>,
+        w: View<'_, Self, Self::Act>,
+        da: ViewMut<'_, Self, Self::Act>,
+        swiglu: WeightedSwiglu<'_, Self>,
     );
     /// `dw[e] (+)= dyᵀ · x` over the rows of group e; of an empty group that is 0.
     #[allow(clippy::too_many_arguments)] // the operands of one product

@@ -12,7 +12,7 @@ mod routing;
 
 pub use attention::{AttentionDims, AttentionOps, RotaryDirection};
 pub use dense::{Accumulate, ActivationKind, DenseOps, GemmDims, NormDims, Rows};
-pub use expert::{CombineDims, ExpandPlan, ExpertOps, GroupedDims, ShuffleDims, ShufflePlan};
+pub use expert::{CombineDims, ExpandPlan, ExpertOps, GroupedDims, ShuffleDims, ShufflePlan, WeightedSwiglu};
 pub use logits::{Fold, LogitOps, Places, RandomFactor};
 pub use loss::LossOps;
 pub(crate) use optimizer::AdamWFactors;
