@@ -24,7 +24,6 @@ pub(super) struct Costs<'a>(pub(super) &'a Setting<'a>);
 pub(super) struct CostReport {
     preset: String,
     device: String,
-    threads: usize,
     commit: String,
     gates: Vec<Cost>,
 }
@@ -48,9 +47,9 @@ impl OnDevice for Costs<'_> {
         let session = Session::new(setting, queue)?;
         let mut gates = Vec::new();
         for (row, config) in &setting.configured {
-            let ran = session.train(config, || {})?;
-            let ran = ran.map_err(|reason| Failure::new(Code::Internal, format!("{}: {reason}", row.name)))?;
-            let timed = &ran.steps[WARMUP.min(ran.steps.len() - 1)..];
+            let ran = session.train(config, || {}, |_| Ok(()))?;
+            let (steps, ()) = ran.map_err(|reason| Failure::new(Code::Internal, format!("{}: {reason}", row.name)))?;
+            let timed = &steps[WARMUP.min(steps.len() - 1)..];
             let middle = |of: fn(&Noted) -> f64| median(&mut timed.iter().map(of).collect::<Vec<_>>());
             let (layers_ms, route_ms) = (middle(Noted::layer_ms), middle(|step| step.ms(Stage::Route)));
             let plan_ms = plan_ms(session.queue(), config)?;
@@ -59,7 +58,6 @@ impl OnDevice for Costs<'_> {
         Ok(CostReport {
             preset: setting.args.preset().to_owned(),
             device: setting.device.describe(),
-            threads: rayon::current_num_threads(),
             commit: commit(),
             gates,
         })
@@ -96,8 +94,8 @@ fn plan_ms<B: Ranked>(device: &B, config: &Config) -> Result<f64, Failure> {
 
 impl CostReport {
     pub(super) fn show(&self) -> Result<(), Failure> {
-        let Self { preset, device, threads, commit, gates } = self;
-        say!("{preset} on {device}, {threads} threads, commit {commit}; ms a step, all MoE layers")?;
+        let Self { preset, device, commit, gates } = self;
+        say!("{preset} on {device}, commit {commit}; ms a step, all MoE layers")?;
         say!("{:<18}{:>10}{:>10}{:>10}{:>16}", "gate", "layers", "route", "plan", "route and plan")?;
         for Cost { name, layers_ms, route_ms, plan_ms, share } in gates {
             say!("{name:<18}{layers_ms:>10.2}{route_ms:>10.2}{plan_ms:>10.2}{:>14.1} %", 100.0 * share)?;

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::super::measure::{commit, median};
 use super::Setting;
-use super::session::{Noted, Ran, Session, WARMUP};
+use super::session::{InTraining, Noted, Session, WARMUP};
 use crate::out::say;
 
 /// Trains every gate from every seed.
@@ -96,20 +96,19 @@ struct Figures {
 }
 
 impl Figures {
-    /// None: nothing was held out.
-    fn of(Ran { steps, val_loss }: &Ran) -> Option<Self> {
+    fn of(steps: &[Noted], val_loss: f64) -> Self {
         let last = &steps[steps.len() - steps.len().div_ceil(10)..];
         let mean = |of: fn(&Noted) -> f64| last.iter().map(of).sum::<f64>() / last.len() as f64;
         let timed = &steps[WARMUP.min(steps.len() - 1)..];
         let middle = |of: fn(&Noted) -> f64| median(&mut timed.iter().map(of).collect::<Vec<_>>());
-        Some(Self {
-            val_loss: (*val_loss)?,
+        Self {
+            val_loss,
             busiest: mean(|step| step.busiest),
             dropped: mean(|step| step.dropped),
             entropy: mean(|step| step.entropy),
             tokens_per_s: middle(|step| step.tokens_per_s),
             route_share: middle(|step| step.ms(Stage::Route) / step.layer_ms()),
-        })
+        }
     }
 }
 
@@ -129,8 +128,8 @@ impl OnDevice for Losses<'_> {
                 bar.set_message(format!("{}, seed {seed}", row.name));
                 let mut config = config.clone();
                 config.train.seed = seed;
-                match session.train(&config, || bar.inc(1))? {
-                    Ok(ran) => runs.push(Figures::of(&ran).ok_or_else(nothing_held_out)?),
+                match session.train(&config, || bar.inc(1), InTraining::<B>::evaluate)? {
+                    Ok((steps, val_loss)) => runs.push(Figures::of(&steps, val_loss.ok_or_else(nothing_held_out)?)),
                     Err(reason) => failed = Some(format!("seed {seed}: {reason}")),
                 }
             }

@@ -8,7 +8,7 @@ use moe_runtime::data::Loader;
 use moe_runtime::exit::Failure;
 use moe_runtime::stages::Stage;
 use moe_runtime::topology::Rank;
-use moe_runtime::training::{Requests, StepError};
+use moe_runtime::training::{Requests, StepError, Trainer};
 use moe_runtime::worker::{Ranked, build, grid_of};
 
 use super::super::ranks::connect;
@@ -42,13 +42,8 @@ impl Noted {
     }
 }
 
-/// One run.
-pub(super) struct Ran {
-    /// Every step.
-    pub(super) steps: Vec<Noted>,
-    /// Loss on the held-out text after the last; None: there is no such text.
-    pub(super) val_loss: Option<f64>,
-}
+/// What trains on a device.
+pub(super) type InTraining<B> = Trainer<B, <B as Ranked>::Group, Loader>;
 
 /// The ranks, connected on a device.
 pub(super) struct Session<'a, B: Ranked> {
@@ -67,9 +62,14 @@ impl<'a, B: Ranked> Session<'a, B> {
         &self.queue
     }
 
-    /// Trains a model of `config` from its seed on, and tells of each step to `each`. A loss that is no number is an outcome of its own,
-    /// in words.
-    pub(super) fn train(&self, config: &Config, each: impl Fn()) -> Result<Result<Ran, String>, Failure> {
+    /// Trains a model of `config` from its seed on, tells of each step to `each`, and adds what `finish` makes of the trained model. A loss
+    /// that is no number is an outcome of its own, in words.
+    pub(super) fn train<T>(
+        &self,
+        config: &Config,
+        each: impl Fn(),
+        finish: impl FnOnce(&mut InTraining<B>) -> Result<T, StepError>,
+    ) -> Result<Result<(Vec<Noted>, T), String>, Failure> {
         let Setting { world, corpus, device, .. } = self.setting;
         let (rank, ranks) = world.place();
         let grid = grid_of(config, ranks)?;
@@ -98,6 +98,7 @@ impl<'a, B: Ranked> Session<'a, B> {
             });
             each();
         }
-        Ok(Ok(Ran { steps, val_loss: trainer.evaluate().map_err(told)? }))
+        let finished = finish(&mut trainer).map_err(told)?;
+        Ok(Ok((steps, finished)))
     }
 }
