@@ -16,8 +16,9 @@
 // stages of 64 deep tiles. Blocks are persistent (schedule in grouped_schedule.cuh): the copies of the next tile run under the epilogue of
 // this one, and a finished tile of rows leaves while the next one's products run. The order of sums is fixed: depth ascending.
 // Versions: rows stored from the accumulators before the next tile begins (qwen3-up 1.70 ms with swiglu) → rounded, kept in registers and
-// stored under the next tile's first products (1.47 ms) → spread over all of them (VVV ms). grad_swiglu: h read a part ahead into registers,
-// which waits for it (1.32 ms for qwen3's, two kernels 1.08) → into shared memory, two parts ahead (WWW ms).
+// stored under the next tile's first products (1.46 ms) → spread over all of them (1.24 ms). grad_swiglu of the same layer: two kernels
+// 1.08 ms; h read a part ahead into registers, which waits for it (1.32 ms) → into shared memory, two parts ahead (1.00 ms). Nothing of the
+// loop over depth may spill: one load of local memory in it costs a third of the kernel's time.
 
 #include "copies.cuh"
 #include "gelu.cuh"

@@ -168,9 +168,9 @@ impl<A: CudaAct> ExpertOps for Cuda<A> {
         dy: View<'_, Self, A>,
         w: View<'_, Self, A>,
         mut da: ViewMut<'_, Self, A>,
-        swiglu: WeightedSwiglu<'_, Self>,
+        mut swiglu: WeightedSwiglu<'_, Self>,
     ) {
-        if let Err(swiglu) = grouped::grad_swiglu(self, rows, dims, offsets, (dy, w), swiglu) {
+        if !grouped::grad_swiglu(self, rows, dims, offsets, (dy, w), &mut swiglu) {
             let WeightedSwiglu { origin, weights, h, dh, a, dweights } = swiglu;
             self.grouped_linear_grad_input(dims, offsets, dy, w, da.reborrow());
             self.weighted_swiglu_grad(rows, dims.k, origin, weights, da.as_view(), h, dh, a, dweights);

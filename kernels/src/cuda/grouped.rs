@@ -126,24 +126,25 @@ pub(super) fn grad_input<A: CudaAct>(
     launch!(queue, "grouped_grad_input_sm90", hopper(queue); dy, w, offsets, groups, k, n, dx);
 }
 
-/// [`grad_input`] with the gradient of the weighted SwiGLU in front. None of it is done, and what was given comes back, where the Hopper
-/// kernel cannot do both at once.
-pub(super) fn grad_swiglu<'a, A: CudaAct>(
+/// [`grad_input`] with the gradient of the weighted SwiGLU in front. None of it is done, and false comes back, where the Hopper kernel
+/// cannot do both at once.
+pub(super) fn grad_swiglu<A: CudaAct>(
     queue: &Cuda<A>,
     counted: Rows<'_, Cuda<A>>,
     dims: GroupedDims,
     offsets: View<'_, Cuda<A>, i32>,
     (dy, w): (View<'_, Cuda<A>, A>, View<'_, Cuda<A>, A>),
-    swiglu: WeightedSwiglu<'a, Cuda<A>>,
-) -> Result<(), WeightedSwiglu<'a, Cuda<A>>> {
+    swiglu: &mut WeightedSwiglu<'_, Cuda<A>>,
+) -> bool {
     let rows = check(dims, offsets.len(), dy.len(), dims.n, w.len());
     let (bound, f) = (counted.bound, dims.k);
     let (dy, w, h) = (pointer(dy), pointer(w), pointer(swiglu.h));
     let aligned = [h, pointer(swiglu.dh.as_view()), pointer(swiglu.a.as_view())].iter().all(|at| at.is_multiple_of(16));
     if !on_hopper(queue, dims, [dy, w, h]) || !aligned {
-        return Err(swiglu);
+        return false;
     }
     let WeightedSwiglu { origin, weights, h: saved, dh, a, dweights } = swiglu;
+    let (origin, weights) = (*origin, *weights);
     holds("origin", origin.len(), bound);
     holds("h", saved.len(), bound * 2 * f);
     holds("dh", dh.len(), bound * 2 * f);
@@ -151,14 +152,14 @@ pub(super) fn grad_swiglu<'a, A: CudaAct>(
     holds("dweights", dweights.len(), weights.len());
     let maps = matrix(queue, dy, [rows, dims.n], [128, 64]).zip(matrix(queue, w, [dims.experts * dims.n, f], [64, 64]));
     let tiles = f.div_ceil(HOPPER_COLUMNS);
-    let Some(((dy, w), dots)) = maps.zip(queue.scratch(bound * tiles * f32::BYTES)) else { return Ok(()) };
+    let Some(((dy, w), dots)) = maps.zip(queue.scratch(bound * tiles * f32::BYTES)) else { return true };
     launch!(
         queue, "grouped_grad_swiglu_sm90", hopper(queue);
         dy, w, pointer(offsets), dims.experts as i32, f as i32, dims.n as i32, h, pointer(origin), pointer(weights),
-        pointer_mut(dh), pointer_mut(a), dots.at(0)
+        pointer_mut(dh.reborrow()), pointer_mut(a.reborrow()), dots.at(0)
     );
-    rows::sum_dots(queue, counted, tiles, (dots.at(0), pointer(origin)), dweights);
-    Ok(())
+    rows::sum_dots(queue, counted, tiles, (dots.at(0), pointer(origin)), dweights.reborrow());
+    true
 }
 
 /// `dw[e] (+)= dyᵀ · x` over the rows of group e.
