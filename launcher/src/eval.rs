@@ -100,6 +100,7 @@ pub(crate) fn run(args: &EvalArgs) -> Result<ExitCode, Failure> {
         texts.push((name, path, EvalText { tokens: limit.min(text.tokens), ..text }));
     }
     let device = Device::choose_alone(args.device, Precision::Auto)?;
+    device.check(place.configs())?;
     let measured = device.visit(Measuring { place: &place, window, texts })?;
     let mut out = String::new();
     if args.json {

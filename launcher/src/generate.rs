@@ -68,6 +68,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<ExitCode, Failure> {
         return Err(Failure::new(Code::Usage, "--prompt: give at least one character to continue"));
     }
     let device = Device::choose_alone(args.device, Precision::Auto)?;
+    device.check(place.configs())?;
     device.visit(Writing { args, place: &place, tokenizer: tokenizer.as_ref(), prompt: &prompt })
 }
 

@@ -6,12 +6,13 @@
 mod support;
 
 use moe_kernels::Cpu;
-use moe_runtime::collectives::{Communicator, local};
+use moe_runtime::collectives::{Communicator, Context, Groups, local};
 use moe_runtime::config::Config;
 use moe_runtime::data::{Corpus, Tokens};
-use moe_runtime::model::BlockNorm;
+use moe_runtime::model::{BlockNorm, LogitsOf, PassTokens};
 use moe_runtime::routing::BalanceScope;
 use moe_runtime::telemetry::StepMetrics;
+use moe_runtime::topology::Grid;
 use support::gates::{GATES, LIMITS, gate_named};
 use support::training::{ALONE, Ranks, assert_same_curve, small, take_steps, text, train, train_prepared, trainer};
 
@@ -217,4 +218,60 @@ fn the_selection_bias_is_saved_and_restored() {
         trainer.model.selection_biases().unwrap()
     });
     assert!(restored.iter().all(|biases| *biases == saved[0]), "{restored:?} {saved:?}");
+}
+
+/// What is written by ranks that share out layers of 4 and of 12 experts is one model, selection biases included.
+#[test]
+fn a_pyramids_checkpoint_opens_under_any_layout_and_goes_on_the_same() {
+    let corpus = text();
+    let mut config = biased();
+    config.model.experts_by_layer = vec![4, 12];
+    let at_a_stretch = train(&config, &corpus, ALONE, 5);
+    let dir = tempfile::tempdir().unwrap();
+    let store = moe_runtime::checkpoint::Store::new(dir.path(), 0);
+    local::run(2, |world| {
+        let mut trainer = trainer(&config, &corpus, world, 2);
+        take_steps(&mut trainer, 1..=3);
+        trainer.save(&store, 3, serde_json::Value::Null).unwrap();
+    });
+    let checkpoint = store.latest().unwrap().unwrap();
+    for layout in [ranks(4, 4), ranks(4, 2), ALONE] {
+        let found = local::run(layout.world, |world| {
+            let mut trainer = trainer(&config, &corpus, world, layout.ep);
+            assert_eq!(trainer.restore(&checkpoint).unwrap().step, 3);
+            take_steps(&mut trainer, 4..=5)
+        });
+        assert_same_curve(&format!("pyramid, {layout:?}"), &found[0], &at_a_stretch[3..], FIRST * 10.0, LATER);
+    }
+}
+
+/// In evaluation nothing that comes later changes what came before, whatever the gate does in training.
+#[test]
+fn no_gate_looks_ahead_in_evaluation() {
+    const LENGTH: usize = 24;
+    let corpus = text();
+    for gate in GATES {
+        for limit in LIMITS {
+            let mut config = small();
+            gate.choose(&mut config);
+            limit.choose(&mut config);
+            let logits = local::run(1, |world| {
+                let mut trainer = trainer(&config, &corpus, world, 1);
+                let groups = Groups::of_grid::<Cpu>(local::solo(Context::default()), &Grid::new(1, 1, 12).unwrap());
+                let groups = groups.unwrap();
+                [7, 11].map(|step: usize| {
+                    let later = |i: usize| if i < LENGTH / 2 { (5 * i % 90) as i32 } else { (step * i % 90) as i32 };
+                    let inputs: Vec<i32> = (0..LENGTH).map(later).collect();
+                    let pass = PassTokens::of_inputs(&inputs, LENGTH);
+                    trainer.model.read_logits(&groups, pass, LogitsOf::All).unwrap()
+                })
+            })
+            .swap_remove(0);
+            let half = logits[0].len() / 2;
+            let worst =
+                logits[0][..half].iter().zip(&logits[1][..half]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(worst < 1e-5, "{}, {limit:?}: what comes later moves logits by {worst:e}", gate.name);
+            assert_ne!(logits[0][half..], logits[1][half..], "{}", gate.name);
+        }
+    }
 }

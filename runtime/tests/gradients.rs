@@ -252,7 +252,7 @@ fn gradients_are_those_of_the_objective_for_every_gate_and_limit() {
 fn gradients_are_those_of_the_objective_for_every_loss() {
     type Weigh = fn(&mut RouterConfig);
     let losses: [(&str, Weigh); 5] = [
-        ("importance", |c| c.importance_coefficient = Some(0.3)),
+        ("importance", |c| c.mass_coefficient = 0.3),
         ("devices", |c| (c.device_coefficient, c.device_groups) = (0.5, 3)),
         ("difference", |c| c.difference_coefficient = 2.0),
         ("entropy", |c| c.entropy_coefficient = 0.3),
@@ -290,6 +290,10 @@ fn gradients_are_those_of_the_objective_with_other_numbers_of_experts_by_layer()
             config.model.ffn_size = 12;
             config.model.experts_by_layer = vec![3, 6];
             (config.router.device_coefficient, config.router.device_groups) = (0.2, 3);
+            // A group of the small layer is one expert.
+            if config.router.expert_groups > 1 {
+                config.router.groups_per_token = 2;
+            }
             config.router.difference_coefficient = 0.5;
             config.router.balance_scope = scope;
             check(&format!("{}, 3 and 6 experts, {scope:?}", gate.name), &config);

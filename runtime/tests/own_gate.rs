@@ -143,6 +143,15 @@ fn a_gate_of_ones_own_trains_as_the_runtimes_under_any_layout_with_capacity_and_
 }
 
 #[test]
+fn ranks_without_tokens_are_ordinary_for_a_gate_of_ones_own() {
+    let mut config = small();
+    (config.router.kind, config.train.global_batch) = (RouterKind::SoftmaxTopk, 2);
+    let expected = train(&config, &text(), ALONE, 4);
+    let found = own(&config, Ranks { world: 4, ep: 4 }, 4);
+    assert_same_curve("own gate, two ranks without tokens", &found, &expected, 1e-5, 1e-3);
+}
+
+#[test]
 fn a_program_without_a_gate_says_so() {
     let custom = RouterConfig { kind: RouterKind::Custom, ..RouterConfig::default() };
     let refusal = check_own_gate(&custom, None).unwrap_err();

@@ -115,7 +115,7 @@ fn measure(args: &TrainArgs, world: &World) -> Result<Report, Failure> {
     set_threads(&config, world)?;
     let grid = grid_of(&config, ranks)?;
     let device = Device::choose(args.device, config.train.precision, world)?;
-    device.check(&config)?;
+    device.check((&config.model, &config.router))?;
     device.visit(Measure { args, config: &config, world, grid, device: &device })
 }
 

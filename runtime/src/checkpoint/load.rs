@@ -200,7 +200,7 @@ impl<'a> Reader<'a> {
             if let Some(id) = names::part_id(model.family, &tensor.name)
                 && let (PartKind::RouterBias, Some(layer)) = (id.kind, id.layer)
             {
-                biases.push((layer, self.read(&tensor.name, &[model.experts])?));
+                biases.push((layer, self.read(&tensor.name, &[model.experts_in(layer)])?));
             }
         }
         Ok(biases)

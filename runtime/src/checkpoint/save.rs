@@ -116,10 +116,10 @@ fn plan<'a, B: Device>(state: &'a TrainingState<'_, B>, grid: &Grid, rank: Rank)
         let mut add = |file: String, name: String, source| {
             files.entry(file).or_default().push(Planned { name, shape: part.shape.clone(), source });
         };
-        let optimizer = file_of("optimizer", part.id);
+        let optimizer = file_of("optimizer", state.model, part.id);
         add(optimizer.clone(), format!("{FIRST_MOMENT}{name}"), Source::FirstMoment(part));
         add(optimizer, format!("{SECOND_MOMENT}{name}"), Source::SecondMoment(part));
-        add(file_of("model", part.id), name, Source::Parameter(part));
+        add(file_of("model", state.model, part.id), name, Source::Parameter(part));
     }
     if rank == Rank(0) {
         let file = files.entry("model.safetensors".to_owned()).or_default();
@@ -132,10 +132,15 @@ fn plan<'a, B: Device>(state: &'a TrainingState<'_, B>, grid: &Grid, rank: Rank)
     files
 }
 
-/// The file of a part among those whose names begin with `prefix`.
-pub(super) fn file_of(prefix: &str, id: PartId) -> String {
-    let of_expert = id.expert.map_or(String::new(), |expert| format!(".expert-{expert:05}"));
-    format!("{prefix}{of_expert}.safetensors")
+/// The file of a part of `model` among those whose names begin with `prefix`: one an expert, which one rank has in all layers; where layers have
+/// different numbers of experts, one a layer and expert.
+pub(super) fn file_of(prefix: &str, model: &ModelConfig, id: PartId) -> String {
+    let uneven = model.layer_experts().iter().any(|&experts| experts != model.experts);
+    match (id.expert, id.layer.filter(|_| uneven)) {
+        (None, _) => format!("{prefix}.safetensors"),
+        (Some(expert), None) => format!("{prefix}.expert-{expert:05}.safetensors"),
+        (Some(expert), Some(layer)) => format!("{prefix}.layer-{layer:05}.expert-{expert:05}.safetensors"),
+    }
 }
 
 fn write_files<B: Device>(

@@ -150,7 +150,8 @@ impl Config {
         let reason = match &error {
             TopologyError::NoExperts { .. } => error.to_string(),
             error => format!(
-                "must divide both the {world} ranks and model.experts = {experts}; nearest that do: {:?}",
+                "must divide both the {world} ranks and {}; nearest that do: {:?}",
+                self.model.experts_in_words(),
                 error.nearest()
             ),
         };

@@ -69,6 +69,8 @@ impl std::ops::AddAssign for ShuffledRows {
 pub struct Shuffle<B: Backend> {
     dims: ShuffleDims,
     hidden_size: usize,
+    /// See [`Shuffle::bound_choices`].
+    most_choices: usize,
     /// What goes to each rank and what comes from it; None for a lone rank.
     journey: Option<Journey<B>>,
     /// `[W]`.
@@ -100,6 +102,7 @@ impl<B: Backend> Shuffle<B> {
         Ok(Self {
             dims,
             hidden_size,
+            most_choices: usize::MAX,
             journey: (dims.ranks > 1).then(journey).transpose()?,
             recv_counts: list("shuffle receive counts", dims.ranks)?,
             received: list("number of rows received", 1)?,
@@ -110,6 +113,11 @@ impl<B: Backend> Shuffle<B> {
             crossed: ShuffledRows::default(),
             extra_rounds: 0,
         })
+    }
+
+    /// Promises that no more than `most` of this rank's choices are carried out, where that is fewer than there are places for.
+    pub fn bound_choices(&mut self, most: usize) {
+        self.most_choices = most;
     }
 
     /// Plans where the tokens of chunk `chunk` of `chunks` go. All chunks of a layer are planned before [`ShuffleScratch::settle`].
@@ -190,7 +198,7 @@ impl<B: Backend> Shuffle<B> {
     fn expand(&mut self, device: &B, round: usize, kept: View<'_, B, i32>) -> Result<(), DeviceError> {
         let (k, local, t) = (self.dims.top_k, self.dims.local_experts(), self.dims.tokens);
         let (received, expanded) = self.coming(round);
-        let room = self.journey.as_ref().map_or(Room { rows: t, expanded: t * k }, Journey::room);
+        let room = self.journey.as_ref().map_or(Room { rows: t, expanded: self.most_expanded(t) }, Journey::room);
         self.slots.reserve(device, room.rows * k)?;
         self.source.reserve(device, room.expanded)?;
         self.origin.reserve(device, room.expanded)?;
@@ -216,10 +224,15 @@ impl<B: Backend> Shuffle<B> {
         Ok(())
     }
 
+    /// The most choices of `t` tokens that are carried out.
+    fn most_expanded(&self, t: usize) -> usize {
+        (t * self.dims.top_k).min(self.most_choices)
+    }
+
     /// Rows that come in a round, and what they expand to at most.
     fn coming(&self, round: usize) -> (usize, usize) {
         let t = self.dims.tokens;
-        self.journey.as_ref().map_or((t, t * self.dims.top_k), |journey| journey.coming(round))
+        self.journey.as_ref().map_or((t, self.most_expanded(t)), |journey| journey.coming(round))
     }
 
     /// The expanded rows themselves, into `x_NH`: the tokens that the shuffle was planned for, or what arrived for them.

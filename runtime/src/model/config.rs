@@ -198,6 +198,14 @@ impl ModelConfig {
         self.moe_layers().map(|layer| self.experts_in(layer)).collect()
     }
 
+    /// The keys that say how many experts there are, with their values.
+    pub fn experts_in_words(&self) -> String {
+        match self.experts_by_layer.is_empty() {
+            true => format!("model.experts = {}", self.experts),
+            false => format!("each of model.experts_by_layer = {:?}", self.experts_by_layer),
+        }
+    }
+
     /// What EP must divide: every MoE block's experts; 0: there are none.
     pub fn divisible_experts(&self) -> usize {
         self.layer_experts().into_iter().fold(0, gcd)

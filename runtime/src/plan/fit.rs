@@ -92,7 +92,9 @@ fn sharded(job: &Job) -> Vec<(String, Job)> {
 
 /// Larger expert groups on the same ranks.
 fn larger_groups(job: &Job) -> Vec<(String, Job)> {
-    let grids = (job.grid.ep() + 1..=job.world()).filter_map(|ep| Grid::new(job.world(), ep, job.grid.experts()).ok());
+    let divisible = job.config.model.divisible_experts();
+    let legal = (job.grid.ep() + 1..=job.world()).filter(|&ep| Grid::new(job.world(), ep, divisible).is_ok());
+    let grids = legal.filter_map(|ep| Grid::new(job.world(), ep, job.grid.experts()).ok());
     let changed = |grid: Grid| {
         let mut changed = Job { grid, ..job.clone() };
         changed.config.parallel.ep = Some(grid.ep());
@@ -107,8 +109,9 @@ fn more_ranks(job: &Job) -> Vec<(String, Job)> {
     let changed = |times: usize| {
         let world = job.world() * times;
         // Ranks beyond the batch would have nothing to do.
-        let grid =
-            Grid::automatic(world, job.grid.experts()).ok().filter(|_| world <= job.config.train.global_batch)?;
+        let divisible = Grid::automatic(world, job.config.model.divisible_experts());
+        let ep = divisible.ok().filter(|_| world <= job.config.train.global_batch)?.ep();
+        let grid = Grid::new(world, ep, job.grid.experts()).ok()?;
         let mut changed = Job { grid, ..job.clone() };
         let mut change = match job.numbers == Numbers::GPU {
             true => format!("--nodes {}", changed.nodes()),

@@ -79,7 +79,10 @@ fn parameters(job: &Job, layout: &Layout, tally: &mut Tally) {
 fn rows(job: &Job) -> Rows {
     let tokens = job.routed_tokens() as f64 / job.config.parallel.chunks as f64;
     let sent = tokens * job.grid.ep() as f64 * job.visit_probability();
-    let expanded = tokens * job.config.model.top_k as f64;
+    let c = &job.config.model;
+    // Where experts choose, each rounds up.
+    let rounded = if job.config.router.slots(c.top_k, c.experts) > c.top_k { c.experts } else { 0 };
+    let expanded = tokens * c.top_k as f64 + rounded as f64;
     let headroom = if job.grid.ep() > 1 { job.config.parallel.receive_headroom } else { 1.0 };
     Rows { sent, received: sent * headroom, expanded: expanded * headroom }
 }

@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::{Job, StepRows};
 use crate::collectives::volume;
 use crate::model::complete_after;
-use crate::routing::{BalanceScope, RouterKind};
+use crate::routing::BalanceScope;
 use crate::topology::Rank;
 use crate::training::gaps;
 
@@ -164,7 +164,13 @@ fn balance(job: &Job, rank: Rank, add: &mut Add<'_>) {
     }
     let (world, layers, experts) = (job.world(), job.moe_layers(), job.config.model.experts);
     let mut each_pass = volume::all_reduce(layers * experts, 4, world, rank.0);
-    if job.config.router.kind == RouterKind::NoisyTopk {
+    let router = &job.config.router;
+    let of_means = [router.mass_coefficient, router.difference_coefficient, router.batch_entropy_coefficient];
+    if !router.is_noisy() && of_means.iter().any(|&coefficient| coefficient > 0.0) {
+        // Probabilities as well as loads.
+        each_pass *= 2;
+    }
+    if router.is_noisy() {
         each_pass += 2 * layers as u64 * volume::all_reduce(experts, 4, world, rank.0);
     }
     add(Purpose::Metadata, ("world", "all_reduce"), (job.passes() as u64 * each_pass) as f64);

@@ -92,11 +92,12 @@ pub struct RouterConfig {
     pub balance_pooled: bool,
     /// Factor of the z-loss (ST-MoE) in the objective; 0: none.
     pub z_coefficient: f32,
-    /// Factor of cv²(importance), of summed weights with `noisy-topk` and of summed probabilities otherwise; absent: 0.01 with
-    /// `noisy-topk`, else 0.
-    pub importance_coefficient: Option<f32>,
+    /// Factor of cv²(importance), of summed weights (`noisy-topk`).
+    pub importance_coefficient: f32,
     /// Factor of cv²(load) (`noisy-topk`).
     pub load_coefficient: f32,
+    /// Factor of cv² of summed probabilities (gates without noise); 0: none.
+    pub mass_coefficient: f32,
     /// Factor of the balance loss over groups of experts (DeepSeekMoE's devices); 0: none.
     pub device_coefficient: f32,
     /// Groups of neighbouring experts that it evens out.
@@ -183,8 +184,9 @@ impl Default for RouterConfig {
             balance_scope: BalanceScope::MicroBatch,
             balance_pooled: false,
             z_coefficient: 0.0,
-            importance_coefficient: None,
+            importance_coefficient: 0.01,
             load_coefficient: 0.01,
+            mass_coefficient: 0.0,
             device_coefficient: 0.0,
             device_groups: 1,
             difference_coefficient: 0.0,
@@ -222,9 +224,9 @@ impl RouterConfig {
         self.kind == RouterKind::NoisyTopk
     }
 
-    /// Factor of cv²(importance).
+    /// Factor of cv²(importance): of weights or, without noise, of probabilities.
     pub fn importance(&self) -> f32 {
-        self.importance_coefficient.unwrap_or(if self.is_noisy() { 0.01 } else { 0.0 })
+        if self.is_noisy() { self.importance_coefficient } else { self.mass_coefficient }
     }
 
     /// Numbers that the router's last matrix gives for a token of `experts` experts; 0: there is no matrix.
@@ -243,8 +245,8 @@ impl RouterConfig {
 
     /// Whether in training a token's choices depend on tokens behind it.
     pub fn looks_ahead(&self) -> bool {
-        let by_probability = self.capacity_factor.is_some() && self.overflow == Overflow::Probability;
-        matches!(self.kind, RouterKind::ExpertChoice | RouterKind::Sinkhorn) || by_probability
+        let over_all = self.capacity_factor.is_some() && self.overflow != Overflow::Position;
+        matches!(self.kind, RouterKind::ExpertChoice | RouterKind::Sinkhorn) || over_all
     }
 
     /// What is left of noise in the step after `step` steps: 1 to 0.

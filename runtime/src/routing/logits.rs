@@ -55,7 +55,8 @@ impl<B: Backend> LogitsPath<B> {
     pub(super) fn new(device: &B, shape: &RouterShape, seed: u64, layer: usize) -> Result<Self, DeviceError> {
         Ok(Self {
             logits: GateForm::of(&shape.config).logits,
-            stream: stream(seed, layer, Purpose::Hash),
+            // Of no run's seed: a model is read without its run as well.
+            stream: stream(0, layer, Purpose::Hash),
             input: RouterInput::new(device, shape, seed, layer)?,
             raw: Slot::new(device, "router logits before they are folded")?,
             draw: Slot::new(device, "router logit gradients before they were folded")?,

@@ -103,8 +103,30 @@ impl<B: Backend> OwnGate<B> {
         self.weights.resize(weights.len(), 0.0);
         let choices = Choices { ids: &mut self.ids, weights: &mut self.weights };
         self.gate.choose(pass, &self.logits, choices);
+        self.check(pass)?;
         device.upload(&self.ids, ids);
         device.upload(&self.weights, weights);
+        Ok(())
+    }
+
+    /// Refuses choices that no expert could carry out.
+    fn check(&self, pass: GatePass) -> Result<(), DeviceError> {
+        let GateDims { experts, top_k, .. } = pass.dims;
+        for (t, (ids, weights)) in self.ids.chunks(top_k.max(1)).zip(self.weights.chunks(top_k.max(1))).enumerate() {
+            for (j, (&id, &weight)) in ids.iter().zip(weights).enumerate() {
+                let twice = id >= 0 && ids[..j].contains(&id);
+                if id < -1 || id >= experts as i32 || twice || !weight.is_finite() {
+                    let found = if twice { "that expert a second time".to_owned() } else { format!("weight {weight}") };
+                    return Err(DeviceError::Fault {
+                        device: format!("the gate {:?}", self.gate),
+                        operation: "choose".into(),
+                        reason: format!(
+                            "token {t}, choice {j}: expert {id} of {experts}, {found}; routing::kit::faults finds such faults"
+                        ),
+                    });
+                }
+            }
+        }
         Ok(())
     }
 

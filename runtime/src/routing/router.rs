@@ -316,7 +316,8 @@ impl<B: Backend> Router<B> {
             pass.training.then_some(fair)
         } else {
             let config = &self.shape.config;
-            let policy = config.overflow.into();
+            // In evaluation nothing that comes later decides.
+            let policy = if pass.training { config.overflow.into() } else { CapacityPolicy::Position };
             config.capacity(t, (k, e), pass.training_step()).map(|per_expert| Capacity { per_expert, policy })
         };
         let Some(capacity) = capacity else {
@@ -331,7 +332,7 @@ impl<B: Backend> Router<B> {
             // Tokens that an expert did not take are not dropped: nobody chose it for them.
             device.fill(self.statistics.dropped.view_mut(e), 0.0);
         }
-        if self.shape.config.overflow == Overflow::Reroute {
+        if self.shape.config.overflow == Overflow::Reroute && pass.training {
             self.reroute(device, pass, capacity.per_expert);
         }
     }
@@ -402,8 +403,8 @@ impl<B: Backend> Router<B> {
             losses.tokens,
             self.dlogits.view_mut(te),
         );
+        let dims = self.dims(t);
         if let Some(own) = &mut self.own {
-            let dims = GateDims { tokens: t, experts: e, top_k: tk / t.max(1) };
             own.choose_grad(device, gate_pass(dims, pass), dweights.as_view(), self.dlogits.view_mut(te))?;
         }
         let gemm = self.gemm(t);

@@ -30,7 +30,7 @@ const ALL: [RouterKind; 13] = [
 type Owned = (&'static str, fn(&RouterConfig, &RouterConfig) -> bool, fn(RouterKind) -> bool);
 
 /// Which gates a key belongs to. Keys that all gates have are not listed.
-const OWNED: [Owned; 24] = [
+const OWNED: [Owned; 25] = [
     // Some divide by the sum whatever is said.
     (
         "router.renormalize",
@@ -51,7 +51,16 @@ const OWNED: [Owned; 24] = [
     ("router.hidden_activation", |c, d| c.hidden_activation != d.hidden_activation, learns),
     ("router.dropout", |c, d| c.dropout != d.dropout, learns),
     ("router.input_jitter", |c, d| c.input_jitter != d.input_jitter, learns),
-    ("router.importance_coefficient", |c, _| c.importance_coefficient.is_some_and(|c| c != 0.0), learns),
+    (
+        "router.importance_coefficient",
+        |c, d| c.importance_coefficient != d.importance_coefficient,
+        |kind| kind == NoisyTopk,
+    ),
+    (
+        "router.mass_coefficient",
+        |c, d| c.mass_coefficient != d.mass_coefficient,
+        |kind| !matches!(kind, Hash | NoisyTopk),
+    ),
     ("router.device_coefficient", |c, d| c.device_coefficient != d.device_coefficient, learns),
     ("router.difference_coefficient", |c, d| c.difference_coefficient != d.difference_coefficient, learns),
     ("router.entropy_coefficient", |c, d| c.entropy_coefficient != d.entropy_coefficient, learns),
@@ -136,7 +145,8 @@ impl RouterConfig {
         for (key, value) in [
             ("router.balance_coefficient", self.balance_coefficient),
             ("router.z_coefficient", self.z_coefficient),
-            ("router.importance_coefficient", self.importance()),
+            ("router.importance_coefficient", self.importance_coefficient),
+            ("router.mass_coefficient", self.mass_coefficient),
             ("router.load_coefficient", self.load_coefficient),
             ("router.device_coefficient", self.device_coefficient),
             ("router.difference_coefficient", self.difference_coefficient),
@@ -199,6 +209,15 @@ impl RouterConfig {
         if self.capacity_factor_start.is_some() != (self.capacity_steps > 0) {
             let reason = "router.capacity_factor_start and the steps it takes to router.capacity_factor go together";
             return Err(InvalidValue::new("router.capacity_steps", self.capacity_steps, reason));
+        }
+        let limited = self.expert_groups > 1 || self.expert_dropout > 0.0;
+        if self.overflow == Overflow::Reroute && limited {
+            let reason = "asks any expert that has room: set router.expert_groups = 1 and router.expert_dropout = 0";
+            return Err(InvalidValue::new("router.overflow", "reroute", reason));
+        }
+        if self.expert_dropout > 0.0 && self.expert_groups > 1 {
+            let reason = "a group could be left without experts: set router.expert_groups = 1";
+            return Err(InvalidValue::new("router.expert_dropout", self.expert_dropout, reason));
         }
         if self.overflow == Overflow::Reroute && self.capacity_factor.is_none() {
             let reason = "nothing overflows without router.capacity_factor";
@@ -281,7 +300,7 @@ mod tests {
     #[test]
     fn what_does_not_go_together_is_refused() {
         type Set = fn(&mut RouterConfig);
-        let table: [(&str, Set); 11] = [
+        let table: [(&str, Set); 13] = [
             ("router.expert_groups", |c| c.kind = Hierarchical),
             ("router.tags", |c| c.kind = MultiGate),
             ("router.groups_per_token", |c| (c.kind, c.expert_groups) = (Hierarchical, 8)),
@@ -293,6 +312,10 @@ mod tests {
             ("router.capacity_steps", |c| (c.capacity_factor, c.capacity_steps) = (Some(1.0), 10)),
             ("router.overflow", |c| c.overflow = Overflow::Reroute),
             ("router.input_jitter", |c| c.input_jitter = f32::NAN),
+            ("router.expert_dropout", |c| (c.expert_groups, c.expert_dropout) = (4, 0.1)),
+            ("router.overflow", |c| {
+                (c.overflow, c.capacity_factor, c.expert_dropout) = (Overflow::Reroute, Some(1.0), 0.1);
+            }),
         ];
         for (key, set) in table {
             let mut config = RouterConfig::default();

@@ -11,8 +11,9 @@ use crate::collectives::Communicator;
 use crate::config::{Config, Precision};
 use crate::exit::{ExitCode, Failure};
 use crate::invalid::InvalidValue;
+use crate::model::ModelConfig;
 use crate::plan::{Job, Numbers, nearest_that_fit};
-use crate::routing::RouterKind;
+use crate::routing::{RouterConfig, RouterKind};
 use crate::topology::Grid;
 
 /// Work that is the same on every device.
@@ -99,8 +100,7 @@ impl Device {
     ///
     /// # Errors
     /// Usage: the key, what was found, what would do.
-    pub fn check(&self, config: &Config) -> Result<(), Failure> {
-        let (model, router) = (&config.model, &config.router);
+    pub fn check(&self, (model, router): (&ModelConfig, &RouterConfig)) -> Result<(), Failure> {
         let (experts, choices) = GateDims::MOST_ON_GPUS;
         if matches!(self.opened, Opened::Cpu(_)) || model.moe_layers().next().is_none() {
             return Ok(());

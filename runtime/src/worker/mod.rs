@@ -119,7 +119,7 @@ fn train(args: &WorkerArgs, world: &World, mut lobby: Option<Lobby>) -> Result<E
     let grid = grid_of(config, size)?;
     set_threads(config, world)?;
     let device = Device::choose(args.device, config.train.precision, world)?;
-    device.check(config)?;
+    device.check((&config.model, &config.router))?;
     probe_shared::<Cpu, _>(&world.communicator, run_dir.path())?;
     log_file.write_to(&run_dir.logs().join(format!("rank-{rank:05}.log")))?;
     let coordination = match lobby {

@@ -82,7 +82,7 @@ impl Gate {
             config.router.z_coefficient = 0.05;
         }
         if self.config().kind == RouterKind::NoisyTopk {
-            (config.router.importance_coefficient, config.router.load_coefficient) = (Some(0.2), 0.2);
+            (config.router.importance_coefficient, config.router.load_coefficient) = (0.2, 0.2);
         }
     }
 
@@ -150,7 +150,8 @@ impl Limit {
             && config.router.kind != RouterKind::ExpertChoice
         {
             config.router.capacity_factor = Some(0.75);
-            let next_best = !matches!(config.router.kind, RouterKind::Gshard | RouterKind::Hash);
+            let learns_one = !matches!(config.router.kind, RouterKind::Gshard | RouterKind::Hash);
+            let next_best = learns_one && config.router.expert_groups == 1 && config.router.expert_dropout == 0.0;
             config.router.overflow = if next_best { overflow } else { Overflow::Position };
         }
     }

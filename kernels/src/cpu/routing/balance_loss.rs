@@ -8,6 +8,11 @@ use crate::{BalanceFactors, BalanceSpec};
 struct Unit {
     counts: Vec<f64>,
     probs: Vec<f64>,
+    /// Counts and probabilities as shares of their sums.
+    used: Vec<f64>,
+    parts: Vec<f64>,
+    /// Of `parts`, in nats.
+    entropy: f64,
 }
 
 /// The losses, unit after unit; `coefficients` are overwritten.
@@ -26,7 +31,7 @@ pub(super) fn form(
         let over_layers = |x: &[f32]| -> Vec<f64> {
             (0..experts).map(|e| (0..depth).map(|layer| f64::from(x[at(unit, layer, e)])).sum()).collect()
         };
-        let sums = Unit { counts: over_layers(counts), probs: over_layers(prob_sums) };
+        let sums = Unit::of(over_layers(counts), over_layers(prob_sums));
         for e in 0..experts {
             let slope = sums.slope(spec, e) as f32;
             (0..depth).for_each(|layer| coefficients[at(unit, layer, e)] = slope);
@@ -38,25 +43,25 @@ pub(super) fn form(
 }
 
 impl Unit {
+    fn of(counts: Vec<f64>, probs: Vec<f64>) -> Self {
+        let shares = |x: &[f64]| -> Vec<f64> {
+            let sum: f64 = x.iter().sum();
+            x.iter().map(|x| if sum > 0.0 { x / sum } else { 0.0 }).collect()
+        };
+        let (used, parts) = (shares(&counts), shares(&probs));
+        let entropy = parts.iter().filter(|&&p| p > 0.0).map(|p| -p * p.ln()).sum();
+        Self { counts, probs, used, parts, entropy }
+    }
+
     /// Tokens: a token's probabilities sum to 1.
     fn tokens(&self) -> f64 {
         self.probs.iter().sum()
-    }
-
-    /// Expert `e`'s part of what sums to 1.
-    fn part(x: &[f64], e: usize) -> f64 {
-        let sum: f64 = x.iter().sum();
-        if sum > 0.0 { x[e] / sum } else { 0.0 }
     }
 
     /// Experts of the same device as `e`.
     fn device(spec: BalanceSpec, e: usize) -> std::ops::Range<usize> {
         let size = spec.experts / spec.devices.max(1);
         e / size * size..(e / size + 1) * size
-    }
-
-    fn entropy(&self) -> f64 {
-        (0..self.probs.len()).map(|e| Self::part(&self.probs, e)).filter(|&p| p > 0.0).map(|p| -p * p.ln()).sum()
     }
 
     /// The objective's gradient with respect to a token's probability of `e`. What is the same for all experts is left out where a loss
@@ -69,14 +74,14 @@ impl Unit {
             let count: f64 = self.counts[Self::device(spec, e)].iter().sum();
             slope += f64::from(devices) * spec.devices as f64 * count * f_scale;
         }
-        let part = Self::part(&self.probs, e);
+        let part = self.parts[e];
         if importance != 0.0 && spec.experts > 1 {
             slope += f64::from(importance) * 2.0 * (part - 1.0 / experts) * experts * experts / (experts - 1.0);
         }
         if difference != 0.0 {
-            slope -= f64::from(difference) * 2.0 * (Self::part(&self.counts, e) - part);
+            slope -= f64::from(difference) * 2.0 * (self.used[e] - part);
         }
-        if entropy != 0.0 && part > 0.0 && self.entropy() < f64::from(spec.least_entropy) {
+        if entropy != 0.0 && part > 0.0 && self.entropy < f64::from(spec.least_entropy) {
             slope += f64::from(entropy) * part.ln();
         }
         slope * f64::from(spec.p_scale)
@@ -88,14 +93,14 @@ impl Unit {
         let weight = self.tokens() * p_scale;
         let sum = |term: &dyn Fn(usize) -> f64| (0..n).map(term).sum::<f64>();
         let device_counts = |e: usize| self.counts[Self::device(spec, e)].iter().sum::<f64>();
-        let part = |e: usize| Self::part(&self.probs, e);
+        let part = |e: usize| self.parts[e];
         let variance = sum(&|e| (part(e) - 1.0 / experts).powi(2)) / (experts - 1.0).max(1.0);
-        let short = (f64::from(spec.least_entropy) - self.entropy()).max(0.0);
+        let short = (f64::from(spec.least_entropy) - self.entropy).max(0.0);
         [
             sum(&|e| experts * self.counts[e] * f_scale * self.probs[e] * p_scale),
             sum(&|e| spec.devices as f64 * device_counts(e) * f_scale * self.probs[e] * p_scale),
             if weight > 0.0 { weight * variance * experts * experts } else { 0.0 },
-            weight * sum(&|e| (Self::part(&self.counts, e) - part(e)).powi(2)),
+            weight * sum(&|e| (self.used[e] - part(e)).powi(2)),
             weight * short,
         ]
     }

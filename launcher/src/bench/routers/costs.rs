@@ -46,8 +46,8 @@ impl OnDevice for Costs<'_> {
         let setting = self.0;
         let session = Session::new(setting, queue)?;
         let mut gates = Vec::new();
-        for (row, config) in &setting.configured {
-            let ran = session.train(config, || {}, |_| Ok(()))?;
+        for (row, config, corpus) in &setting.configured {
+            let ran = session.train((config, corpus), || {}, |_| Ok(()))?;
             let (steps, ()) = ran.map_err(|reason| Failure::new(Code::Internal, format!("{}: {reason}", row.name)))?;
             let timed = &steps[WARMUP.min(steps.len() - 1)..];
             let middle = |of: fn(&Noted) -> f64| median(&mut timed.iter().map(of).collect::<Vec<_>>());
@@ -68,16 +68,22 @@ impl OnDevice for Costs<'_> {
 fn plan_ms<B: Ranked>(device: &B, config: &Config) -> Result<f64, Failure> {
     let (model, train) = (&config.model, &config.train);
     let sequences = train.micro_batch_for(1);
-    let (tokens, top_k, experts) = (sequences * train.sequence_length, model.top_k, model.experts);
-    let choices = tokens * top_k;
+    let (tokens, experts) = (sequences * train.sequence_length * model.sub_tokens, model.experts);
+    // A gate whose experts choose has more places for choices than choices.
+    let (chosen_of, slots_of) = (model.top_k, config.router.slots(model.top_k, experts));
+    let choices = tokens * slots_of;
     let buffer = |len| device.alloc::<i32>(len, "a plan").map_err(failed);
-    let ids: Vec<i32> = (0..choices).map(|choice| (choice % experts) as i32).collect();
+    let id = |place: usize| {
+        let (token, j) = (place / slots_of, place % slots_of);
+        if j < chosen_of { ((token * chosen_of + j) % experts) as i32 } else { -1 }
+    };
+    let ids: Vec<i32> = (0..choices).map(id).collect();
     let (mut rows, mut offsets, mut counts) = (buffer(1)?, buffer(experts + 1)?, buffer(1)?);
     let (mut slots, mut source, mut origin) = (buffer(choices)?, buffer(choices)?, buffer(choices)?);
     let mut chosen = buffer(choices)?;
     device.upload(&ids, ViewMut::of(&mut chosen));
     device.fill(ViewMut::of(&mut counts), tokens as i32);
-    let dims = ShuffleDims { tokens, top_k, experts, ranks: 1 };
+    let dims = ShuffleDims { tokens, top_k: slots_of, experts, ranks: 1 };
     let ms = median_ms(device, || {
         let plan = ExpandPlan {
             rows: ViewMut::of(&mut rows),

@@ -121,14 +121,14 @@ impl OnDevice for Losses<'_> {
         let session = Session::new(setting, queue)?;
         let bar = if rank == 0 { progress(setting) } else { ProgressBar::hidden() };
         let mut gates = Vec::new();
-        for (row, config) in &setting.configured {
+        for (row, config, corpus) in &setting.configured {
             let mut runs = Vec::new();
             let mut failed = None;
             for seed in 1..=args.seeds {
                 bar.set_message(format!("{}, seed {seed}", row.name));
                 let mut config = config.clone();
                 config.train.seed = seed;
-                match session.train(&config, || bar.inc(1), InTraining::<B>::evaluate)? {
+                match session.train((&config, corpus), || bar.inc(1), InTraining::<B>::evaluate)? {
                     Ok((steps, val_loss)) => runs.push(Figures::of(&steps, val_loss.ok_or_else(nothing_held_out)?)),
                     Err(reason) => failed = Some(format!("seed {seed}: {reason}")),
                 }
@@ -153,7 +153,8 @@ impl OnDevice for Losses<'_> {
             preset: args.preset().to_owned(),
             device: setting.device.describe(),
             ranks,
-            text: setting.corpus.description.clone(),
+            // `chosen` gives one gate at least.
+            text: setting.configured[0].2.description.clone(),
             steps: args.steps(),
             seeds: args.seeds,
             commit: commit(),

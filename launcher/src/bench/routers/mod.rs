@@ -134,10 +134,9 @@ pub(crate) fn run(args: &RoutersArgs) -> Result<ExitCode, Failure> {
 /// What is compared, and where.
 struct Setting<'a> {
     args: &'a RoutersArgs,
-    /// Each gate with its configuration, from seed 1 on.
-    configured: Vec<(Row, Config)>,
+    /// Each gate with its configuration, from seed 1 on, and its text.
+    configured: Vec<(Row, Config, Corpus)>,
     world: &'a World,
-    corpus: Corpus,
     device: Device,
 }
 
@@ -156,9 +155,20 @@ impl<'a> Setting<'a> {
         set_threads(first, world)?;
         let device = Device::choose(args.device, first.train.precision, world)?;
         for (row, config) in &configured {
-            device.check(config).map_err(|error| Failure::new(Code::Usage, format!("{}: {error}", row.name)))?;
+            device
+                .check((&config.model, &config.router))
+                .map_err(|error| Failure::new(Code::Usage, format!("{}: {error}", row.name)))?;
         }
-        let corpus = configured_corpus(first, tokenizer(&first.data.tokenizer)?.as_ref())?;
-        Ok(Self { args, configured, world, corpus, device })
+        let tokenizer = tokenizer(&first.data.tokenizer)?;
+        // Read once for all gates that are given the same sources.
+        let mut with_text: Vec<(Row, Config, Corpus)> = Vec::new();
+        for (row, config) in configured {
+            let corpus = match with_text.iter().find(|(_, other, _)| other.data == config.data) {
+                Some((_, _, corpus)) => corpus.clone(),
+                None => configured_corpus(&config, tokenizer.as_ref())?,
+            };
+            with_text.push((row, config, corpus));
+        }
+        Ok(Self { args, configured: with_text, world, device })
     }
 }

@@ -180,13 +180,13 @@ pub(super) const ROWS: [Row; 30] = [
         set: &[("router.kind", "topk-softmax"), ("router.expert_dropout", "0.1")],
     },
     Row {
-        name: "importance",
+        name: "mass",
         paper: "Shazeer et al. 2017",
-        optimises: "cv² of the importance",
+        optimises: "cv² of summed probabilities",
         set: &[
             ("router.kind", "topk-softmax"),
             ("router.balance_coefficient", "0.0"),
-            ("router.importance_coefficient", "0.05"),
+            ("router.mass_coefficient", "0.05"),
         ],
     },
     Row {

@@ -4,7 +4,7 @@
 
 use moe_runtime::collectives::{Communicator, Groups};
 use moe_runtime::config::Config;
-use moe_runtime::data::Loader;
+use moe_runtime::data::{Corpus, Loader};
 use moe_runtime::exit::Failure;
 use moe_runtime::stages::Stage;
 use moe_runtime::topology::Rank;
@@ -66,11 +66,11 @@ impl<'a, B: Ranked> Session<'a, B> {
     /// that is no number is an outcome of its own, in words.
     pub(super) fn train<T>(
         &self,
-        config: &Config,
+        (config, corpus): (&Config, &Corpus),
         each: impl Fn(),
         finish: impl FnOnce(&mut InTraining<B>) -> Result<T, StepError>,
     ) -> Result<Result<(Vec<Noted>, T), String>, Failure> {
-        let Setting { world, corpus, device, .. } = self.setting;
+        let Setting { world, device, .. } = self.setting;
         let (rank, ranks) = world.place();
         let grid = grid_of(config, ranks)?;
         let groups = Groups::of_grid(self.group.split("world", 0, rank)?, &grid)?;

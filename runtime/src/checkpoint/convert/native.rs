@@ -68,15 +68,16 @@ fn fill(
 ) -> Result<(Account, Manifest), CheckpointError> {
     let dir = store.dir().join(name);
     let mut files = BTreeMap::<String, Vec<Planned>>::new();
-    let family = source.model().family;
+    let model = source.model().clone();
+    let family = model.family;
     for part in source.parts() {
         let (name, shape) = (names::tensor_name(family, part.id), part.shape.clone());
-        files.entry(file_of("model", part.id)).or_default().push((name, shape, Source::Part(part)));
+        files.entry(file_of("model", &model, part.id)).or_default().push((name, shape, Source::Part(part)));
     }
     for (layer, bias) in source.router_biases()? {
         let id = PartId { kind: PartKind::RouterBias, layer: Some(layer), expert: None };
         let (name, shape) = (names::tensor_name(family, id), vec![bias.len()]);
-        files.entry(file_of("model", id)).or_default().push((name, shape, Source::Bias(bias)));
+        files.entry(file_of("model", &model, id)).or_default().push((name, shape, Source::Bias(bias)));
     }
     let all = files.values().map(Vec::len).sum();
     let (mut read, mut done) = (Account::default(), 0);

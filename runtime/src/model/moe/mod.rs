@@ -73,6 +73,9 @@ pub(super) struct MoeLayer<B: Backend> {
     hidden_size: usize,
     /// Places for choices that a token has.
     slots: usize,
+    /// k and E.
+    top_k: usize,
+    experts: usize,
     chunks: Vec<Chunk<B>>,
     shared: Option<SharedExpert<B>>,
     /// What cuts tokens into parts, taken out by a pass that works on it.
@@ -156,6 +159,8 @@ impl<B: Backend> MoeLayer<B> {
             index,
             hidden_size: config.routed_width(),
             slots,
+            top_k: config.top_k,
+            experts: dims.experts,
             chunks: (0..shape.chunks).map(chunk).collect::<Result<_, DeviceError>>()?,
             shared: shared.transpose()?,
             sub_tokens: (config.sub_tokens > 1).then(|| SubTokens::new(device, config.hidden_size)).transpose()?,
@@ -227,6 +232,10 @@ impl<B: Backend> MoeLayer<B> {
         clock.enter(Stage::Dispatch);
         for index in 0..chunks {
             let routed = routed(&self.router, x_TH, t, self.chunk_tokens(t, index));
+            if self.slots > self.top_k {
+                // Experts take ⌈k · T / E⌉ tokens each, tokens k experts.
+                self.chunks[index].shuffle.bound_choices(t * self.top_k + self.experts);
+            }
             self.chunks[index].shuffle.plan(device, &mut scratch.shuffle, (index, chunks), routed)?;
         }
         scratch.shuffle.settle(device, pass.group, self.chunks.iter_mut().map(|chunk| &mut chunk.shuffle))?;

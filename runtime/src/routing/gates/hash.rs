@@ -1,4 +1,4 @@
-//! Hash layers (Roller et al. 2021): a hash of the token, of the layer and of the run's seed gives k different experts with equal weights.
+//! Hash layers (Roller et al. 2021): a hash of the token and of the layer gives k different experts with equal weights.
 //! Nothing is learned, and equal tokens meet equal experts.
 
 use super::{GateForm, Logits};
