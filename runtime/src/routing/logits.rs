@@ -115,6 +115,7 @@ impl<B: Backend> LogitsPath<B> {
     }
 
     /// From `dlogits[T, E]` to `dx_TH` (added) and the weights (added to `flat`).
+    #[allow(clippy::too_many_arguments)] // the pass, what it saved, and where gradients come from and go
     pub(super) fn backward(
         &mut self,
         device: &B,

@@ -3,7 +3,7 @@
 //!
 //! Owns the two projections. A token's parts lie one after the other, so that `[T, H]` and `[T · parts, H / parts]` are the same numbers.
 
-use moe_kernels::{Accumulate, Backend, DeviceError, GemmDims, View, ViewMut};
+use moe_kernels::{Accumulate, Backend, Device, DeviceError, GemmDims, View, ViewMut};
 
 use super::{MoeBackward, MoePass};
 use crate::memory::{Kind, Slot, Tally};
@@ -39,6 +39,9 @@ impl<B: Backend> SubTokenScratch<B> {
     }
 }
 
+/// The parts of tokens, and where the experts' outputs for them go.
+type PartsAndOutputs<'a, B> = (View<'a, B, <B as Device>::Act>, ViewMut<'a, B, <B as Device>::Act>);
+
 impl<B: Backend> SubTokens<B> {
     /// For tokens of `hidden_size`.
     pub(super) fn new(device: &B, hidden_size: usize) -> Result<Self, DeviceError> {
@@ -64,7 +67,7 @@ impl<B: Backend> SubTokens<B> {
         device: &B,
         (weights, split): (Weights<'_, B>, TensorId),
         x_TH: View<'_, B, B::Act>,
-    ) -> Result<(View<'_, B, B::Act>, ViewMut<'_, B, B::Act>), DeviceError> {
+    ) -> Result<PartsAndOutputs<'_, B>, DeviceError> {
         let n = x_TH.len();
         self.parts.reserve(device, n)?;
         self.outputs.reserve(device, n)?;
