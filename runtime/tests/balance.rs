@@ -7,7 +7,7 @@
 
 mod support;
 
-use moe_kernels::{Cpu, View};
+use moe_kernels::{Cpu, Device, View, ViewMut};
 use moe_runtime::collectives::{Communicator, HostCommunicator, local};
 use moe_runtime::config::Config;
 use moe_runtime::routing::{
@@ -243,5 +243,48 @@ fn loads_mass_entropy_and_z_are_sums_over_all_tokens() {
         let global = scope == BalanceScope::Global;
         let sum = |i: usize| reports.iter().map(|report| report.loads[i]).sum::<f64>() / if global { 2.0 } else { 1.0 };
         assert_eq!((0..loads.len()).map(sum).collect::<Vec<_>>(), loads, "{scope:?}");
+    }
+}
+
+/// Expert choice by its formula, in f64: each expert takes its ⌈kT/E⌉ likeliest tokens in training, each token its k likeliest experts in
+/// evaluation; weights are the probabilities.
+#[test]
+fn experts_take_the_tokens_that_are_likeliest_for_them() {
+    const K: usize = 2;
+    let tokens = route(RouterKind::SoftmaxTopk, K, (0, 0, 0));
+    let t = tokens.len();
+    let capacity = (K * t).div_ceil(EXPERTS);
+    let config = RouterConfig { kind: RouterKind::ExpertChoice, ..RouterConfig::default() };
+    let shape = RouterShape { hidden_size: HIDDEN, experts: EXPERTS, top_k: K, config, gate: None };
+    let mut router = Router::new(&Cpu, shape, 1, 0).unwrap();
+    let (x, weight) = (x(0, 0, 0), weights(0));
+    for training in [true, false] {
+        let pass = RoutePass { tokens: t, sequence_length: t, first_token: 0, training, step: 0, ids: &[], tags: &[] };
+        let of_router = RouterWeights { router: Some(View::of(&weight)), noise: None, hidden: [None; 3] };
+        let (mut counts, mut probabilities) = (vec![0.0f32; EXPERTS], vec![0.0f32; EXPERTS]);
+        let sums = (ViewMut::of(&mut counts), ViewMut::of(&mut probabilities));
+        router.forward(&Cpu, pass, View::of(&x), &of_router, sums.0, sums.1).unwrap();
+        let (mut kept, mut given) = (vec![0; t * EXPERTS], vec![0.0; t * EXPERTS]);
+        Cpu.read_to_host(router.kept(t), &mut kept).unwrap();
+        Cpu.read_to_host(router.weights(t), &mut given).unwrap();
+        for (e, &load) in counts.iter().enumerate() {
+            let takes = |t: usize| (0..EXPERTS).find(|&j| kept[t * EXPERTS + j] == e as i32);
+            let mut order: Vec<usize> = (0..t).collect();
+            order.sort_by(|&a, &b| tokens[b].probabilities[e].total_cmp(&tokens[a].probabilities[e]));
+            let expected = |token: usize| match training {
+                true => order[..capacity].contains(&token),
+                false => tokens[token].chosen.contains(&e),
+            };
+            for (token, reference) in tokens.iter().enumerate() {
+                assert_eq!(takes(token).is_some(), expected(token), "expert {e}, token {token}, training {training}");
+                if let Some(j) = takes(token) {
+                    let weight = f64::from(given[token * EXPERTS + j]);
+                    assert!((weight - reference.probabilities[e]).abs() < 1e-5, "expert {e}, token {token}");
+                }
+            }
+            let taken = (0..t).filter(|&token| takes(token).is_some()).count();
+            assert!(!training || taken == capacity, "expert {e} took {taken} of {capacity}");
+            assert_eq!(load as usize, taken, "expert {e}'s load");
+        }
     }
 }
