@@ -187,12 +187,6 @@ impl<B: Device> Gradients<'_, B> {
     pub fn stretch(&mut self, range: Range<usize>) -> ViewMut<'_, B, f32> {
         self.flat.reborrow().slice(range)
     }
-
-    /// The whole flat buffer with the ranges of some of its tensors, for operations that add to several.
-    pub fn several<const N: usize>(&mut self, ids: [TensorId; N]) -> (ViewMut<'_, B, f32>, [Range<usize>; N]) {
-        let ranges = ids.map(|id| self.layout.range(id));
-        (self.flat.reborrow(), ranges)
-    }
 }
 
 /// What an optimizer updates at once.

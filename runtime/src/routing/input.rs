@@ -11,10 +11,9 @@ use super::pass::RoutePass;
 use super::router::RouterShape;
 use crate::memory::Slot;
 
-/// One hidden layer: before its activation, behind it, and behind its dropout.
+/// One hidden layer: behind its activation, and behind its dropout.
 struct Hidden<B: Backend> {
     width: usize,
-    before: Slot<B, B::Act>,
     after: Slot<B, B::Act>,
     dropped: Slot<B, B::Act>,
 }
@@ -28,6 +27,8 @@ pub(super) struct RouterInput<B: Backend> {
     activation: ActivationKind,
     jittered: Slot<B, B::Act>,
     hidden: Vec<Hidden<B>>,
+    /// Each hidden layer before its activation.
+    before: Vec<Slot<B, B::Act>>,
     /// Gradient behind a layer, and before its activation.
     dafter: Slot<B, B::Act>,
     dbefore: Slot<B, B::Act>,
@@ -39,12 +40,13 @@ impl<B: Backend> RouterInput<B> {
         let hidden = |&width: &usize| {
             Ok(Hidden {
                 width,
-                before: Slot::new(device, "router hidden layer")?,
                 after: Slot::new(device, "router hidden activations")?,
                 dropped: Slot::new(device, "router hidden activations after dropout")?,
             })
         };
+        let before = |_| Slot::new(device, "router hidden layer");
         Ok(Self {
+            before: shape.config.hidden_sizes.iter().map(before).collect::<Result<_, DeviceError>>()?,
             hidden_size: shape.hidden_size,
             seed,
             layer,
@@ -59,9 +61,9 @@ impl<B: Backend> RouterInput<B> {
 
     /// Bytes of its buffers.
     pub(super) fn bytes(&self) -> u64 {
-        let of_layer = |h: &Hidden<B>| h.before.bytes() + h.after.bytes() + h.dropped.bytes();
-        let layers: u64 = self.hidden.iter().map(of_layer).sum();
-        layers + self.jittered.bytes() + self.dafter.bytes() + self.dbefore.bytes()
+        let layers: u64 = self.hidden.iter().map(|h| h.after.bytes() + h.dropped.bytes()).sum();
+        let before: u64 = self.before.iter().map(Slot::bytes).sum();
+        layers + before + self.jittered.bytes() + self.dafter.bytes() + self.dbefore.bytes()
     }
 
     /// Elements that the last matrix sees of a token.
@@ -105,24 +107,25 @@ impl<B: Backend> RouterInput<B> {
             device.random_factors(factor, places, x_TH, self.jittered.view_mut(n), Accumulate::Overwrite);
         }
         let dropout = self.dropout(pass);
+        // Apart from what they are worked out of.
+        let mut befores = std::mem::take(&mut self.before);
         for (layer, weight) in (0..self.hidden.len()).zip(weights.hidden.iter().flatten()) {
             let dims = self.dims(pass.tokens, layer);
             let places = self.places(pass, Purpose::Hidden(layer), dims.n);
             let n = dims.m * dims.n;
-            // Taken out while the layer before it is read.
-            let mut before = std::mem::replace(&mut self.hidden[layer].before, Slot::new(device, "")?);
+            let before = &mut befores[layer];
             before.reserve(device, n)?;
             device.linear(dims, self.behind(layer, pass, x_TH), *weight, None, before.view_mut(n));
             let hidden = &mut self.hidden[layer];
-            hidden.before = before;
             hidden.after.reserve(device, n)?;
-            device.activation(self.activation, hidden.before.view(n), hidden.after.view_mut(n));
+            device.activation(self.activation, before.view(n), hidden.after.view_mut(n));
             if let Some(factor) = dropout {
                 hidden.dropped.reserve(device, n)?;
                 let (from, to) = (hidden.after.view(n), hidden.dropped.view_mut(n));
                 device.random_factors(factor, places, from, to, Accumulate::Overwrite);
             }
         }
+        self.before = befores;
         Ok(())
     }
 
@@ -178,7 +181,7 @@ impl<B: Backend> RouterInput<B> {
                 device.random_factors(factor, places, from, to, Accumulate::Overwrite);
                 std::mem::swap(&mut self.dafter, &mut self.dbefore);
             }
-            let before = self.hidden[layer].before.view(n);
+            let before = self.before[layer].view(n);
             device.activation_grad(self.activation, before, self.dafter.view(n), self.dbefore.view_mut(n));
             let input = self.behind(layer, pass, x_TH);
             device.linear_grad_weight(dims, self.dbefore.view(n), input, flat.reborrow().slice(range));

@@ -73,8 +73,9 @@ pub(super) struct MoeLayer<B: Backend> {
     hidden_size: usize,
     /// Places for choices that a token has.
     slots: usize,
-    /// k and E.
+    /// k.
     top_k: usize,
+    /// E.
     experts: usize,
     chunks: Vec<Chunk<B>>,
     shared: Option<SharedExpert<B>>,
@@ -339,8 +340,8 @@ impl<B: Backend> MoeLayer<B> {
         clock: &mut StageClock<B>,
         tensors: MoeBackward<'_, B>,
     ) -> Result<(), ModelError> {
-        let taken = self.sub_tokens.take().zip(scratch.sub_tokens.take());
-        let Some(((split, merge), (sub_tokens, mut of_parts))) = pass.tensors.parts.zip(taken) else {
+        let taken = |ids| Some((ids, self.sub_tokens.take()?, scratch.sub_tokens.take()?));
+        let Some(((split, merge), sub_tokens, mut of_parts)) = pass.tensors.parts.and_then(taken) else {
             return self.backward_rows(pass, gradients, losses, scratch, clock, tensors);
         };
         let MoeBackward { x_TH, dout_TH, dx_TH } = tensors;
