@@ -19,6 +19,19 @@ template <int V, typename T> __device__ __forceinline__ void store(T* p, const P
     *reinterpret_cast<Pack<T, V>*>(p) = pack;
 }
 
+// Packs that are read or written once, and need not stay in the caches.
+template <int V, typename T> __device__ __forceinline__ Pack<T, V> load_once(const T* p) {
+    if constexpr (V == 1) return load<V>(p);
+    Pack<T, V> pack;
+    *reinterpret_cast<uint4*>(pack.v) = __ldcs(reinterpret_cast<const uint4*>(p));
+    return pack;
+}
+
+template <int V, typename T> __device__ __forceinline__ void store_once(T* p, const Pack<T, V>& pack) {
+    if constexpr (V == 1) store(p, pack);
+    else __stcs(reinterpret_cast<uint4*>(p), *reinterpret_cast<const uint4*>(pack.v));
+}
+
 // Elements of a full pack.
 template <typename T> constexpr int FULL = 16 / sizeof(T);
 

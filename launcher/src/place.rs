@@ -178,6 +178,7 @@ impl Place {
             seed: 0,
             chunks: 1,
             receive_headroom: Room::HEADROOM,
+            direct: false,
             max_sequences: sequences,
             sequence_length,
             // No backward pass comes that anything could be kept for.

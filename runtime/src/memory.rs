@@ -88,6 +88,16 @@ impl<B: Device, T: Element> Slot<B, T> {
         Ok(())
     }
 
+    /// As [`Slot::reserve`], in whole pages of `page` bytes.
+    pub fn reserve_pages(&mut self, device: &B, len: usize, page: usize) -> Result<(), DeviceError> {
+        self.reserve(device, len.next_multiple_of(page / T::BYTES))
+    }
+
+    /// The whole of it.
+    pub fn all(&self) -> View<'_, B, T> {
+        View::of(&self.buffer)
+    }
+
     /// Bytes it holds.
     pub fn bytes(&self) -> u64 {
         bytes_of::<B, T>(&self.buffer)

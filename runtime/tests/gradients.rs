@@ -101,6 +101,7 @@ impl Probe {
             seed,
             chunks: 1,
             receive_headroom: 1.4,
+            direct: true,
             max_sequences: PASSES[0],
             sequence_length: LENGTH,
             recompute: config.train.recompute,

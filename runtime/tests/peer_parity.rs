@@ -145,6 +145,7 @@ impl Fixture {
             seed: 0,
             chunks: 1,
             receive_headroom: 1.4,
+            direct: true,
             max_sequences: data.sequences,
             sequence_length: data.length,
             recompute: Recompute::None,

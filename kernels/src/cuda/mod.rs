@@ -16,6 +16,7 @@ mod loss;
 mod memory;
 mod norm;
 mod optimizer;
+mod peers;
 mod routing;
 mod rows;
 mod scratch;
@@ -33,6 +34,7 @@ use half::bf16;
 
 pub use gpu::{Facts, OpenError, gpu_count};
 pub use memory::CudaBuffer;
+pub use peers::{Destination, Halt, MOST_PEERS, Mapped, Pushed, Shared};
 pub use transport::{Fold, Staging, address, address_mut};
 
 use crate::{Activation, Device, DeviceError, Element, View, ViewMut};
@@ -88,6 +90,11 @@ impl<A: CudaAct> Cuda<A> {
     /// What the GPU is.
     pub fn facts(&self) -> &Facts {
         &self.gpu.facts
+    }
+
+    /// The GPU's number among those that this process may see.
+    pub fn ordinal(&self) -> usize {
+        self.gpu.context.ordinal()
     }
 
     /// Bytes of device memory (free, in all).

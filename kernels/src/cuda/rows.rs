@@ -3,7 +3,7 @@
 //! Owns the choice between packs of 16 bytes and single elements, and the checks of shapes. The host never learns how many rows count.
 
 use super::launch::{Grid, launch};
-use super::shape::{PACK_BYTES, holds, packed};
+use super::shape::{holds, packed};
 use super::{Cuda, CudaAct, pointer, pointer_mut, pointer_or_null};
 use crate::{CombineDims, Device, Rows, View, ViewMut};
 
@@ -11,10 +11,10 @@ use crate::{CombineDims, Device, Rows, View, ViewMut};
 const THREADS: u32 = 256;
 const ROWS_PER_BLOCK: usize = 8;
 /// Slots of a row, one a lane.
-const MOST_SLOTS: usize = 32;
+pub(super) const MOST_SLOTS: usize = 32;
 
 /// Names of a kernel: in packs for f32 and bf16, then in single elements.
-type Names = [&'static str; 4];
+pub(super) type Names = [&'static str; 4];
 
 macro_rules! names {
     ($name:literal) => {
@@ -22,14 +22,12 @@ macro_rules! names {
     };
 }
 
-/// Elements of a pack, and the kernel that takes them, for rows of `width` at these addresses.
-fn packs<A: CudaAct>(names: Names, width: usize, at: &[u64]) -> (usize, &'static str) {
-    if packed::<A>(&[width], at) == 1 {
-        (PACK_BYTES / A::BYTES, A::pick(names[0], names[1]))
-    } else {
-        (1, A::pick(names[2], names[3]))
-    }
+/// The kernel for rows of `width` at these addresses.
+pub(super) fn packs<A: CudaAct>(names: Names, width: usize, at: &[u64]) -> &'static str {
+    if packed::<A>(&[width], at) == 1 { A::pick(names[0], names[1]) } else { A::pick(names[2], names[3]) }
 }
+
+pub(super) use names;
 
 fn warp_a_row(rows: usize) -> Grid {
     Grid::new(rows.div_ceil(ROWS_PER_BLOCK), THREADS)
@@ -47,7 +45,7 @@ pub(super) fn gather<A: CudaAct>(
     holds("index", index.len(), rows.bound);
     holds("dst", dst.len(), rows.bound * width);
     let (src, dst) = (pointer(src), pointer_mut(dst));
-    let (_, name) = packs::<A>(names!("gather_rows"), width, &[src, dst]);
+    let name = packs::<A>(names!("gather_rows"), width, &[src, dst]);
     launch!(
         queue, name, warp_a_row(rows.bound);
         rows.bound as i32, pointer_or_null(rows.count), width as i32, pointer(index), src, dst
@@ -68,7 +66,7 @@ pub(super) fn expand<A: CudaAct>(
     holds("slots", slots.len(), rows.bound * per_row);
     holds("src", src.len(), rows.bound * width);
     let (src, dst) = (pointer(src), pointer_mut(dst));
-    let (_, name) = packs::<A>(names!("expand_rows"), width, &[src, dst]);
+    let name = packs::<A>(names!("expand_rows"), width, &[src, dst]);
     launch!(
         queue, name, warp_a_row(rows.bound);
         rows.bound as i32, pointer_or_null(rows.count), per_row as i32, width as i32, pointer(slots), src, dst
@@ -102,11 +100,9 @@ pub(super) fn reduce<A: CudaAct>(
         holds("weights", weights.len(), rows.bound * per_row);
     }
     let (y, out) = (pointer(reduction.y), pointer_mut(out));
-    let (pack, name) = packs::<A>(names!("weighted_reduce"), width, &[y, out]);
-    // A thread a pack, as far as a block goes.
-    let threads = (width / pack).next_multiple_of(32).clamp(32, THREADS as usize) as u32;
+    let name = packs::<A>(names!("weighted_reduce"), width, &[y, out]);
     launch!(
-        queue, name, Grid::new(rows.bound, threads);
+        queue, name, warp_a_row(rows.bound);
         rows.bound as i32, pointer_or_null(rows.count), per_row as i32, width as i32, pointer(reduction.slots),
         pointer_or_null(reduction.weights), y, out
     );
@@ -137,7 +133,7 @@ pub(super) fn gelu<A: CudaAct>(
     holds("h", h.len(), rows.bound * f);
     holds("a", a.len(), rows.bound * f);
     let (h, a) = (pointer(h), pointer_mut(a));
-    let (_, name) = packs::<A>(names!("gelu_rows"), f, &[h, a]);
+    let name = packs::<A>(names!("gelu_rows"), f, &[h, a]);
     launch!(queue, name, warp_a_row(rows.bound); rows.bound as i32, pointer_or_null(rows.count), f as i32, h, a);
 }
 
@@ -184,7 +180,7 @@ fn weighted_grad<A: CudaAct>(
     holds("a", a.len(), bound * f);
     holds("dweights", dweights.len(), given.weights.len());
     let (da, h, dh, a) = (pointer(given.da), pointer(given.h), pointer_mut(dh), pointer_mut(a));
-    let (_, name) = packs::<A>(names, f, &[da, h, dh, a]);
+    let name = packs::<A>(names, f, &[da, h, dh, a]);
     launch!(
         queue, name, warp_a_row(bound);
         bound as i32, pointer_or_null(rows.count), f as i32, pointer(given.origin), pointer(given.weights), da, h, dh, a,

@@ -5,6 +5,7 @@
 mod attention;
 mod dense;
 mod expert;
+mod leaving;
 mod logits;
 mod loss;
 mod optimizer;
@@ -13,6 +14,7 @@ mod routing;
 pub use attention::{AttentionDims, AttentionOps, RotaryDirection};
 pub use dense::{Accumulate, ActivationKind, DenseOps, GemmDims, NormDims, Rows};
 pub use expert::{CombineDims, ExpandPlan, ExpertOps, GroupedDims, ShuffleDims, ShufflePlan, WeightedSwiglu};
+pub use leaving::Leaving;
 pub use logits::{Fold, LogitOps, Places, RandomFactor};
 pub use loss::LossOps;
 pub(crate) use optimizer::AdamWFactors;

@@ -36,8 +36,11 @@ pub(crate) struct LayerArgs {
     /// Parts that the tokens are cut into, so that one part's shuffle runs beside another's experts.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     chunks: u16,
+    /// Rows go through NCCL, and not straight into other GPUs' memory.
+    #[arg(long)]
+    no_direct: bool,
     /// The layers that Megatron-LM publishes times of, measured as it measures them.
-    #[arg(long, conflicts_with_all = ["case", "tokens", "chunks"])]
+    #[arg(long, conflicts_with_all = ["case", "tokens", "chunks", "no_direct"])]
     megatron: bool,
     /// Where to compute.
     #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
@@ -93,8 +96,17 @@ struct Report {
     conditions: Conditions,
     /// EP: all ranks share the experts.
     ranks: usize,
-    chunks: u16,
+    #[serde(flatten)]
+    way: Way,
     cases: Vec<Case>,
+}
+
+/// How rows travel.
+#[derive(Clone, Copy, Serialize)]
+struct Way {
+    chunks: u16,
+    /// Whether straight into other GPUs' memory, where that can be.
+    direct: bool,
 }
 
 pub(crate) fn run(args: &LayerArgs) -> Result<ExitCode, Failure> {
@@ -114,7 +126,8 @@ pub(crate) fn run(args: &LayerArgs) -> Result<ExitCode, Failure> {
     let measure = |world: &World| {
         set_threads(&Config::default(), world)?;
         let device = Device::choose(args.device, Precision::Auto, world)?;
-        device.visit(Measure { shapes, world, chunks: args.chunks, name: device.describe() })
+        let way = Way { chunks: args.chunks, direct: !args.no_direct };
+        device.visit(Measure { shapes, world, way, name: device.describe() })
     };
     together(measure, |report| show(report, args.json))
 }
@@ -124,7 +137,8 @@ fn show(report: &Report, json: bool) -> Result<(), Failure> {
         return print_json(report);
     }
     report.conditions.show()?;
-    say!("EP {}, {} chunks", report.ranks, report.chunks)?;
+    let direct = if report.way.direct { "" } else { ", through NCCL" };
+    say!("EP {}, {} chunks{direct}", report.ranks, report.way.chunks)?;
     say!(
         "{:<20}{:>9}{:>9}{:>11}{:>9}{:>10}{:>13}{:>9}",
         "layer",
@@ -159,7 +173,7 @@ fn show(report: &Report, json: bool) -> Result<(), Failure> {
 struct Measure<'a> {
     shapes: Vec<Layer>,
     world: &'a World,
-    chunks: u16,
+    way: Way,
     name: String,
 }
 
@@ -167,7 +181,7 @@ impl OnDevice for Measure<'_> {
     type Output = Result<Report, Failure>;
 
     fn run<B: Ranked>(self, device: B) -> Result<Report, Failure> {
-        let Self { shapes, world, chunks, name } = self;
+        let Self { shapes, world, way, name } = self;
         let group = connect(world, &device)?;
         let conditions = Conditions::measure(&device, name)?;
         let mut cases = Vec::new();
@@ -175,7 +189,7 @@ impl OnDevice for Measure<'_> {
             let grid = Grid::new(group.size(), group.size(), shape.e);
             let grid = grid.map_err(|error| Failure::new(Code::Usage, format!("{}: {error}", shape.name)))?;
             let groups = Groups::of_grid(group.split("world", 0, group.rank())?, &grid)?;
-            let bench = Bench { world, device: &device, groups: &groups, grid: &grid, chunks: chunks.into() };
+            let bench = Bench { world, device: &device, groups: &groups, grid: &grid, way };
             let outcome = match bench.measure(shape, conditions.dense_tflops) {
                 Ok(outcome) => outcome,
                 // A layer that does not fit says nothing about the others; with other ranks, it does to them.
@@ -186,7 +200,7 @@ impl OnDevice for Measure<'_> {
             };
             cases.push(Case { shape, outcome });
         }
-        Ok(Report { conditions, ranks: group.size(), chunks, cases })
+        Ok(Report { conditions, ranks: group.size(), way, cases })
     }
 }
 
@@ -196,7 +210,7 @@ struct Bench<'a, B: Backend, C> {
     device: &'a B,
     groups: &'a Groups<C>,
     grid: &'a Grid,
-    chunks: usize,
+    way: Way,
 }
 
 impl<B: Backend, C: Communicator<B>> Bench<'_, B, C> {
@@ -213,15 +227,9 @@ impl<B: Backend, C: Communicator<B>> Bench<'_, B, C> {
             expert_ffn_size: f,
             ..ModelConfig::default()
         };
-        let rank = self.groups.world.rank();
-        let place = (self.grid, Rank(rank));
-        let layer = SingleMoe::new(self.device.clone(), &config, &RouterConfig::default(), place, (t, self.chunks));
-        let Some(mut layer) = layer.map_err(failed)? else {
-            return Err(Failure::new(Code::Internal, "the layer has no experts"));
-        };
-        let (fwd_ms, fwd_bwd_ms) = self.times(&mut layer, self.groups, t * h)?;
+        let (fwd_ms, fwd_bwd_ms) = self.times(&config, self.groups, t)?;
         let exposed = if self.grid.ep() > 1 {
-            let (stubbed_fwd_ms, stubbed_fwd_bwd_ms) = self.times(&mut layer, &Stubbed::groups(self.groups), t * h)?;
+            let (stubbed_fwd_ms, stubbed_fwd_bwd_ms) = self.times(&config, &Stubbed::groups(self.groups), t)?;
             let share = |ms: f64, stubbed: f64| (1.0 - stubbed / ms).max(0.0);
             let (exposed_fwd, exposed_fwd_bwd) = (share(fwd_ms, stubbed_fwd_ms), share(fwd_bwd_ms, stubbed_fwd_bwd_ms));
             Some(Exposed { stubbed_fwd_ms, stubbed_fwd_bwd_ms, exposed_fwd, exposed_fwd_bwd })
@@ -240,14 +248,20 @@ impl<B: Backend, C: Communicator<B>> Bench<'_, B, C> {
         })
     }
 
-    /// Milliseconds of the forward pass, and of both, over `n` elements of tokens.
+    /// Milliseconds of the forward pass, and of both, over `t` tokens of a rank.
     fn times<G: Communicator<B>>(
         &self,
-        layer: &mut SingleMoe<B>,
+        config: &ModelConfig,
         groups: &Groups<G>,
-        n: usize,
+        t: usize,
     ) -> Result<(f64, f64), Failure> {
-        let (device, rank) = (self.device, self.groups.world.rank() as u64);
+        let (device, rank, n) = (self.device, self.groups.world.rank() as u64, t * config.hidden_size);
+        let place = (self.grid, Rank(self.groups.world.rank()));
+        let passes = (t, self.way.chunks.into(), self.way.direct);
+        let layer = SingleMoe::new(device.clone(), config, &RouterConfig::default(), place, passes).map_err(failed)?;
+        let Some(mut layer) = layer else {
+            return Err(Failure::new(Code::Internal, "the layer has no experts"));
+        };
         let (x, dout) = (random_from(rank, device, n, 1.0)?, random_from(rank + 1000, device, n, 1.0)?);
         let mut out = device.alloc::<B::Act>(n, "layer outputs").map_err(failed)?;
         let mut dx = device.alloc::<B::Act>(n, "input gradients").map_err(failed)?;

@@ -186,15 +186,8 @@ struct Bench<'a, B: Backend, C> {
 
 impl<B: Backend, C: Communicator<B>> Bench<'_, B, C> {
     fn measure(&self, shape: Shape) -> Result<Case, Failure> {
-        let place = (self.grid, Rank(self.groups.world.rank()));
-        let layer = SingleMoe::new(self.device.clone(), &shape.model(), &shape.router(), place, (shape.t, 1))
-            .map_err(failed)?;
-        let Some(mut layer) = layer else {
-            return Err(Failure::new(Code::Internal, "the layer has no experts"));
-        };
-        let [forward, backward] = self.times(&mut layer, self.groups, shape)?;
-        let stubbed =
-            if self.grid.ep() > 1 { Some(self.times(&mut layer, &Stubbed::groups(self.groups), shape)?) } else { None };
+        let [forward, backward] = self.times(self.groups, shape)?;
+        let stubbed = if self.grid.ep() > 1 { Some(self.times(&Stubbed::groups(self.groups), shape)?) } else { None };
         let flops = shape.forward_flops();
         Ok(Case {
             shape,
@@ -208,12 +201,12 @@ impl<B: Backend, C: Communicator<B>> Bench<'_, B, C> {
     }
 
     /// The forward pass's and the backward pass's.
-    fn times<G: Communicator<B>>(
-        &self,
-        layer: &mut SingleMoe<B>,
-        groups: &Groups<G>,
-        shape: Shape,
-    ) -> Result<[Means; 2], Failure> {
+    fn times<G: Communicator<B>>(&self, groups: &Groups<G>, shape: Shape) -> Result<[Means; 2], Failure> {
+        let place = (self.grid, Rank(self.groups.world.rank()));
+        let layer = SingleMoe::new(self.device.clone(), &shape.model(), &shape.router(), place, (shape.t, 1, true));
+        let Some(mut layer) = layer.map_err(failed)? else {
+            return Err(Failure::new(Code::Internal, "the layer has no experts"));
+        };
         let (device, n, rank) = (self.device, shape.t * shape.h, self.groups.world.rank() as u64);
         let (x, dout) = (random_from(rank, device, n, 1.0)?, random_from(rank + 1000, device, n, 1.0)?);
         let mut out = device.alloc::<B::Act>(n, "layer outputs").map_err(failed)?;

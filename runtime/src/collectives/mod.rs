@@ -20,6 +20,7 @@ mod context;
 mod error;
 mod exchange;
 mod host;
+mod landing;
 mod launch;
 pub mod local;
 #[cfg(feature = "mpi")]
@@ -33,11 +34,12 @@ pub mod volume;
 
 use std::ops::Range;
 
-use moe_kernels::{Device, Element, View, ViewMut};
+use moe_kernels::{Backend, Device, Element, View, ViewMut};
 
 pub use context::{AbortHandle, Context, DEFAULT_DEADLINE};
 pub use error::{CollectiveError, Place};
 pub use host::HostCommunicator;
+pub use landing::{BERTH_PAGE, Berth, Landing, Push};
 pub use launch::{LaunchError, Launcher, LauncherFacts, RankFlags, launcher, rank_facts};
 
 use crate::topology::{Grid, Rank};
@@ -168,6 +170,20 @@ pub trait Communicator<D: Device>: Send + Sync + Sized {
         buffer: ViewMut<'_, D, T>,
         root: usize,
     ) -> Result<D::Event, CollectiveError>;
+
+    /// Whether [`Communicator::landing`] is worth asking for.
+    fn may_land(&self) -> bool {
+        false
+    }
+
+    /// Makes `berth` a place that all ranks of the group store rows into; all of them call this. None, on all of them: they have no such way to
+    /// each other, and rows go by [`Communicator::all_to_all_v`].
+    fn landing(&self, _queue: &D, _berth: &Berth<'_, D>) -> Result<Option<Box<dyn Landing<D>>>, CollectiveError>
+    where
+        D: Backend,
+    {
+        Ok(None)
+    }
 
     /// What each rank brought, of any length, in rank order. Host memory, and finished on return: for manifests and errors.
     fn all_gather_bytes(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError>;

@@ -175,7 +175,7 @@ mod tests {
             ("steps", "did you mean schedule.steps or train.steps?"),
             ("optimiser.lr", "did you mean optimizer.lr?"),
             ("optimiser", "did you mean [optimizer]?"),
-            ("parallel.zzzzzz", "[parallel] has ep, chunks, receive_headroom, reduce_early, shard_optimizer"),
+            ("parallel.zzzzzz", "[parallel] has ep, chunks, receive_headroom, direct, reduce_early, shard_optimizer"),
         ];
         for (key, advice) in table {
             assert_eq!(schema.advice(key), advice, "{key}");

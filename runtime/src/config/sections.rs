@@ -24,6 +24,8 @@ pub struct ParallelConfig {
     pub chunks: usize,
     /// Room for rows that come from other ranks, as a multiple of what comes where experts are equally busy. More is taken in rounds.
     pub receive_headroom: f64,
+    /// Whether rows are stored straight into other GPUs' memory, where the ranks that share experts are on one machine and reach each other.
+    pub direct: bool,
     /// Whether gradients of a block are summed over ranks beside the backward pass of the block before it, instead of all at the end.
     pub reduce_early: bool,
     /// Whether the ranks that replicate a tensor share its optimizer state out (ZeRO stage 1) instead of each holding all of it.
@@ -32,7 +34,14 @@ pub struct ParallelConfig {
 
 impl Default for ParallelConfig {
     fn default() -> Self {
-        Self { ep: None, chunks: 1, receive_headroom: Room::HEADROOM, reduce_early: true, shard_optimizer: false }
+        Self {
+            ep: None,
+            chunks: 1,
+            receive_headroom: Room::HEADROOM,
+            direct: true,
+            reduce_early: true,
+            shard_optimizer: false,
+        }
     }
 }
 

@@ -4,12 +4,12 @@
 
 use std::ops::Range;
 
-use moe_kernels::{Backend, DeviceError, Element, Rows, ShuffleDims, ShufflePlan, View};
+use moe_kernels::{Backend, DeviceError, Element, Leaving, Rows, ShuffleDims, ShufflePlan, View};
 
-use super::scratch::{ShuffleScratch, stretch, stretch_mut};
+use super::scratch::{Landings, ShuffleScratch, stretch, stretch_mut};
 use super::traffic::{Parts, Room, Traffic};
-use super::{RoutedTokens, ShuffledRows};
-use crate::collectives::{CollectiveError, Communicator};
+use super::{RoutedTokens, ShuffleError, ShuffledRows};
+use crate::collectives::{BERTH_PAGE, Berth, CollectiveError, Communicator, Landing, Push};
 use crate::memory::{Kind, Slot, Tally};
 
 /// The lists of a shuffle between ranks, the rows that came, and the rounds they come in.
@@ -27,7 +27,21 @@ pub(super) struct Journey<B: Backend> {
     recv_weights: Slot<B, f32>,
     /// `[R', H]`: the tokens that arrived. The backward pass expands them again where all came in one round.
     arrived: Slot<B, B::Act>,
+    /// The way into the other ranks' `arrived`, `recv_experts` and `recv_weights`.
+    landing: Option<Box<dyn Landing<B>>>,
     course: Course<B>,
+}
+
+/// Where rows that are stored straight into other ranks' memory land.
+struct Lands {
+    /// `[W]`: among the rows that reach each rank in the chunk.
+    away: Vec<usize>,
+    /// `[W]`: among the rows that are home at each rank.
+    home: Vec<usize>,
+    /// Whether another chunk is computed while this one's tokens leave.
+    tokens_beside: bool,
+    /// Whether one is while its results do.
+    results_beside: bool,
 }
 
 /// What the counts of a chunk say, and what is under way.
@@ -41,6 +55,8 @@ struct Course<B: Backend> {
     /// Expanded rows of a round.
     expanded: usize,
     rounds: Vec<Round>,
+    /// None: rows go by the communicator's exchange.
+    lands: Option<Lands>,
     /// When what is under way has come.
     under_way: Option<B::Event>,
 }
@@ -54,7 +70,7 @@ struct Round {
 
 impl<B: Backend> Default for Course<B> {
     fn default() -> Self {
-        Self { home: (0, 0), away_at: 0, rounds_here: 1, expanded: 0, rounds: Vec::new(), under_way: None }
+        Self { home: (0, 0), away_at: 0, rounds_here: 1, expanded: 0, rounds: Vec::new(), lands: None, under_way: None }
     }
 }
 
@@ -75,6 +91,7 @@ impl<B: Backend> Journey<B> {
             recv_experts: list("experts of arrived rows")?,
             recv_weights: Slot::new(device, "weights of arrived rows")?,
             arrived: Slot::new(device, "arrived rows")?,
+            landing: None,
             course: Course::default(),
         })
     }
@@ -143,12 +160,16 @@ impl<B: Backend> Journey<B> {
             rounds_here,
             expanded,
             rounds,
+            lands: None,
             under_way: None,
         };
         let rows = room.rows.max(received);
-        self.arrived.reserve(device, rows * h)?;
-        self.recv_experts.reserve(device, rows * k)?;
-        self.recv_weights.reserve(device, rows * k)?;
+        // Others may have the way into these, which have had room for `room.rows`, the most that comes in a round, since then.
+        if self.landing.is_none() {
+            self.arrived.reserve(device, rows * h)?;
+            self.recv_experts.reserve(device, rows * k)?;
+            self.recv_weights.reserve(device, rows * k)?;
+        }
         let stays = traffic.rows(me, chunk, me);
         let elsewhere = |home: &[Range<usize>]| -> usize {
             home.iter().enumerate().filter(|(to, _)| *to != me).map(|(_, rows)| rows.len()).sum()
@@ -163,6 +184,31 @@ impl<B: Backend> Journey<B> {
             again: again as u64,
         };
         Ok(((at.0 + self.course.home.1, at.1 + rows), crossed))
+    }
+
+    /// Has rows of `chunk`, of rank `me`, go straight into the other ranks' memory, if it can be `reached` and all come in one round.
+    pub(super) fn land<C: Communicator<B>>(
+        &mut self,
+        device: &B,
+        group: &C,
+        traffic: &Traffic,
+        (chunk, me): (usize, usize),
+        reached: bool,
+    ) -> Result<(), ShuffleError> {
+        if reached && self.landing.is_none() {
+            let (rows, k) = (self.room.rows, self.k);
+            self.arrived.reserve_pages(device, rows * self.h, BERTH_PAGE)?;
+            self.recv_experts.reserve_pages(device, rows * k, BERTH_PAGE)?;
+            self.recv_weights.reserve_pages(device, rows * k, BERTH_PAGE)?;
+            let (ids, weights) = (Some(self.recv_experts.all()), Some(self.recv_weights.all()));
+            self.landing = group.landing(device, &Berth { rows: self.arrived.all(), ids, weights })?;
+        }
+        if reached && self.landing.is_some() && self.rounds() == 1 {
+            let (away, home) = traffic.landings(chunk, me);
+            self.course.lands =
+                Some(Lands { away, home, tokens_beside: chunk > 0, results_beside: chunk + 1 < traffic.chunks });
+        }
+        Ok(())
     }
 
     /// Rounds of this chunk, the same on all ranks.
@@ -255,6 +301,24 @@ impl<B: Backend> Journey<B> {
         round: usize,
         x_TH: View<'_, B, B::Act>,
     ) -> Result<(), CollectiveError> {
+        if let Some((lands, landing)) = self.course.lands.as_ref().zip(self.landing.as_ref()) {
+            let (sent, k) = (self.course.home.1, self.k);
+            let push = Push {
+                width: self.h,
+                what: Leaving::Rows {
+                    index: Some(self.row_token.view(sent)),
+                    from: x_TH,
+                    k,
+                    ids: Some(self.row_experts.view(sent * k)),
+                    weights: Some(self.row_weights.view(sent * k)),
+                },
+                rows: &self.course.rounds[round].parts.home,
+                at: &lands.away,
+                beside: lands.tokens_beside,
+            };
+            self.course.under_way = Some(landing.push(device, &push)?);
+            return Ok(());
+        }
         let parts = self.course.rounds[round].parts.clone();
         self.carry_lists(device, group, &parts)?;
         if round == 0 {
@@ -301,6 +365,24 @@ impl<B: Backend> Journey<B> {
         (x_TH, dout_TH): (View<'_, B, B::Act>, View<'_, B, B::Act>),
     ) -> Result<(), CollectiveError> {
         let (h, all) = (self.h, 0..self.course.home.1);
+        if let Some((lands, Landings { away, .. })) = self.course.lands.as_ref().zip(scratch.landings()) {
+            let at: Vec<_> = lands.away.iter().map(|row| self.course.away_at + row).collect();
+            let push = Push {
+                width: h,
+                what: Leaving::Rows {
+                    index: Some(self.row_token.view(all.end)),
+                    from: dout_TH,
+                    k: 0,
+                    ids: None,
+                    weights: None,
+                },
+                rows: &self.course.rounds[round].parts.home,
+                at: &at,
+                beside: lands.tokens_beside,
+            };
+            self.course.under_way = Some(away.push(device, &push)?);
+            return Ok(());
+        }
         let Round { parts, again } = self.course.rounds[round].clone();
         if self.rounds() == 1 {
             self.gather(device, scratch, &[all], dout_TH);
@@ -317,7 +399,31 @@ impl<B: Backend> Journey<B> {
         Ok(())
     }
 
-    /// Sends the rows away in `round` home.
+    /// Sends results home as they are summed, if rows go straight into other ranks' memory: row i of those that are here is the weighted sum of the
+    /// rows of `y` in its `slots`. Otherwise false: they are to be summed first.
+    pub(super) fn send_sums(
+        &mut self,
+        device: &B,
+        scratch: &ShuffleScratch<B>,
+        slots: View<'_, B, i32>,
+        y: View<'_, B, B::Act>,
+    ) -> Result<bool, CollectiveError> {
+        let Some((lands, Landings { home, .. })) = self.course.lands.as_ref().zip(scratch.landings()) else {
+            return Ok(false);
+        };
+        let weights = Some(self.weights(self.coming(0).0));
+        let push = Push {
+            width: self.h,
+            what: Leaving::Sums { k: self.k, slots, weights, y },
+            rows: &self.course.rounds[0].parts.away,
+            at: &lands.home,
+            beside: lands.results_beside,
+        };
+        self.course.under_way = Some(home.push(device, &push)?);
+        Ok(true)
+    }
+
+    /// Sends the rows away in `round` home: results, or gradients of tokens after [`Journey::send_dweights`].
     pub(super) fn send_home<C: Communicator<B>>(
         &mut self,
         device: &B,
@@ -325,12 +431,30 @@ impl<B: Backend> Journey<B> {
         scratch: &mut ShuffleScratch<B>,
         round: usize,
     ) -> Result<(), CollectiveError> {
+        if let Some((lands, Landings { home, .. })) = self.course.lands.as_ref().zip(scratch.landings()) {
+            // Only gradients come here: results have left as they were summed. Other gradients are computed meanwhile.
+            let push = Push {
+                width: self.h,
+                what: Leaving::Rows {
+                    index: None,
+                    from: stretch(&scratch.away, self.away(round), self.h),
+                    k: self.k,
+                    ids: None,
+                    weights: Some(stretch(&scratch.row_dweights, self.away(round), self.k)),
+                },
+                rows: &self.course.rounds[round].parts.away,
+                at: &lands.home,
+                beside: true,
+            };
+            self.course.under_way = Some(home.push(device, &push)?);
+            return Ok(());
+        }
         let ShuffleScratch { away, home, .. } = scratch;
         self.course.under_way = Some(self.carry_home(device, group, round, self.h, (away, home))?);
         Ok(())
     }
 
-    /// Sends the weights' gradients of `round` home; [`Journey::send_home`] comes after it.
+    /// Sends the weights' gradients of `round` home where they do not go with their rows; [`Journey::send_home`] comes after it.
     pub(super) fn send_dweights<C: Communicator<B>>(
         &mut self,
         device: &B,
@@ -338,6 +462,9 @@ impl<B: Backend> Journey<B> {
         scratch: &mut ShuffleScratch<B>,
         round: usize,
     ) -> Result<(), CollectiveError> {
+        if self.course.lands.is_some() {
+            return Ok(());
+        }
         let ShuffleScratch { row_dweights, home_dweights, .. } = scratch;
         self.carry_home(device, group, round, self.k, (row_dweights, home_dweights)).map(drop)
     }

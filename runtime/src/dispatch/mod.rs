@@ -13,6 +13,9 @@
 //! A journey is begun in one call and ended in another, so that what is computed in between runs beside it: `send_…` issues exchanges,
 //! `receive_…` has the queue wait for them. A layer runs in chunks of its tokens, each with a [`Shuffle`] of its own.
 //!
+//! Rows go by the communicator's exchange, or, where ranks reach each other's memory, straight to where they are wanted ([`crate::collectives::Landing`]):
+//! not gathered first, and without a message.
+//!
 //! More rows than there is [`Room`] for come in rounds, each with the calls of a whole chunk. Nothing of them is kept: the backward pass has
 //! the tokens sent once more.
 
@@ -149,6 +152,18 @@ impl<B: Backend> Shuffle<B> {
         Ok(ends)
     }
 
+    /// See [`Journey::land`].
+    fn land<C: Communicator<B>>(
+        &mut self,
+        device: &B,
+        group: &C,
+        traffic: &Traffic,
+        place: (usize, usize),
+        reached: bool,
+    ) -> Result<(), ShuffleError> {
+        self.journey.as_mut().map_or(Ok(()), |journey| journey.land(device, group, traffic, place, reached))
+    }
+
     /// Rounds of this chunk, the same on all ranks; nearly always 1.
     pub fn rounds(&self) -> usize {
         self.journey.as_ref().map_or(1, Journey::rounds)
@@ -260,6 +275,13 @@ impl<B: Backend> Shuffle<B> {
         weights: View<'_, B, f32>,
         (y_NH, out_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
     ) -> Result<(), ShuffleError> {
+        let (received, _) = self.coming(round);
+        if let Some(journey) = &mut self.journey {
+            let slots = self.slots.view(received * self.dims.top_k);
+            if journey.send_sums(device, scratch, slots, y_NH)? {
+                return Ok(());
+            }
+        }
         if self.computes(round) {
             self.reduce(device, scratch, round, Some(self.weights_here(round, weights)), (y_NH, out_TH));
         }

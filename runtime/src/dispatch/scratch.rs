@@ -4,7 +4,7 @@ use moe_kernels::{Backend, DeviceError, Element, View, ViewMut};
 
 use super::traffic::Traffic;
 use super::{Shuffle, ShuffleError};
-use crate::collectives::Communicator;
+use crate::collectives::{BERTH_PAGE, Berth, Communicator, Landing};
 use crate::memory::{Kind, Slot, Tally};
 
 /// Rows under way, shared by all layers: a layer's journeys are over before the next one's begin. Each chunk of a layer has a stretch of
@@ -21,6 +21,17 @@ pub struct ShuffleScratch<B: Backend> {
     /// `[W, chunks, 2, W]`: what all send.
     all_counts: Slot<B, i32>,
     traffic: Traffic,
+    /// Whether rows may be stored straight into other ranks' memory.
+    direct: bool,
+    landings: Option<Landings<B>>,
+}
+
+/// The ways into the scratch of the other ranks.
+pub(super) struct Landings<B: Backend> {
+    pub(super) home: Box<dyn Landing<B>>,
+    pub(super) away: Box<dyn Landing<B>>,
+    /// Rows that there is room for at home and away, on every rank.
+    room: (usize, usize),
 }
 
 impl<B: Backend> ShuffleScratch<B> {
@@ -33,8 +44,8 @@ impl<B: Backend> ShuffleScratch<B> {
         tally.add(Kind::Communication, [self.counts.bytes(), self.all_counts.bytes()]);
     }
 
-    /// Empty scratch.
-    pub fn new(device: &B) -> Result<Self, DeviceError> {
+    /// Empty scratch. `direct`: rows are stored straight into other ranks' memory where that can be.
+    pub fn new(device: &B, direct: bool) -> Result<Self, DeviceError> {
         Ok(Self {
             home: Slot::new(device, "rows at their token's rank")?,
             away: Slot::new(device, "rows at their expert's rank")?,
@@ -43,6 +54,8 @@ impl<B: Backend> ShuffleScratch<B> {
             counts: Slot::new(device, "shuffle counts")?,
             all_counts: Slot::new(device, "shuffle counts of all ranks")?,
             traffic: Traffic::default(),
+            direct,
+            landings: None,
         })
     }
 
@@ -82,17 +95,59 @@ impl<B: Backend> ShuffleScratch<B> {
         device.read_to_host(self.all_counts.view(all), &mut self.traffic.counts)?;
         // Counts of an exchange that was given up are anything.
         group.check()?;
+        self.direct &= group.may_land();
         let (mut home, mut away, mut top_k, mut hidden) = (0, 0, 0, 0);
-        for (chunk, shuffle) in shuffles.enumerate() {
+        let mut shuffles: Vec<_> = shuffles.collect();
+        for (chunk, shuffle) in shuffles.iter_mut().enumerate() {
             let needs = shuffle.settle(device, &self.traffic, (chunk, group.rank()), (home, away))?;
             (home, away) = needs;
             (top_k, hidden) = (shuffle.dims.top_k, shuffle.hidden_size);
         }
+        self.row_dweights.reserve(device, away * top_k)?;
+        if self.direct {
+            return self.land(device, group, (away, top_k, hidden), &mut shuffles);
+        }
         self.home.reserve(device, home * hidden)?;
         self.away.reserve(device, away * hidden)?;
-        self.row_dweights.reserve(device, away * top_k)?;
         self.home_dweights.reserve(device, home * top_k)?;
         Ok(())
+    }
+
+    /// Sees to it that all ranks reach each other's buffers and that these hold what comes, and has the chunks use them. All ranks have the same
+    /// counts and the same room, so all of them come to the same end.
+    fn land<C: Communicator<B>>(
+        &mut self,
+        device: &B,
+        group: &C,
+        (away, top_k, hidden): (usize, usize, usize),
+        shuffles: &mut [&mut Shuffle<B>],
+    ) -> Result<(), ShuffleError> {
+        let needed = (self.traffic.most_sent(), away);
+        let fits = |landings: &Landings<B>| needed.0 <= landings.room.0 && needed.1 <= landings.room.1;
+        if !self.landings.as_ref().is_some_and(fits) {
+            // Everybody's way in is gone before anybody's buffer moves.
+            self.landings = None;
+            group.barrier()?;
+            self.home.reserve_pages(device, needed.0 * hidden, BERTH_PAGE)?;
+            self.away.reserve_pages(device, needed.1 * hidden, BERTH_PAGE)?;
+            self.home_dweights.reserve_pages(device, needed.0 * top_k, BERTH_PAGE)?;
+            let home = Berth { rows: self.home.all(), ids: None, weights: Some(self.home_dweights.all()) };
+            let home = group.landing(device, &home)?;
+            let away = group.landing(device, &Berth { rows: self.away.all(), ids: None, weights: None })?;
+            self.direct = home.is_some() && away.is_some();
+            // Alike on all ranks, whose buffers have grown by the same needs.
+            let room = (self.home.all().len() / hidden, self.away.all().len() / hidden);
+            self.landings = home.zip(away).map(|(home, away)| Landings { home, away, room });
+        }
+        for (chunk, shuffle) in shuffles.iter_mut().enumerate() {
+            shuffle.land(device, group, &self.traffic, (chunk, group.rank()), self.landings.is_some())?;
+        }
+        Ok(())
+    }
+
+    /// The ways into the other ranks' scratch.
+    pub(super) fn landings(&self) -> Option<&Landings<B>> {
+        self.landings.as_ref()
     }
 }
 

@@ -88,6 +88,22 @@ impl Traffic {
         (0..self.ranks).map(|to| self.rows(from, chunk, to)).sum()
     }
 
+    /// The most rows that a rank sends in all chunks, those to itself included.
+    pub(super) fn most_sent(&self) -> usize {
+        (0..self.ranks).map(|rank| (0..self.chunks).map(|chunk| self.sent(rank, chunk)).sum()).max().unwrap_or(0)
+    }
+
+    /// Where rank `me`'s rows of `chunk` land at each rank: the first of those that leave it, among all that reach that rank in the chunk; and
+    /// the first of those that come back, among all that that rank has sent in all chunks.
+    pub(super) fn landings(&self, chunk: usize, me: usize) -> (Vec<usize>, Vec<usize>) {
+        let away = |to| (0..me).map(|from| self.rows(from, chunk, to)).sum();
+        let home = |from| {
+            let before: usize = (0..chunk).map(|chunk| self.sent(from, chunk)).sum();
+            before + (0..me).map(|to| self.rows(from, chunk, to)).sum::<usize>()
+        };
+        ((0..self.ranks).map(away).collect(), (0..self.ranks).map(home).collect())
+    }
+
     /// What comes to `to` in `chunk`.
     pub(super) fn coming(&self, chunk: usize, to: usize) -> Coming {
         let sum = |kind| (0..self.ranks).map(|from| self.count(kind, (from, chunk, to))).sum();
@@ -215,6 +231,26 @@ mod tests {
                 assert_eq!(sent[me], std::array::from_fn(|to| all.rows(me, 0, to)), "{room:?}");
             }
         }
+    }
+
+    #[test]
+    fn rows_land_where_their_ranks_have_them() {
+        let mut all = Traffic::sized(3, 2);
+        for (i, count) in all.counts.iter_mut().enumerate() {
+            *count = (i * 7 % 5) as i32;
+        }
+        for chunk in 0..2 {
+            let parts: Vec<_> = (0..3).map(|rank| all.parts((chunk, 0), rank, PLENTY, MOST)).collect();
+            for me in 0..3 {
+                let (away, home) = all.landings(chunk, me);
+                for rank in 0..3 {
+                    assert_eq!(away[rank], parts[rank].away[me].start, "from {me} to {rank}");
+                    let before = if chunk == 0 { 0 } else { all.sent(rank, 0) };
+                    assert_eq!(home[rank], before + parts[rank].home[me].start, "back from {me} to {rank}");
+                }
+            }
+        }
+        assert_eq!(all.most_sent(), (0..3).map(|rank| all.sent(rank, 0) + all.sent(rank, 1)).max().unwrap());
     }
 
     #[test]

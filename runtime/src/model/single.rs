@@ -32,7 +32,7 @@ pub struct SingleMoe<B: Backend> {
 
 impl<B: Backend> SingleMoe<B> {
     /// The first block's layer of a model of `config`, which must be an MoE block, with initial weights, for passes of at most `tokens`
-    /// tokens in `chunks` parts; None: it is dense.
+    /// tokens in `chunks` parts, stored straight into other ranks' memory where that can be if `direct`; None: it is dense.
     ///
     /// # Errors
     /// Too little memory.
@@ -41,7 +41,7 @@ impl<B: Backend> SingleMoe<B> {
         config: &ModelConfig,
         router: &RouterConfig,
         (grid, rank): (&Grid, Rank),
-        (tokens, chunks): (usize, usize),
+        (tokens, chunks, direct): (usize, usize, bool),
     ) -> Result<Option<Self>, DeviceError> {
         let layout = Layout::new(config, router, grid.local_experts(rank));
         let Some(FeedForward::Moe(tensors)) = layout.blocks.first().map(|block| block.feed_forward) else {
@@ -62,7 +62,7 @@ impl<B: Backend> SingleMoe<B> {
             tensors,
             layer: MoeLayer::new(&device, config, shape, &place, (0, 0))?,
             balance: Balance::new(&device, router, vec![experts], 1)?,
-            scratch: MoeScratch::new(&device)?,
+            scratch: MoeScratch::new(&device, direct)?,
             hidden_size: config.hidden_size,
             parts: config.sub_tokens,
             ids: (0..tokens as i32).collect(),

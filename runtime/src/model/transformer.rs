@@ -42,6 +42,8 @@ pub struct ModelSetup {
     pub chunks: usize,
     /// Room for rows from other ranks, as a multiple of what is expected.
     pub receive_headroom: f64,
+    /// Whether rows are stored straight into other ranks' memory where that can be.
+    pub direct: bool,
     /// The most sequences of a pass.
     pub max_sequences: usize,
     /// Their length.
@@ -105,7 +107,7 @@ impl<B: Backend> Transformer<B> {
             balance: Balance::new(&device, &setup.router, c.layer_experts(), setup.max_sequences)?,
             scratch: Scratch {
                 attention: AttentionScratch::new(&device)?,
-                moe: MoeScratch::new(&device)?,
+                moe: MoeScratch::new(&device, setup.direct)?,
                 dstream: Slot::new(&device, "residual gradients")?,
                 dbranch: Slot::new(&device, "branch gradients")?,
             },

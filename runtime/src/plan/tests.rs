@@ -89,6 +89,7 @@ fn train(job: &Job, world: HostCommunicator, steps: u64) -> Counted {
         seed: 1,
         chunks: job.config.parallel.chunks,
         receive_headroom: job.config.parallel.receive_headroom,
+        direct: job.config.parallel.direct,
         max_sequences: job.micro_batch(),
         sequence_length: job.config.train.sequence_length,
         recompute: job.config.train.recompute,

@@ -344,6 +344,7 @@ pub fn build_with_gate<B: Backend, C: Communicator<B>, D: crate::training::Train
         seed: config.train.seed,
         chunks: config.parallel.chunks,
         receive_headroom: config.parallel.receive_headroom,
+        direct: config.parallel.direct,
         max_sequences: config.train.micro_batch_for(grid.world()),
         sequence_length: config.train.sequence_length,
         recompute: config.train.recompute,

@@ -211,7 +211,7 @@ impl<A: CudaAct> NcclCommunicator<A> {
         })?;
         let described = describe(&told, version);
         let link = Link::new(plane, communicator, &control);
-        Ok((Self { control, link: Some(link) }, described))
+        Ok((Self { control, link: Some(Arc::new(link)) }, described))
     }
 }
 

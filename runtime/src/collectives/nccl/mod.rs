@@ -9,6 +9,7 @@
 //! Reductions are exchanges and a fold in ascending rank order, and not NCCL's own: those add in the order of a ring that is another for
 //! each part of a buffer, and lose a NaN in a maximum. The bytes on the way are the same.
 
+mod landing;
 mod meeting;
 mod plane;
 mod reduce;
@@ -16,8 +17,8 @@ mod watch;
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use moe_kernels::cuda::{Cuda, CudaAct, Event, address, address_mut};
 use moe_kernels::{Element, View, ViewMut};
@@ -26,7 +27,9 @@ use nccl_rs::{DeviceSlice, DeviceSliceMut};
 pub use meeting::{MeetError, Meeting, OnFailure};
 
 use super::exchange::Collective;
-use super::{CollectiveError, Communicator, Context, HostCommunicator, Place, ReduceOp, Reducible, fit};
+use super::{
+    Berth, CollectiveError, Communicator, Context, HostCommunicator, Landing, Place, ReduceOp, Reducible, fit,
+};
 use crate::topology::Rank;
 use plane::Plane;
 
@@ -37,7 +40,7 @@ pub struct NcclCommunicator<A: CudaAct> {
     /// The same group, for host memory.
     control: HostCommunicator,
     /// None: the rank is alone in it.
-    link: Option<Link<A>>,
+    link: Option<Arc<Link<A>>>,
 }
 
 /// The group's communicator, and what all groups of the worker share.
@@ -48,6 +51,8 @@ struct Link<A: CudaAct> {
     name: Arc<str>,
     /// The other ranks.
     others: Arc<[Rank]>,
+    /// By which ranks tell each other of rows that they have stored; None: they do not reach each other. Not known before anybody asks.
+    marks: OnceLock<Option<Arc<landing::Marks>>>,
     /// Bytes this rank has sent to others, by collective.
     sent: [AtomicU64; Collective::ALL.len()],
 }
@@ -78,7 +83,14 @@ impl<A: CudaAct> Link<A> {
         let others = control.members().iter().enumerate().filter(|(rank, _)| *rank != me).map(|(_, member)| *member);
         let nccl = Arc::new(nccl);
         plane.watch(&nccl);
-        Self { nccl, plane, name: control.name().into(), others: others.collect(), sent: Default::default() }
+        Self {
+            nccl,
+            plane,
+            name: control.name().into(),
+            others: others.collect(),
+            marks: OnceLock::new(),
+            sent: Default::default(),
+        }
     }
 
     fn size(&self) -> usize {
@@ -180,12 +192,12 @@ impl<A: CudaAct> Link<A> {
             .run(queue, |call| call.group(|group, stream| group.broadcast(&mut buffer, root, stream)))
     }
 
-    fn split(&self, control: &HostCommunicator) -> Result<Option<Self>> {
+    fn split(&self, control: &HostCommunicator) -> Result<Option<Arc<Self>>> {
         // Distinct groups have distinct first members; a rank alone needs no communicator.
         let color = (control.size() > 1).then(|| control.members().iter().map(|rank| rank.0).min()).flatten();
         let call = self.call(Collective::Split, 0);
         let child = call.split(color, control.rank())?;
-        Ok(child.map(|nccl| Self::new(Arc::clone(&self.plane), nccl, control)))
+        Ok(child.map(|nccl| Arc::new(Self::new(Arc::clone(&self.plane), nccl, control))))
     }
 }
 
@@ -280,6 +292,14 @@ impl<A: CudaAct> Communicator<Cuda<A>> for NcclCommunicator<A> {
         let Some(link) = &self.link else { return self.control.broadcast(queue, buffer, root) };
         assert!(root < link.size(), "root {root} of {} ranks", link.size());
         link.broadcast(queue, buffer, root)
+    }
+
+    fn may_land(&self) -> bool {
+        self.link.is_some()
+    }
+
+    fn landing(&self, queue: &Cuda<A>, berth: &Berth<'_, Cuda<A>>) -> Result<Option<Box<dyn Landing<Cuda<A>>>>> {
+        self.link.as_ref().map_or(Ok(None), |link| landing::land(link, queue, &self.control, berth))
     }
 
     fn all_gather_bytes(&self, mine: &[u8]) -> Result<Vec<Vec<u8>>> {

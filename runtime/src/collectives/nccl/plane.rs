@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use moe_kernels::cuda::{Cuda, CudaAct, Event, Staging};
+use moe_kernels::cuda::{Cuda, CudaAct, Event, Halt, Staging};
 use moe_kernels::{Device, DeviceError};
 use nccl_rs::{CommConfig, Group, Progress, Stream};
 
@@ -22,6 +22,7 @@ pub(super) struct Plane<A: CudaAct> {
     watch: Watch,
     queue: Cuda<A>,
     failures: Arc<Failures>,
+    halt: Arc<Halt>,
     config: CommConfig,
     /// The most staging memory that was asked for.
     staged: AtomicU64,
@@ -46,9 +47,10 @@ impl<A: CudaAct> Plane<A> {
         on_failure: Box<dyn Fn(&CollectiveError) + Send>,
     ) -> Result<Self> {
         let queue = queue.fork_urgent();
-        let failures = Arc::new(Failures::new(context));
+        let halt = Arc::new(queue.halt()?);
+        let failures = Arc::new(Failures::new(context, Arc::clone(&halt)));
         let watch = Watch::start(queue.clone(), Arc::clone(&failures), on_failure)?;
-        Ok(Self { watch, queue, failures, config, staged: AtomicU64::new(0), turn: Mutex::default() })
+        Ok(Self { watch, queue, failures, halt, config, staged: AtomicU64::new(0), turn: Mutex::default() })
     }
 
     pub(super) fn context(&self) -> &Context {
@@ -68,6 +70,11 @@ impl<A: CudaAct> Plane<A> {
     /// Has a communicator watched, and aborted at the first failure.
     pub(super) fn watch(&self, nccl: &Arc<nccl_rs::Communicator>) {
         self.failures.add(nccl);
+    }
+
+    /// What ends the waits of kernels of ours.
+    pub(super) fn halt(&self) -> &Halt {
+        &self.halt
     }
 
     pub(super) fn queue(&self) -> &Cuda<A> {

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use moe_kernels::DeviceError;
-use moe_kernels::cuda::{Cuda, CudaAct, Event};
+use moe_kernels::cuda::{Cuda, CudaAct, Event, Halt};
 
 use super::Result;
 use crate::collectives::exchange::lock;
@@ -26,6 +26,8 @@ const FAREWELL: Duration = Duration::from_secs(3);
 /// The first failure of a worker, and the communicators that it ends.
 pub(super) struct Failures {
     context: Context,
+    /// Ends the waits of kernels of ours.
+    halt: Arc<Halt>,
     first: OnceLock<CollectiveError>,
     communicators: Mutex<Vec<Weak<nccl_rs::Communicator>>>,
     /// The threads that abort them.
@@ -43,8 +45,8 @@ impl Drop for Failures {
 }
 
 impl Failures {
-    pub(super) fn new(context: Context) -> Self {
-        Self { context, first: OnceLock::new(), communicators: Mutex::default(), aborts: Mutex::default() }
+    pub(super) fn new(context: Context, halt: Arc<Halt>) -> Self {
+        Self { context, halt, first: OnceLock::new(), communicators: Mutex::default(), aborts: Mutex::default() }
     }
 
     pub(super) fn context(&self) -> &Context {
@@ -67,6 +69,7 @@ impl Failures {
     /// Notes a failure, ends all communicators, and returns the first failure, which may be another.
     pub(super) fn fail(&self, error: CollectiveError) -> CollectiveError {
         let first = self.first.get_or_init(|| error).clone();
+        self.halt.set();
         // What waits in host memory ends, too.
         self.context.abort_handle().abort(None, first.to_string());
         for communicator in self.alive() {

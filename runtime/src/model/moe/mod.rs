@@ -54,10 +54,10 @@ impl<B: Backend> MoeScratch<B> {
         self.sub_tokens.iter().for_each(|scratch| scratch.tally(tally));
     }
 
-    /// Empty scratch.
-    pub(super) fn new(device: &B) -> Result<Self, DeviceError> {
+    /// Empty scratch; `direct` as for [`ShuffleScratch::new`].
+    pub(super) fn new(device: &B, direct: bool) -> Result<Self, DeviceError> {
         Ok(Self {
-            shuffle: ShuffleScratch::new(device)?,
+            shuffle: ShuffleScratch::new(device, direct)?,
             experts: ExpertScratch::new(device)?,
             dweights: Slot::new(device, "gate weight gradients")?,
             sub_tokens: Some(SubTokenScratch::new(device)?),
