@@ -4,9 +4,6 @@
 
 #include "common.cuh"
 
-// Exponentials are taken as powers of two.
-constexpr float LOG2_E = 1.44269504f;
-
 // Passed by value; the host has the same struct.
 struct AttentionShape {
     int batch, seq, heads, kv_heads, dim;

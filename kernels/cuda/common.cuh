@@ -12,10 +12,12 @@ using bf16 = __nv_bfloat16;
 
 constexpr int WARP = 32;
 
-// Exports `template <typename Act> __device__ void body_NAME(params)` as two kernels. PARAMS mentions Act; ARGS are the names alone.
-#define BOTH(NAME, THREADS, PARAMS, ARGS)                                                                                \
-    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_f32(PARAMS(float)) { body_##NAME<float> ARGS; }           \
-    extern "C" __global__ void __launch_bounds__(THREADS) NAME##_bf16(PARAMS(bf16)) { body_##NAME<bf16> ARGS; }
+// Exports `template <typename Act> __device__ void body_NAME(params)` as two kernels, BOUND by threads or registers. PARAMS mentions Act;
+// ARGS are the names alone.
+#define BOTH_WITHIN(NAME, BOUND, PARAMS, ARGS)                                                                           \
+    extern "C" __global__ void BOUND NAME##_f32(PARAMS(float)) { body_##NAME<float> ARGS; }                                \
+    extern "C" __global__ void BOUND NAME##_bf16(PARAMS(bf16)) { body_##NAME<bf16> ARGS; }
+#define BOTH(NAME, THREADS, PARAMS, ARGS) BOTH_WITHIN(NAME, __launch_bounds__(THREADS), PARAMS, ARGS)
 
 __device__ __forceinline__ float to_f32(float x) { return x; }
 __device__ __forceinline__ float to_f32(bf16 x) { return __bfloat162float(x); }
@@ -23,6 +25,15 @@ __device__ __forceinline__ float to_f32(bf16 x) { return __bfloat162float(x); }
 template <typename Act> __device__ __forceinline__ Act from_f32(float x);
 template <> __device__ __forceinline__ float from_f32<float>(float x) { return x; }
 template <> __device__ __forceinline__ bf16 from_f32<bf16>(float x) { return __float2bfloat16_rn(x); }
+
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// 2^x to about 2 units in the last place; 2^−∞ = 0, and so is what would be subnormal: exp2f's other operations are for that.
+__device__ __forceinline__ float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 // 16 bytes of a row: 4 f32 or 8 bf16. Rows must start on 16 bytes.
 template <typename Act> struct Vec {

@@ -8,7 +8,7 @@
 // gate_grad: scores, ids, dweights [T, k], coefficients [G, E] or none, logits for the z-loss → dlogits [T, E]; with an entropy loss as well.
 // weigh: scores, ids → weights, as the gate gives them.
 // gate_statistics: per stretch of 32 tokens of a group, counts [·, E], probabilities [·, E], and Σ lse² and Σ entropy [·, 2] as f64,
-//   which sum_stretches (statistics.cu) adds up in order.
+//   which sum_gate_statistics (statistics.cu) adds up in order.
 // Everything f32. E ≤ 512, k ≤ 32. Sums over E: each lane its places ascending, then a butterfly; over k: ascending (gate), butterfly
 //   (gate_grad); over tokens: a warp's 4 in f32, then warps ascending and stretches in f64.
 // Bound: memory. Bytes = 8·T·E, 8·T·E (12 with z-loss), 8·T·E. One warp a token, its row in registers; the k rounds of the choice are two

@@ -44,13 +44,6 @@ __device__ __forceinline__ uint4 load_shared16(uint32_t at) {
     return r;
 }
 
-// 2^x to about 2 units in the last place; 2^−∞ = 0.
-__device__ __forceinline__ float fast_exp2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 __device__ __forceinline__ uint32_t pack(float low, float high) {
     const __nv_bfloat162 r = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&r);

@@ -1,6 +1,7 @@
 // What routing sums over tokens, the small losses made of it, and capacity.                                 (ops/routing.rs)
 //
 // sum_stretches: partial [groups, n, C] f64 → out [groups, C] f32: 32 interleaved sums, ascending, then these ascending.
+// sum_gate_statistics: the same of what gate_statistics (gate.cu) leaves: [groups, n, E] twice, and [groups · n, 2].
 // balance_loss: counts, prob_sums [L, G, E] → losses [5] += Switch's, devices', cv², difference, entropy; coefficients [L, G, E]; in f64,
 //   one block.
 // importance: ids, weights [T, k] → per stretch of 32 tokens [·, E] f64, for sum_stretches. importance_grad: dweights += dimportance[id].
@@ -18,11 +19,14 @@ constexpr int WIDE = 1024;
 constexpr int STRETCH = 32;
 constexpr int MOST_CHOICES = 32;
 
-extern "C" __global__ void __launch_bounds__(WIDE) sum_stretches(int n, int columns, const double* partial, float* out) {
+__device__ __forceinline__ int column_tiles(int columns) { return (columns + WARP - 1) / WARP; }
+
+// Block `block` of [groups, column tiles].
+__device__ void sum_tile(int block, int n, int columns, const double* partial, float* out) {
     __shared__ double sums[WARP][WARP + 1];
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, tiles = (columns + WARP - 1) / WARP;
-    const long group = blockIdx.x / tiles;
-    const int column = blockIdx.x % tiles * WARP + lane;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, tiles = column_tiles(columns);
+    const long group = block / tiles;
+    const int column = block % tiles * WARP + lane;
     double sum = 0.0;
     if (column < columns)
 #pragma unroll 4
@@ -34,6 +38,19 @@ extern "C" __global__ void __launch_bounds__(WIDE) sum_stretches(int n, int colu
 #pragma unroll
     for (int w = 0; w < WARP; w++) total += sums[w][lane];
     out[group * columns + column] = float(total);
+}
+
+extern "C" __global__ void __launch_bounds__(WIDE) sum_stretches(int n, int columns, const double* partial, float* out) {
+    sum_tile(blockIdx.x, n, columns, partial, out);
+}
+
+extern "C" __global__ void __launch_bounds__(WIDE)
+    sum_gate_statistics(int groups, int n, int experts, const double* count_parts, const double* prob_parts, const double* parts,
+                        float* counts, float* prob_sums, float* sums) {
+    const int blocks = groups * column_tiles(experts), block = blockIdx.x;
+    if (block < blocks) sum_tile(block, n, experts, count_parts, counts);
+    else if (block < 2 * blocks) sum_tile(block - blocks, n, experts, prob_parts, prob_sums);
+    else sum_tile(0, groups * n, 2, parts, sums);
 }
 
 // Number e of a unit, summed over the layers that are pooled.
@@ -76,8 +93,10 @@ extern "C" __global__ void __launch_bounds__(WIDE)
         const double variation = experts > 1 ? double(experts) * experts / (experts - 1) : 0.0;
         for (int e = lane; e < experts; e += WARP) {
             const double c = count(e), p = prob(e);
-            double on_device = 0.0;
-            for (int i = e / size * size; i < (e / size + 1) * size; i++) on_device += count(i);
+            // Counts are whole numbers, so that their sums are the same in any order.
+            double on_device = devices > 1 ? 0.0 : all_counts;
+            if (devices > 1)
+                for (int i = e / size * size; i < (e / size + 1) * size; i++) on_device += count(i);
             const double part = tokens > 0.0 ? p / tokens : 0.0, used = all_counts > 0.0 ? c / all_counts : 0.0;
             const double of_switch = experts * c * f_scale, of_device = devices * on_device * f_scale;
             sums[0] += of_switch * p * p_scale;

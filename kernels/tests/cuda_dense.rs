@@ -141,6 +141,14 @@ fn f32_logits_and_their_gradients_are_not_rounded() {
             let exact = off::<f32>(m, &expected);
             let lost = if A::HOLDS_F32 { 0.0 } else { m as f32 / 131_072.0 };
             assert_close(&format!("dw {what}"), &got, &expected, |i| exact(i) + lost);
+
+            // Both at once: the same bits.
+            let mut both = (upload(&gpu, &random(6, n * k)), upload_act(&gpu, &old));
+            let (dw, dx) = (ViewMut::of(&mut both.0), (ViewMut::of(&mut both.1), Accumulate::Add));
+            gpu.linear_f32_grads(dims, View::of(&gdy), (View::of(&gx), View::of(&gw)), dw, dx);
+            let mut dx = upload_act(&gpu, &old);
+            gpu.linear_f32_grad_input(dims, View::of(&gdy), View::of(&gw), ViewMut::of(&mut dx), Accumulate::Add);
+            assert_eq!((download(&gpu, &both.0), download(&gpu, &both.1)), (got, download(&gpu, &dx)), "{what}");
         }
     }
     check::<f32>();

@@ -77,8 +77,10 @@ const PROJECTIONS: &str = "expert projections";
 
 /// Activations and their gradients under way, shared by all layers.
 pub struct ExpertScratch<B: Backend> {
-    /// `[N, H]`: forward the input, then the output; backward the output's gradient, the input's gradient, the input again. Each is
-    /// done with when the next is written.
+    /// `[N, H]`: the input. It stays until the next comes: the backward pass that follows its forward pass at once need not form it again.
+    input: Slot<B, B::Act>,
+    inputs: u64,
+    /// `[N, H]`: forward the output; backward its gradient, then the input's. Each is done with when the next is written.
     rows: Slot<B, B::Act>,
     /// `[N, F]`: activations, in the backward pass weighted.
     a: Slot<B, B::Act>,
@@ -91,13 +93,15 @@ pub struct ExpertScratch<B: Backend> {
 impl<B: Backend> ExpertScratch<B> {
     /// Counts its buffers.
     pub fn tally(&self, tally: &mut Tally) {
-        tally.add(Kind::Activations, [&self.rows, &self.a, &self.da, &self.dh, &self.h].map(Slot::bytes));
+        tally.add(Kind::Activations, [&self.input, &self.rows, &self.a, &self.da, &self.dh, &self.h].map(Slot::bytes));
     }
 
     /// Empty scratch.
     pub fn new(device: &B) -> Result<Self, DeviceError> {
         Ok(Self {
-            rows: Slot::new(device, "expanded rows")?,
+            input: Slot::new(device, "expanded rows")?,
+            inputs: 0,
+            rows: Slot::new(device, "results of expanded rows")?,
             a: Slot::new(device, "expert activations")?,
             da: Slot::new(device, "expert activation gradients")?,
             dh: Slot::new(device, "expert projection gradients")?,
@@ -105,7 +109,24 @@ impl<B: Backend> ExpertScratch<B> {
         })
     }
 
-    /// Room for expanded rows of `width` elements, to be filled.
+    /// Room for the input, rows of `width` elements, to be filled.
+    pub fn input_mut(
+        &mut self,
+        device: &B,
+        grouped: GroupedRows<'_, B>,
+        width: usize,
+    ) -> Result<ViewMut<'_, B, B::Act>, DeviceError> {
+        self.inputs += 1;
+        self.input.reserve(device, grouped.room * width)?;
+        Ok(self.input.view_mut(grouped.rows.bound * width))
+    }
+
+    /// The number of the input that is there; no other ever has it.
+    pub fn input_number(&self) -> u64 {
+        self.inputs
+    }
+
+    /// Room for the output's gradient, rows of `width` elements, to be filled.
     pub fn rows_mut(
         &mut self,
         device: &B,
@@ -116,7 +137,7 @@ impl<B: Backend> ExpertScratch<B> {
         Ok(self.rows.view_mut(grouped.rows.bound * width))
     }
 
-    /// The expanded rows as they are now.
+    /// The output, or the input's gradient.
     pub fn rows(&self, grouped: GroupedRows<'_, B>, width: usize) -> View<'_, B, B::Act> {
         self.rows.view(grouped.rows.bound * width)
     }
@@ -183,7 +204,7 @@ impl<B: Backend> Experts<B> {
         GroupedDims { experts: self.shape.experts, n: self.shape.hidden_size, k: self.shape.ffn_size }
     }
 
-    /// `y[i] = down_e · swiglu(gate_up_e · x[i])`, or gelu, for the rows of each expert e: x is in the scratch's rows, y takes its place.
+    /// `y[i] = down_e · swiglu(gate_up_e · x[i])`, or gelu, for the rows of each expert e: x is the scratch's input, y its rows.
     pub fn forward(
         &mut self,
         device: &B,
@@ -193,13 +214,14 @@ impl<B: Backend> Experts<B> {
     ) -> Result<(), DeviceError> {
         self.project(device, scratch, grouped, weights.gate_up)?;
         let (n, h, f) = (grouped.rows.bound, self.shape.hidden_size, self.shape.ffn_size);
+        scratch.rows.reserve(device, grouped.room * h)?;
         let (a, y) = (scratch.a.view(n * f), scratch.rows.view_mut(n * h));
         device.grouped_linear(self.down(), grouped.offsets, a, weights.down, y);
         Ok(())
     }
 
     /// The first half of [`Experts::forward`], in the same operation and so with the same bits: gate and up projections and activations of
-    /// the scratch's rows, which stay. The projections lie in the scratch where they are not kept.
+    /// the scratch's input, which stays. The projections lie in the scratch where they are not kept.
     pub fn project(
         &mut self,
         device: &B,
@@ -213,7 +235,7 @@ impl<B: Backend> Experts<B> {
         projections.reserve(device, grouped.room * wide)?;
         scratch.a.reserve(device, grouped.room * f)?;
         let (x_NH, projections, a) =
-            (scratch.rows.view(n * h), projections.view_mut(n * wide), scratch.a.view_mut(n * f));
+            (scratch.input.view(n * h), projections.view_mut(n * wide), scratch.a.view_mut(n * f));
         match self.shape.activation {
             ExpertActivation::Swiglu => {
                 device.grouped_linear_swiglu(grouped.rows, up, offsets, x_NH, gate_up, projections, a);
@@ -263,7 +285,7 @@ impl<B: Backend> Experts<B> {
     }
 
     /// The gradient of `gate_up`, the last of the backward pass: nothing but the optimizer waits for it, so the input's gradient travels
-    /// home meanwhile. The forward pass's input is in the scratch's rows.
+    /// home meanwhile. The forward pass's input is the scratch's.
     pub fn grad_gate_up(
         &mut self,
         device: &B,
@@ -272,7 +294,7 @@ impl<B: Backend> Experts<B> {
         (gradient, accumulate): (ViewMut<'_, B, f32>, Accumulate),
     ) {
         let (n, h, wide) = (grouped.rows.bound, self.shape.hidden_size, self.shape.projected());
-        let (dh, x) = (scratch.dh.view(n * wide), scratch.rows.view(n * h));
+        let (dh, x) = (scratch.dh.view(n * wide), scratch.input.view(n * h));
         device.grouped_linear_grad_weight(self.up(), grouped.offsets, dh, x, gradient, accumulate);
     }
 }

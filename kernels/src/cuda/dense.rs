@@ -90,15 +90,11 @@ impl<A: CudaAct> DenseOps for Cuda<A> {
         if A::HOLDS_F32 {
             return self.multiply(grad_input::<A>(dims, accumulate), w, dy, dx);
         }
-        // [hi | lo] · [w; w], so that the sum over both parts is rounded once.
         let padded = parts(dims.n);
         let split_bytes = aligned(dims.m * padded * A::BYTES);
         let Some(scratch) = self.scratch(split_bytes + padded * dims.k * A::BYTES) else { return };
-        let (split, stacked) = (scratch.at(0), scratch.at(split_bytes));
-        self.split_rows(dims, padded, dy, split);
-        let grid = Grid::cover(padded * dims.k, THREADS, self.facts());
-        launch!(self, "stack_twice", grid; int("n", dims.n), int("2n", padded), dims.k as i64, w, stacked);
-        self.multiply(grad_input::<A>(GemmDims { n: padded, ..dims }, accumulate), stacked, split, dx);
+        let split = self.split_rows(dims, dy, scratch.at(0));
+        self.split_grad_input(dims, split, scratch.at(split_bytes), w, (dx, accumulate));
     }
 
     fn linear_f32_grad_weight(&self, dims: GemmDims, dy: ReadF32<'_, A>, x: Read<'_, A>, dw: WriteF32<'_, A>) {
@@ -110,16 +106,35 @@ impl<A: CudaAct> DenseOps for Cuda<A> {
         if dims.m == 0 || dims.n == 0 || dims.k == 0 {
             return;
         }
-        // [hi | lo]ᵀ · x reads x once; the two halves of the result are then added to dw.
         let padded = parts(dims.n);
         let split_bytes = aligned(dims.m * padded * A::BYTES);
         let Some(scratch) = self.scratch(split_bytes + padded * dims.k * size_of::<f32>()) else { return };
-        let (split, halves) = (scratch.at(0), scratch.at(split_bytes));
-        self.split_rows(dims, padded, dy, split);
-        let product = Product { add: false, ..grad_weight::<A>(GemmDims { n: padded, ..dims }) };
-        self.multiply(product, x, split, halves);
-        let n = dims.n * dims.k;
-        launch!(self, "add_halves", Grid::cover(n, THREADS, self.facts()); n as i64, halves, dw);
+        let split = self.split_rows(dims, dy, scratch.at(0));
+        self.split_grad_weight(dims, split, scratch.at(split_bytes), x, dw);
+    }
+
+    fn linear_f32_grads(
+        &self,
+        dims: GemmDims,
+        dy: ReadF32<'_, A>,
+        (x, w): (Read<'_, A>, Read<'_, A>),
+        dw: WriteF32<'_, A>,
+        (dx, accumulate): (Write<'_, A>, Accumulate),
+    ) {
+        if A::HOLDS_F32 || dims.m == 0 || dims.n == 0 || dims.k == 0 {
+            self.linear_f32_grad_weight(dims, dy, x, dw);
+            return self.linear_f32_grad_input(dims, dy, w, dx, accumulate);
+        }
+        check(dims, x.len(), w.len(), dy.len());
+        check(dims, dx.len(), dw.len(), dy.len());
+        let padded = parts(dims.n);
+        let split_bytes = aligned(dims.m * padded * A::BYTES);
+        // What follows the parts is the weight's gradient's first, then the input's.
+        let Some(scratch) = self.scratch(split_bytes + padded * dims.k * size_of::<f32>()) else { return };
+        let split = self.split_rows(dims, pointer(dy), scratch.at(0));
+        let rest = scratch.at(split_bytes);
+        self.split_grad_weight(dims, split, rest, pointer(x), pointer_mut(dw));
+        self.split_grad_input(dims, split, rest, pointer(w), (pointer_mut(dx), accumulate));
     }
 
     fn rms_norm(&self, dims: NormDims, x: Read<'_, A>, w: Read<'_, A>, y: Write<'_, A>, rstd: WriteF32<'_, A>) {
@@ -295,10 +310,28 @@ impl<A: CudaAct> Cuda<A> {
         }
     }
 
-    /// `dy[m, n]` as its two bf16 parts, side by side.
-    fn split_rows(&self, dims: GemmDims, padded: usize, dy: u64, split: u64) {
+    /// `dy[m, n]` as its two bf16 parts, side by side, at `split`, which comes back.
+    fn split_rows(&self, dims: GemmDims, dy: u64, split: u64) -> u64 {
+        let padded = parts(dims.n);
         let grid = Grid::cover(dims.m * padded, THREADS, self.facts());
         launch!(self, "split_rows", grid; dims.m as i64, int("n", dims.n), int("2n", padded), dy, split);
+        split
+    }
+
+    /// `dx (+)= [hi | lo] · [w; w]`, so that the sum over both parts is rounded once. `stacked` is scratch.
+    fn split_grad_input(&self, dims: GemmDims, split: u64, stacked: u64, w: u64, (dx, accumulate): (u64, Accumulate)) {
+        let padded = parts(dims.n);
+        let grid = Grid::cover(padded * dims.k, THREADS, self.facts());
+        launch!(self, "stack_twice", grid; int("n", dims.n), int("2n", padded), dims.k as i64, w, stacked);
+        self.multiply(grad_input::<A>(GemmDims { n: padded, ..dims }, accumulate), stacked, split, dx);
+    }
+
+    /// `dw += [hi | lo]ᵀ · x`, which reads x once; the two halves of the result, which are formed in `halves`, are then added to dw.
+    fn split_grad_weight(&self, dims: GemmDims, split: u64, halves: u64, x: u64, dw: u64) {
+        let product = Product { add: false, ..grad_weight::<A>(GemmDims { n: parts(dims.n), ..dims }) };
+        self.multiply(product, x, split, halves);
+        let n = dims.n * dims.k;
+        launch!(self, "add_halves", Grid::cover(n, THREADS, self.facts()); n as i64, halves, dw);
     }
 }
 

@@ -197,9 +197,13 @@ impl<A: CudaAct> RoutingOps for Cuda<A> {
             tokens, width, top_k, is_sigmoid(spec), length as i32, stretches as i32,
             pointer(logits), pointer(scores), pointer(ids), count_parts, prob_parts, parts
         );
-        self.sum_stretches([groups, stretches, experts], count_parts, pointer_mut(counts));
-        self.sum_stretches([groups, stretches, experts], prob_parts, pointer_mut(prob_sums));
-        self.sum_stretches([1, blocks, 2], parts, pointer_mut(sums));
+        // A block for each 32 columns of counts and of probabilities, and one for the sums.
+        let grid = Grid::new(2 * groups * experts.div_ceil(COLUMNS) + 1, WIDE);
+        launch!(
+            self, "sum_gate_statistics", grid;
+            groups as i32, stretches as i32, width, count_parts, prob_parts, parts,
+            pointer_mut(counts), pointer_mut(prob_sums), pointer_mut(sums)
+        );
     }
 
     fn balance_loss(

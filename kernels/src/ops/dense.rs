@@ -135,6 +135,18 @@ pub trait DenseOps: Device {
         x: View<'_, Self, Self::Act>,
         dw: ViewMut<'_, Self, f32>,
     );
+    /// [`DenseOps::linear_f32_grad_weight`] and [`DenseOps::linear_f32_grad_input`] of one `dy`, of which both may need the same.
+    fn linear_f32_grads(
+        &self,
+        dims: GemmDims,
+        dy: View<'_, Self, f32>,
+        (x, w): (View<'_, Self, Self::Act>, View<'_, Self, Self::Act>),
+        dw: ViewMut<'_, Self, f32>,
+        (dx, accumulate): (ViewMut<'_, Self, Self::Act>, Accumulate),
+    ) {
+        self.linear_f32_grad_weight(dims, dy, x, dw);
+        self.linear_f32_grad_input(dims, dy, w, dx, accumulate);
+    }
 
     /// RMSNorm (Zhang and Sennrich 2019): `y = x · rstd · w`, `rstd = 1/√(mean(x²) + eps)`, statistics in f32.
     /// `rstd` is `[tokens · groups]`, kept for the backward pass.

@@ -102,7 +102,7 @@ fn receive_buffer(job: &Job) -> ReceiveBuffer {
         expected_rows: tokens * c.top_k as u64,
         planned_rows: (rows(job).expanded * chunks) as u64,
         most_rows: tokens * job.grid.ep() as u64 * local,
-        bytes_per_row: if layers == 0 { 0 } else { act * (kept + h + shared) },
+        bytes_per_row: if layers == 0 { 0 } else { act * (kept + 2 * h + shared) },
     }
 }
 
@@ -222,7 +222,7 @@ fn scratch_widths(job: &Job) -> u64 {
 fn expert_scratch(job: &Job) -> u64 {
     let c = &job.config.model;
     let act = job.numbers.act_bytes as u64;
-    let row = act * (c.routed_width() as u64 + scratch_widths(job) * c.expert_ffn_size as u64);
+    let row = act * (2 * c.routed_width() as u64 + scratch_widths(job) * c.expert_ffn_size as u64);
     let slots = job.config.router.slots(c.top_k, c.experts);
     let cut = if c.sub_tokens > 1 { 2 * act * (job.pass_tokens() * c.hidden_size) as u64 } else { 0 };
     rows(job).expanded as u64 * row + 4 * (job.routed_tokens() * slots) as u64 + cut

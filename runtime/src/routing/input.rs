@@ -144,20 +144,18 @@ impl<B: Backend> RouterInput<B> {
         }
     }
 
-    /// Where the last matrix puts the gradient of what it saw, overwriting it; None: it is added to that of the token.
-    pub(super) fn gradient(
-        &mut self,
-        device: &B,
-        pass: RoutePass<'_>,
-    ) -> Result<Option<ViewMut<'_, B, B::Act>>, DeviceError> {
-        if self.hidden.is_empty() && self.jitter(pass).is_none() {
-            return Ok(None);
-        }
+    /// Whether the last matrix sees the tokens themselves, to whose gradient it adds its own.
+    pub(super) fn is_tokens(&self, pass: RoutePass<'_>) -> bool {
+        self.hidden.is_empty() && self.jitter(pass).is_none()
+    }
+
+    /// Where the last matrix puts the gradient of anything else that it saw, overwriting it.
+    pub(super) fn gradient(&mut self, device: &B, pass: RoutePass<'_>) -> Result<ViewMut<'_, B, B::Act>, DeviceError> {
         let widest = self.hidden.iter().map(|layer| layer.width).fold(self.hidden_size, usize::max);
         self.dafter.reserve(device, pass.tokens * widest)?;
         self.dbefore.reserve(device, pass.tokens * widest)?;
         let n = pass.tokens * self.width();
-        Ok(Some(self.dafter.view_mut(n)))
+        Ok(self.dafter.view_mut(n))
     }
 
     /// From [`RouterInput::gradient`] to `dx_TH` (added) and the hidden layers' weights (added to `flat`).

@@ -124,7 +124,7 @@ impl<B: Backend> LogitsPath<B> {
         weights: &RouterWeights<'_, B>,
         dlogits: View<'_, B, f32>,
         (mut flat, ranges): (ViewMut<'_, B, f32>, &RouterRanges),
-        mut dx_TH: ViewMut<'_, B, B::Act>,
+        dx_TH: ViewMut<'_, B, B::Act>,
     ) -> Result<(), DeviceError> {
         let (Some(router), Some(range)) = (weights.router, ranges.router.clone()) else { return Ok(()) };
         let dims = self.dims(pass.tokens);
@@ -137,14 +137,14 @@ impl<B: Backend> LogitsPath<B> {
         } else {
             dlogits
         };
-        device.linear_f32_grad_weight(dims, draw, self.input.output(pass, x_TH), flat.reborrow().slice(range));
-        match self.input.gradient(device, pass)? {
-            None => device.linear_f32_grad_input(dims, draw, router, dx_TH.reborrow(), Accumulate::Add),
-            Some(to) => {
-                device.linear_f32_grad_input(dims, draw, router, to, Accumulate::Overwrite);
-                self.input.backward(device, pass, x_TH, weights, (flat, ranges), dx_TH);
-            }
+        if self.input.is_tokens(pass) {
+            device.linear_f32_grads(dims, draw, (x_TH, router), flat.slice(range), (dx_TH, Accumulate::Add));
+            return Ok(());
         }
+        device.linear_f32_grad_weight(dims, draw, self.input.output(pass, x_TH), flat.reborrow().slice(range));
+        let to = self.input.gradient(device, pass)?;
+        device.linear_f32_grad_input(dims, draw, router, to, Accumulate::Overwrite);
+        self.input.backward(device, pass, x_TH, weights, (flat, ranges), dx_TH);
         Ok(())
     }
 }

@@ -258,7 +258,6 @@ impl<B: Backend> Router<B> {
             let choices = (self.chosen.view_mut(tk), self.weights.view_mut(tk));
             own.choose(device, gate_pass(dims, pass), self.clean.view(te), choices)?;
         }
-        device.copy(self.chosen.view(tk), self.routed.view_mut(tk));
         if self.form.experts_choose {
             self.keep(device, pass);
         }
@@ -304,12 +303,15 @@ impl<B: Backend> Router<B> {
     fn keep(&mut self, device: &B, pass: RoutePass<'_>) {
         let t = pass.tokens;
         let (tk, dims) = (t * self.slots(), self.dims(t));
-        if self.form.random_second && pass.training {
+        let draws = self.form.random_second && pass.training;
+        if draws {
+            device.copy(self.chosen.view(tk), self.routed.view_mut(tk));
             self.host_noise.resize(t, 0.0);
             self.gate_noise.uniforms(pass.first_token, &mut self.host_noise);
             device.upload(&self.host_noise, self.uniform.view_mut(t));
             device.drop_second(dims, self.uniform.view(t), self.weights.view(tk), self.routed.view_mut(tk));
         }
+        let routed = if draws { self.routed.view(tk) } else { self.chosen.view(tk) };
         let (e, k) = (self.shape.experts, self.shape.top_k);
         let capacity = if self.form.experts_choose {
             let fair = Capacity { per_expert: (k * t).div_ceil(e), policy: CapacityPolicy::Probability };
@@ -322,10 +324,10 @@ impl<B: Backend> Router<B> {
         };
         let Some(capacity) = capacity else {
             device.fill(self.statistics.dropped.view_mut(e), 0.0);
-            device.copy(self.routed.view(tk), self.kept.view_mut(tk));
+            device.copy(routed, self.kept.view_mut(tk));
             return;
         };
-        let (routed, weights) = (self.routed.view(tk), self.weights.view(tk));
+        let weights = self.weights.view(tk);
         let (kept, dropped) = (self.kept.view_mut(tk), self.statistics.dropped.view_mut(e));
         device.apply_capacity(dims, capacity, routed, weights, kept, dropped);
         if self.form.experts_choose {
@@ -420,8 +422,8 @@ impl<B: Backend> Router<B> {
                 self.dclean.view_mut(te),
                 self.draw.view_mut(te),
             );
-            device.linear_f32_grad_input(gemm, self.draw.view(te), noise_weight, dx_TH.reborrow(), Accumulate::Add);
-            device.linear_f32_grad_weight(gemm, self.draw.view(te), x_TH, flat.reborrow().slice(noise));
+            let (dw, dx) = (flat.reborrow().slice(noise), (dx_TH.reborrow(), Accumulate::Add));
+            device.linear_f32_grads(gemm, self.draw.view(te), (x_TH, noise_weight), dw, dx);
         }
         let dlogits = if self.form.noisy { self.dclean.view(te) } else { self.dlogits.view(te) };
         self.path.backward(device, pass, x_TH, weights, dlogits, (flat, &ranges), dx_TH)

@@ -34,6 +34,36 @@ use sub_tokens::{SubTokenScratch, SubTokens};
 struct Chunk<B: Backend> {
     shuffle: Shuffle<B>,
     experts: Experts<B>,
+    /// The round that was expanded last, and the number that the scratch gave it.
+    expanded: Option<(usize, u64)>,
+}
+
+impl<B: Backend> Chunk<B> {
+    /// Makes the rows of `round` the experts' input.
+    fn expand(
+        &mut self,
+        device: &B,
+        scratch: &mut ExpertScratch<B>,
+        (round, h): (usize, usize),
+        x_TH: View<'_, B, B::Act>,
+    ) -> Result<(), DeviceError> {
+        let grouped = self.shuffle.grouped(round);
+        self.shuffle.expanded(device, round, x_TH, scratch.input_mut(device, grouped, h)?);
+        self.expanded = Some((round, scratch.input_number()));
+        Ok(())
+    }
+
+    /// As [`Chunk::expand`] of the tokens of the forward pass, whose rows may still be there.
+    fn expand_again(
+        &mut self,
+        device: &B,
+        scratch: &mut ExpertScratch<B>,
+        (round, h): (usize, usize),
+        x_TH: View<'_, B, B::Act>,
+    ) -> Result<(), DeviceError> {
+        let is_there = self.expanded == Some((round, scratch.input_number()));
+        if is_there { Ok(()) } else { self.expand(device, scratch, (round, h), x_TH) }
+    }
 }
 
 /// Rows and gradients under way, shared by all layers.
@@ -152,7 +182,7 @@ impl<B: Backend> MoeLayer<B> {
                 Recompute::None => Experts::keeping(device, experts)?,
                 Recompute::Experts => Experts::recomputing(experts),
             };
-            Ok(Chunk { shuffle, experts })
+            Ok(Chunk { shuffle, experts, expanded: None })
         };
         let shared = (config.shared_expert_ffn_size > 0).then(|| SharedExpert::new(device, config));
         Ok(Self {
@@ -246,22 +276,24 @@ impl<B: Backend> MoeLayer<B> {
             self.send_tokens(pass, scratch, index + 1, x_TH)?;
             let tokens = self.chunk_tokens(t, index);
             let (rows, choices) = (tokens.start * h..tokens.end * h, tokens.start * k..tokens.end * k);
-            let Chunk { shuffle, experts } = &mut self.chunks[index];
+            let chunk = &mut self.chunks[index];
             let x = x_TH.slice(rows.clone());
-            experts.keep(shuffle.is_kept());
-            for round in 0..shuffle.rounds() {
+            chunk.experts.keep(chunk.shuffle.is_kept());
+            for round in 0..chunk.shuffle.rounds() {
                 clock.enter(Stage::Dispatch);
                 if round > 0 {
-                    shuffle.send_tokens(device, pass.group, &mut scratch.shuffle, round, x)?;
+                    chunk.shuffle.send_tokens(device, pass.group, &mut scratch.shuffle, round, x)?;
                 }
-                shuffle.receive_tokens(device, round, routed(&self.router, x_TH, t, tokens.clone()))?;
-                let grouped = shuffle.grouped(round);
-                if shuffle.computes(round) {
-                    shuffle.expanded(device, round, x, scratch.experts.rows_mut(device, grouped, h)?);
+                chunk.shuffle.receive_tokens(device, round, routed(&self.router, x_TH, t, tokens.clone()))?;
+                if chunk.shuffle.computes(round) {
+                    chunk.expand(device, &mut scratch.experts, (round, h), x)?;
                     clock.enter(Stage::Experts);
-                    experts.forward(device, &mut scratch.experts, grouped, expert_weights(pass))?;
+                    let grouped = chunk.shuffle.grouped(round);
+                    chunk.experts.forward(device, &mut scratch.experts, grouped, expert_weights(pass))?;
                 }
                 clock.enter(Stage::Combine);
+                let shuffle = &mut chunk.shuffle;
+                let grouped = shuffle.grouped(round);
                 let weights = self.router.weights(t).slice(choices.clone());
                 let tensors = (scratch.experts.rows(grouped, h), out_TH.reborrow().slice(rows.clone()));
                 shuffle.send_results(device, pass.group, &mut scratch.shuffle, round, weights, tensors)?;
@@ -376,24 +408,26 @@ impl<B: Backend> MoeLayer<B> {
             let (rows, choices) = (tokens.start * h..tokens.end * h, tokens.start * k..tokens.end * k);
             let (x, dout) = (x_TH.slice(rows.clone()), dout_TH.slice(rows.clone()));
             for round in 0..self.chunks[index].shuffle.rounds() {
-                let Chunk { shuffle, experts } = &mut self.chunks[index];
+                let chunk = &mut self.chunks[index];
                 let (tensors, weights) = (pass.tensors.experts, expert_weights(pass));
                 clock.enter(Stage::Combine);
                 if round > 0 {
-                    shuffle.send_gradients(device, pass.group, &mut scratch.shuffle, round, (x, dout))?;
+                    chunk.shuffle.send_gradients(device, pass.group, &mut scratch.shuffle, round, (x, dout))?;
                 }
-                shuffle.receive_gradients(device, round, routed(&self.router, x_TH, t, tokens.clone()))?;
-                let (grouped, computes) = (shuffle.grouped(round), shuffle.computes(round));
+                chunk.shuffle.receive_gradients(device, round, routed(&self.router, x_TH, t, tokens.clone()))?;
+                let computes = chunk.shuffle.computes(round);
                 let accumulate =
                     if computes { std::mem::replace(&mut self.accumulate, Accumulate::Add) } else { self.accumulate };
                 if computes {
-                    if experts.recomputes() {
+                    if chunk.experts.recomputes() {
                         clock.enter(Stage::Experts);
-                        // Before the gradient comes into the rows: the input is expanded once more instead of into a buffer of its own.
-                        shuffle.expanded(device, round, x, scratch.experts.rows_mut(device, grouped, h)?);
-                        experts.project(device, &mut scratch.experts, grouped, weights.gate_up)?;
+                        chunk.expand_again(device, &mut scratch.experts, (round, h), x)?;
+                        let grouped = chunk.shuffle.grouped(round);
+                        chunk.experts.project(device, &mut scratch.experts, grouped, weights.gate_up)?;
                     }
                     clock.enter(Stage::Combine);
+                    let Chunk { shuffle, experts, .. } = chunk;
+                    let grouped = shuffle.grouped(round);
                     let dy = scratch.experts.rows_mut(device, grouped, h)?;
                     shuffle.gradients(device, &scratch.shuffle, round, (dout, dy));
                     let dweights = scratch.dweights.view_mut(t * k).slice(choices.clone());
@@ -405,14 +439,15 @@ impl<B: Backend> MoeLayer<B> {
                     experts.backward(device, &mut scratch.experts, grouped, tensors)?;
                 }
                 clock.enter(Stage::Dispatch);
+                let shuffle = &mut chunk.shuffle;
                 let sent = (scratch.experts.rows(shuffle.grouped(round), h), dx_TH.reborrow().slice(rows.clone()));
                 shuffle.send_input_gradients(device, pass.group, &mut scratch.shuffle, round, sent)?;
                 if computes {
                     clock.enter(Stage::Experts);
-                    let grouped = shuffle.grouped(round);
-                    shuffle.expanded(device, round, x, scratch.experts.rows_mut(device, grouped, h)?);
+                    chunk.expand_again(device, &mut scratch.experts, (round, h), x)?;
                     let gradient = (gradients.get(tensors.gate_up), accumulate);
-                    experts.grad_gate_up(device, &mut scratch.experts, grouped, gradient);
+                    let Chunk { shuffle, experts, .. } = chunk;
+                    experts.grad_gate_up(device, &mut scratch.experts, shuffle.grouped(round), gradient);
                 }
             }
         }

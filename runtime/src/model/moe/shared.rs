@@ -77,8 +77,8 @@ impl<B: Backend> SharedExpert<B> {
             device.sigmoid_gate_grad(h, dout_TH, logits, out, self.dout.view_mut(t * h), self.dgate.view_mut(t));
             let dims = GemmDims { m: t, n: 1, k: h };
             let (dgate, weight) = (self.dgate.view(t), pass.weights.get(gate));
-            device.linear_f32_grad_input(dims, dgate, weight, dx_TH.reborrow(), Accumulate::Add);
-            device.linear_f32_grad_weight(dims, dgate, x_TH, gradients.get(gate));
+            let dx = (dx_TH.reborrow(), Accumulate::Add);
+            device.linear_f32_grads(dims, dgate, (x_TH, weight), gradients.get(gate), dx);
             self.dout.view(t * h)
         } else {
             dout_TH
