@@ -74,7 +74,8 @@ fn report(world: &HostCommunicator, config: &RouterConfig, top_k: usize) -> Bala
             let (x, weight) = (x(layer, pass, rank), weights(layer));
             let weights = RouterWeights { router: Some(View::of(&weight)), noise: None, hidden: [None; 3] };
             let (counts, probabilities) = balance.layer_mut(layer);
-            router.forward(&Cpu, at, View::of(&x), &weights, counts, probabilities).unwrap();
+            router.forward(&Cpu, at, View::of(&x), &weights).unwrap();
+            router.take_statistics(&Cpu, at, counts, probabilities);
         }
         balance.form(&Cpu, world, at, share).unwrap();
         for (layer, router) in routers.iter().enumerate() {
@@ -263,7 +264,8 @@ fn experts_take_the_tokens_that_are_likeliest_for_them() {
         let of_router = RouterWeights { router: Some(View::of(&weight)), noise: None, hidden: [None; 3] };
         let (mut counts, mut probabilities) = (vec![0.0f32; EXPERTS], vec![0.0f32; EXPERTS]);
         let sums = (ViewMut::of(&mut counts), ViewMut::of(&mut probabilities));
-        router.forward(&Cpu, pass, View::of(&x), &of_router, sums.0, sums.1).unwrap();
+        router.forward(&Cpu, pass, View::of(&x), &of_router).unwrap();
+        router.take_statistics(&Cpu, pass, sums.0, sums.1);
         let (mut kept, mut given) = (vec![0; t * EXPERTS], vec![0.0; t * EXPERTS]);
         Cpu.read_to_host(router.kept(t), &mut kept).unwrap();
         Cpu.read_to_host(router.weights(t), &mut given).unwrap();

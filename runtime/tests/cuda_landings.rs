@@ -122,7 +122,9 @@ fn lands<A: CudaAct>(gpu: &Cuda<A>, world: &NcclCommunicator<A>, width: usize) {
             (0..n).flat_map(|i| [[zero, lies(i) as i32, zero], [lies(i) as i32, -1, -1]][i % 2]).collect();
         let factors: Vec<f32> = (0..n).flat_map(|i| [[1.0, 0.5, 1.0], [0.5, 7.0, 7.0]][i % 2]).collect();
         let (slots, factors) = (on(gpu, &slots), on(gpu, &factors));
-        let what = Leaving::Sums { k: K, slots: View::of(&slots), weights: Some(View::of(&factors)), y: View::of(&y) };
+        let along = Some(View::of(&own_weights));
+        let what =
+            Leaving::Sums { k: K, slots: View::of(&slots), weights: Some(View::of(&factors)), y: View::of(&y), along };
         gpu.wait(&landing.push(gpu, &Push { what, ..push }).unwrap());
         let came = back(gpu, &rows, expected.len() * width);
         for (i, (from, row)) in expected.iter().enumerate() {

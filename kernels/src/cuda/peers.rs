@@ -22,8 +22,8 @@ use crate::{DeviceError, Element, Leaving, View};
 pub const MOST_PEERS: usize = 16;
 /// Threads of a block.
 const THREADS: u32 = 512;
-/// Blocks of a push that runs beside something else: stores over NVLink need few (docs/benchmarks.md).
-const BLOCKS_BESIDE: usize = 16;
+/// Blocks of a push that runs beside something else, of rows and of sums: stores over NVLink need few (docs/benchmarks.md).
+const BLOCKS_BESIDE: (usize, usize) = (16, 32);
 
 /// What another process of this machine needs to map a buffer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -230,7 +230,11 @@ impl<A: CudaAct> Cuda<A> {
         let Pushed { width, what, rows, beside } = *pushed;
         let n = rows.last().map_or(0, |last| last.end);
         let to = Peers::new(peers, me, rows, mark);
-        let most = if beside { BLOCKS_BESIDE } else { 2 * self.gpu.facts.multiprocessors };
+        let most = match (beside, what) {
+            (false, _) => 2 * self.gpu.facts.multiprocessors,
+            (true, Leaving::Rows { .. }) => BLOCKS_BESIDE.0,
+            (true, Leaving::Sums { .. }) => BLOCKS_BESIDE.1,
+        };
         let grid = Grid::new(n.div_ceil(THREADS as usize / 32).clamp(1, most), THREADS);
         let Some(tickets) = self.counters() else { return };
         match what {
@@ -254,7 +258,8 @@ impl<A: CudaAct> Cuda<A> {
                     pointer_or_null(weights), tickets.at(0), halt.address()
                 );
             }
-            Leaving::Sums { k, slots, weights, y } => {
+            Leaving::Sums { k, slots, weights, y, along } => {
+                holds("along", along.map_or(n * k, |along| along.len()), n * k);
                 holds("slots", slots.len(), n * k);
                 holds("weights", weights.map_or(n * k, |weights| weights.len()), n * k);
                 assert!(k <= MOST_SLOTS, "{k} slots of a row, at most {MOST_SLOTS}");
@@ -265,7 +270,8 @@ impl<A: CudaAct> Cuda<A> {
                 };
                 launch!(
                     self, name, grid;
-                    to, width as i32, k as i32, pointer(slots), pointer_or_null(weights), y, tickets.at(0), halt.address()
+                    to, width as i32, k as i32, pointer(slots), pointer_or_null(weights), y, pointer_or_null(along), tickets.at(0),
+                    halt.address()
                 );
             }
         }

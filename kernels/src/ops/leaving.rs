@@ -29,6 +29,8 @@ pub enum Leaving<'a, D: Device> {
         weights: Option<View<'a, D, f32>>,
         /// `[·, width]`.
         y: View<'a, D, D::Act>,
+        /// `[N, k]`: what goes with a row.
+        along: Option<View<'a, D, f32>>,
     },
 }
 
@@ -47,7 +49,7 @@ impl<D: Device> Leaving<'_, D> {
             Self::Rows { k, ids, weights, .. } => {
                 k * (i32::BYTES * usize::from(ids.is_some()) + f32::BYTES * usize::from(weights.is_some()))
             }
-            Self::Sums { .. } => 0,
+            Self::Sums { k, along, .. } => k * f32::BYTES * usize::from(along.is_some()),
         };
         width * D::Act::BYTES + along
     }

@@ -32,6 +32,15 @@ pub(super) struct Journey<B: Backend> {
     course: Course<B>,
 }
 
+/// What goes home.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Homeward {
+    /// The experts' outputs, weighted.
+    Results,
+    /// The tokens' gradients, and with them those of the weights.
+    Gradients,
+}
+
 /// Where rows that are stored straight into other ranks' memory land.
 struct Lands {
     /// `[W]`: among the rows that reach each rank in the chunk.
@@ -42,6 +51,8 @@ struct Lands {
     tokens_beside: bool,
     /// Whether one is while its results do.
     results_beside: bool,
+    /// Whether there is no other chunk, which would write to what results are summed from.
+    alone: bool,
 }
 
 /// What the counts of a chunk say, and what is under way.
@@ -205,8 +216,13 @@ impl<B: Backend> Journey<B> {
         }
         if reached && self.landing.is_some() && self.rounds() == 1 {
             let (away, home) = traffic.landings(chunk, me);
-            self.course.lands =
-                Some(Lands { away, home, tokens_beside: chunk > 0, results_beside: chunk + 1 < traffic.chunks });
+            self.course.lands = Some(Lands {
+                away,
+                home,
+                tokens_beside: chunk > 0,
+                results_beside: chunk + 1 < traffic.chunks,
+                alone: traffic.chunks == 1,
+            });
         }
         Ok(())
     }
@@ -399,28 +415,43 @@ impl<B: Backend> Journey<B> {
         Ok(())
     }
 
-    /// Sends results home as they are summed, if rows go straight into other ranks' memory: row i of those that are here is the weighted sum of the
-    /// rows of `y` in its `slots`. Otherwise false: they are to be summed first.
+    /// Sends home as it is summed what goes straight into other ranks' memory: row i of those that are here is the sum of the rows of `y` in its
+    /// `slots`, weighted where it is a result. Otherwise false: rows are to be summed first. Until they are home `y` must stay.
     pub(super) fn send_sums(
         &mut self,
         device: &B,
         scratch: &ShuffleScratch<B>,
-        slots: View<'_, B, i32>,
-        y: View<'_, B, B::Act>,
+        what: Homeward,
+        (slots, y): (View<'_, B, i32>, View<'_, B, B::Act>),
     ) -> Result<bool, CollectiveError> {
         let Some((lands, Landings { home, .. })) = self.course.lands.as_ref().zip(scratch.landings()) else {
             return Ok(false);
         };
-        let weights = Some(self.weights(self.coming(0).0));
+        if !lands.alone {
+            return Ok(false);
+        }
+        let gradients = what == Homeward::Gradients;
         let push = Push {
             width: self.h,
-            what: Leaving::Sums { k: self.k, slots, weights, y },
+            what: Leaving::Sums {
+                k: self.k,
+                slots,
+                weights: (!gradients).then(|| self.weights(self.coming(0).0)),
+                y,
+                along: gradients.then(|| self.dweights(scratch)),
+            },
             rows: &self.course.rounds[0].parts.away,
             at: &lands.home,
-            beside: lands.results_beside,
+            // Other gradients are computed meanwhile.
+            beside: gradients,
         };
         self.course.under_way = Some(home.push(device, &push)?);
         Ok(true)
+    }
+
+    /// The weights' gradients of the rows that came in one round.
+    fn dweights<'a>(&self, scratch: &'a ShuffleScratch<B>) -> View<'a, B, f32> {
+        stretch(&scratch.row_dweights, self.away(0), self.k)
     }
 
     /// Sends the rows away in `round` home: results, or gradients of tokens after [`Journey::send_dweights`].
@@ -430,9 +461,10 @@ impl<B: Backend> Journey<B> {
         group: &C,
         scratch: &mut ShuffleScratch<B>,
         round: usize,
+        what: Homeward,
     ) -> Result<(), CollectiveError> {
         if let Some((lands, Landings { home, .. })) = self.course.lands.as_ref().zip(scratch.landings()) {
-            // Only gradients come here: results have left as they were summed. Other gradients are computed meanwhile.
+            let gradients = what == Homeward::Gradients;
             let push = Push {
                 width: self.h,
                 what: Leaving::Rows {
@@ -440,11 +472,11 @@ impl<B: Backend> Journey<B> {
                     from: stretch(&scratch.away, self.away(round), self.h),
                     k: self.k,
                     ids: None,
-                    weights: Some(stretch(&scratch.row_dweights, self.away(round), self.k)),
+                    weights: gradients.then(|| self.dweights(scratch)),
                 },
                 rows: &self.course.rounds[round].parts.away,
                 at: &lands.home,
-                beside: true,
+                beside: gradients || lands.results_beside,
             };
             self.course.under_way = Some(home.push(device, &push)?);
             return Ok(());

@@ -33,7 +33,7 @@ use crate::memory::{Kind, Slot, Tally};
 pub use scratch::ShuffleScratch;
 pub use traffic::{Room, visit_probability};
 
-use journey::Journey;
+use journey::{Homeward, Journey};
 use scratch::{stretch, stretch_mut};
 use traffic::Traffic;
 
@@ -275,18 +275,7 @@ impl<B: Backend> Shuffle<B> {
         weights: View<'_, B, f32>,
         (y_NH, out_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
     ) -> Result<(), ShuffleError> {
-        let (received, _) = self.coming(round);
-        if let Some(journey) = &mut self.journey {
-            let slots = self.slots.view(received * self.dims.top_k);
-            if journey.send_sums(device, scratch, slots, y_NH)? {
-                return Ok(());
-            }
-        }
-        if self.computes(round) {
-            self.reduce(device, scratch, round, Some(self.weights_here(round, weights)), (y_NH, out_TH));
-        }
-        let Some(journey) = &mut self.journey else { return Ok(()) };
-        Ok(journey.send_home(device, group, scratch, round)?)
+        self.send_reduced(device, group, (scratch, round), Some(weights), (y_NH, out_TH))
     }
 
     /// Sums what has come home over ranks into `out_TH` (overwritten; a token that was sent nowhere gets 0).
@@ -370,11 +359,32 @@ impl<B: Backend> Shuffle<B> {
         if let Some(journey) = &mut self.journey {
             journey.send_dweights(device, group, scratch, round)?;
         }
+        self.send_reduced(device, group, (scratch, round), None, tensors)
+    }
+
+    /// Sums expanded rows and sends the sums home: results, with this rank's own `weights`, or gradients.
+    fn send_reduced<C: Communicator<B>>(
+        &mut self,
+        device: &B,
+        group: &C,
+        (scratch, round): (&mut ShuffleScratch<B>, usize),
+        weights: Option<View<'_, B, f32>>,
+        tensors: (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
+    ) -> Result<(), ShuffleError> {
+        let what = if weights.is_some() { Homeward::Results } else { Homeward::Gradients };
+        let (received, _) = self.coming(round);
+        if let Some(journey) = &mut self.journey {
+            let slots = self.slots.view(received * self.dims.top_k);
+            if journey.send_sums(device, scratch, what, (slots, tensors.0))? {
+                return Ok(());
+            }
+        }
         if self.computes(round) {
-            self.reduce(device, scratch, round, None, tensors);
+            let weights = weights.map(|own| self.weights_here(round, own));
+            self.reduce(device, scratch, round, weights, tensors);
         }
         let Some(journey) = &mut self.journey else { return Ok(()) };
-        Ok(journey.send_home(device, group, scratch, round)?)
+        Ok(journey.send_home(device, group, scratch, round, what)?)
     }
 
     /// Sums what has come home: `dx_TH` over ranks (overwritten), and `dweights` `[T, k]`, 0 where a choice was dropped.

@@ -70,6 +70,10 @@ pub struct Router<B: Backend> {
     scores: Slot<B, f32>,
     chosen: Slot<B, i32>,
     routed: Slot<B, i32>,
+    /// The choices before dropped ones got other experts.
+    first: Slot<B, i32>,
+    /// Whether any did in the last pass.
+    rerouted: bool,
     kept: Slot<B, i32>,
     weights: Slot<B, f32>,
     dlogits: Slot<B, f32>,
@@ -116,6 +120,7 @@ impl<B: Backend> Router<B> {
                 self.scores.bytes(),
                 self.chosen.bytes(),
                 self.routed.bytes(),
+                self.first.bytes(),
                 self.kept.bytes(),
                 self.weights.bytes(),
                 self.dlogits.bytes(),
@@ -160,6 +165,8 @@ impl<B: Backend> Router<B> {
             scores: Slot::new(device, "router scores")?,
             chosen: Slot::new(device, "chosen experts")?,
             routed: Slot::new(device, "routed experts")?,
+            first: Slot::new(device, "experts first chosen")?,
+            rerouted: false,
             kept: Slot::new(device, "kept experts")?,
             weights: Slot::new(device, "gate weights")?,
             dlogits: Slot::new(device, "router logit gradients")?,
@@ -212,21 +219,22 @@ impl<B: Backend> Router<B> {
             }
         }
         self.chosen.reserve(device, tk)?;
+        if self.shape.config.overflow == Overflow::Reroute {
+            self.first.reserve(device, tk)?;
+        }
         self.routed.reserve(device, tk)?;
         self.kept.reserve(device, tk)?;
         self.weights.reserve(device, tk)?;
         self.uniform.reserve(device, tokens)
     }
 
-    /// Routes `x_TH`: fills the choices, weights and statistics. `counts`, `prob_sums` `[G, E]` of this layer are overwritten.
+    /// Routes `x_TH`: fills the choices and weights. Statistics come with [`Router::take_statistics`].
     pub fn forward(
         &mut self,
         device: &B,
         pass: RoutePass<'_>,
         x_TH: View<'_, B, B::Act>,
         weights: &RouterWeights<'_, B>,
-        counts: ViewMut<'_, B, f32>,
-        prob_sums: ViewMut<'_, B, f32>,
     ) -> Result<(), DeviceError> {
         let t = pass.tokens;
         self.reserve(device, t)?;
@@ -258,23 +266,37 @@ impl<B: Backend> Router<B> {
             let choices = (self.chosen.view_mut(tk), self.weights.view_mut(tk));
             own.choose(device, gate_pass(dims, pass), self.clean.view(te), choices)?;
         }
-        if self.form.experts_choose {
-            self.keep(device, pass);
-        }
-        // What experts have taken is all that was chosen where they choose.
-        let counted = if self.form.experts_choose { self.kept.view(tk) } else { self.chosen.view(tk) };
+        self.keep(device, pass);
+        Ok(())
+    }
+
+    /// The statistics of what [`Router::forward`] has routed: `counts`, `prob_sums` `[G, E]` of this layer are overwritten. Nothing on the tokens' way
+    /// needs them, so they can be taken while tokens travel.
+    pub fn take_statistics(
+        &mut self,
+        device: &B,
+        pass: RoutePass<'_>,
+        counts: ViewMut<'_, B, f32>,
+        prob_sums: ViewMut<'_, B, f32>,
+    ) {
+        let (t, e) = (pass.tokens, self.shape.experts);
+        let (dims, spec, te, tk) = (self.dims(t), self.spec(pass), t * e, t * self.slots());
+        let counted = if self.form.experts_choose {
+            // What experts have taken is all that was chosen where they choose.
+            self.kept.view(tk)
+        } else if self.rerouted {
+            self.first.view(tk)
+        } else {
+            self.chosen.view(tk)
+        };
         let logits = if self.form.noisy { self.noisy.view(te) } else { self.clean.view(te) };
         let (scores, sums) = (self.scores.view(te), self.statistics.sums.view_mut(2));
         let (group, _) = pass.groups(self.shape.config.balance_scope);
         device.gate_statistics(spec, group, logits, scores, counted, counts, prob_sums, sums);
-        if !self.form.experts_choose {
-            self.keep(device, pass);
-        }
         if self.form.noisy {
             let importance = self.statistics.importance.view_mut(e);
             device.importance(dims, self.chosen.view(tk), self.weights.view(tk), importance);
         }
-        Ok(())
     }
 
     /// Puts experts that can't be chosen in this step far down, the same on all ranks and in all passes; false: there are none. At least k
@@ -303,6 +325,7 @@ impl<B: Backend> Router<B> {
     fn keep(&mut self, device: &B, pass: RoutePass<'_>) {
         let t = pass.tokens;
         let (tk, dims) = (t * self.slots(), self.dims(t));
+        self.rerouted = false;
         let draws = self.form.random_second && pass.training;
         if draws {
             device.copy(self.chosen.view(tk), self.routed.view_mut(tk));
@@ -345,6 +368,8 @@ impl<B: Backend> Router<B> {
         const ROUNDS: usize = 4;
         let t = pass.tokens;
         let (te, tk, e, dims) = (t * self.shape.experts, t * self.slots(), self.shape.experts, self.dims(t));
+        device.copy(self.chosen.view(tk), self.first.view_mut(tk));
+        self.rerouted = true;
         let (chosen, kept) = (self.chosen.view_mut(tk), self.kept.view_mut(tk));
         let dropped = self.statistics.dropped.view_mut(e);
         device.reroute(dims, per_expert, ROUNDS, self.scores.view(te), chosen, kept, dropped);

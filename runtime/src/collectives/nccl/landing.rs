@@ -182,8 +182,7 @@ impl<A: CudaAct> Berths<A> {
     fn place(&self, at: usize, row: usize, push: &Push<'_, Cuda<A>>) -> Destination {
         let Destination { rows, ids, weights, marks } = self.places[at];
         let k = match push.what {
-            Leaving::Rows { k, .. } => k,
-            Leaving::Sums { .. } => 0,
+            Leaving::Rows { k, .. } | Leaving::Sums { k, .. } => k,
         };
         // Of what does not go along there is no address either, but the kernel does not look at it.
         let behind = |base: u64, bytes: usize| base + (row * bytes) as u64;

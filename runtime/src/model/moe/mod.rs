@@ -255,10 +255,9 @@ impl<B: Backend> MoeLayer<B> {
         (x_TH, mut out_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
     ) -> Result<(), ModelError> {
         let (device, t, h) = (pass.device, pass.route.tokens, self.hidden_size);
-        let (counts, prob_sums) = balance.layer_mut(self.index);
         let weights = router_weights(pass);
         clock.enter(Stage::Route);
-        self.router.forward(device, pass.route, x_TH, &weights, counts, prob_sums)?;
+        self.router.forward(device, pass.route, x_TH, &weights)?;
         let (chunks, k) = (self.chunks.len(), self.slots);
         clock.enter(Stage::Dispatch);
         for index in 0..chunks {
@@ -271,6 +270,9 @@ impl<B: Backend> MoeLayer<B> {
         }
         scratch.shuffle.settle(device, pass.group, self.chunks.iter_mut().map(|chunk| &mut chunk.shuffle))?;
         self.send_tokens(pass, scratch, 0, x_TH)?;
+        clock.enter(Stage::Route);
+        let (counts, prob_sums) = balance.layer_mut(self.index);
+        self.router.take_statistics(device, pass.route, counts, prob_sums);
         for index in 0..chunks {
             clock.enter(Stage::Dispatch);
             self.send_tokens(pass, scratch, index + 1, x_TH)?;
@@ -413,6 +415,10 @@ impl<B: Backend> MoeLayer<B> {
                 clock.enter(Stage::Combine);
                 if round > 0 {
                     chunk.shuffle.send_gradients(device, pass.group, &mut scratch.shuffle, round, (x, dout))?;
+                }
+                if chunk.shuffle.is_kept() && pass.group.size() > 1 {
+                    // While the gradients travel; rows that are not kept come with them.
+                    chunk.expand_again(device, &mut scratch.experts, (round, h), x)?;
                 }
                 chunk.shuffle.receive_gradients(device, round, routed(&self.router, x_TH, t, tokens.clone()))?;
                 let computes = chunk.shuffle.computes(round);
