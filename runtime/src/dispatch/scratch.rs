@@ -135,6 +135,9 @@ impl<B: Backend> ShuffleScratch<B> {
             let home = group.landing(device, &home)?;
             let away = group.landing(device, &Berth { rows: self.away.all(), ids: None, weights: None })?;
             self.direct = home.is_some() && away.is_some();
+            if !self.direct && group.rank() == 0 {
+                tracing::info!("ranks do not reach each other's memory: rows go through NCCL");
+            }
             // Alike on all ranks, whose buffers have grown by the same needs.
             let room = (self.home.all().len() / hidden, self.away.all().len() / hidden);
             self.landings = home.zip(away).map(|(home, away)| Landings { home, away, room });

@@ -205,6 +205,10 @@ impl<A: CudaAct> Berths<A> {
         self.link.call(Collective::AllToAllV, bytes).run(queue, |call| {
             let mark = if signal { self.marks.next() } else { 0 };
             let pushed = Pushed { width, what, rows, beside };
+            if beside {
+                // What is computed meanwhile must not take all multiprocessors before this has some.
+                queue.wait(&call.plane.queue().record());
+            }
             call.plane.queue().push((peers, me), &pushed, (mark, call.plane.halt()));
             Ok(())
         })
