@@ -1,20 +1,21 @@
-// Rows into the memory of other GPUs: each rank stores its rows where they are wanted and says so, and is through once all have told it
-// that theirs have come.
+// Rows into the memory of other GPUs: each rank stores its rows where they are wanted and says so, and is through once all have told
+// it that theirs have come.
 //
-// push_rows: from [·, width], index [N] i32 or none, ids [N, k] i32 or none, weights [N, k] f32 or none. Row i, which is from[index[i]] or
-//   from[i], belongs to the peer p with starts[p] ≤ i < starts[p + 1], and goes to its row i − starts[p] of rows[p], and with it row i of ids
-//   and weights. Bytes: 2·N·width·size, of which those of other peers cross the link.
+// Row i < N belongs to the peer p with starts[p] ≤ i < starts[p + 1], and goes to its row i − starts[p] of rows[p]; numbers that go
+// along, to the same row of ids[p] and weights[p]. It is
+// push_rows: from[index[i]], or from[i], of from [·, width], index [N] i32 or none; along: ids [N, k] i32 or none, weights [N, k] f32
+//   or none.                                                                                        Bytes: 2·N·width·size.
+// push_sums: Σ_j weights[i, j]·y[slots[i, j]], in f32 and ascending order, of y [·, width], slots [N, k] i32 (−1: none), weights [N, k]
+//   f32 or none, k ≤ 32; along: along [N, k] f32 or none, to weights[p].                  Bytes: (N + slots that are rows)·width·size.
 //
-// push_sums: y [·, width], slots [N, k] i32 (−1: none), weights [N, k] f32 or none, along [N, k] f32 or none, which goes with the rows as weights do above. Row i is Σ_j weights[i, j]·y[slots[i, j]], in f32 and ascending order,
-//   k ≤ 32. Bytes: (N + slots that are rows)·width·size.
+// Bound: the link, for what goes to other peers. Peers are served in turn, row by row, so that no one is everybody's first and this
+// rank's own rows leave no gap on the link. Rows are moved in packs of 16 bytes and exported as NAME_wide…; widths or addresses off 16
+// bytes take two bytes or one element at a time.
 //
-// Bound: the link. Peers are served in turn, row by row, so that no one is everybody's first and this rank's own rows leave no gap on the link (2 to 4 % beside peer
-// after peer). Rows are moved in packs of 16
-// bytes and exported as NAME_wide…; widths or addresses off 16 bytes take two bytes or one element at a time.
-//
-// Order (PTX memory model): a block's stores come before its ticket (barrier, system fence), the tickets before the marks (system fence,
-// release), a mark before what is launched behind the kernel of the peer that acquired it. `mark` grows with every push of the group; 0: nobody is
-// told and nobody is waited for. A wait ends when `halt`, a word of the host's memory, is not 0: then what came is anything.
+// Order (PTX memory model): a block's stores come before its ticket (barrier, system fence), the tickets before the marks (system
+// fence, release), a mark before what is launched behind the kernel of the peer that acquired it. `mark` grows with every push of the
+// group; 0: nobody is told and nobody is waited for. A wait ends when `halt`, a word of the host's memory, is not 0: then what came is
+// anything.
 
 #include "reduce.cuh"
 

@@ -90,7 +90,8 @@ impl<B: Device, T: Element> Slot<B, T> {
 
     /// As [`Slot::reserve`], in whole pages of `page` bytes.
     pub fn reserve_pages(&mut self, device: &B, len: usize, page: usize) -> Result<(), DeviceError> {
-        self.reserve(device, len.next_multiple_of(page / T::BYTES))
+        let grown = if self.buffer.is_empty() { len } else { len.max(self.buffer.len() * 5 / 4) };
+        if self.buffer.len() < len { self.reserve(device, grown.next_multiple_of(page / T::BYTES)) } else { Ok(()) }
     }
 
     /// The whole of it.

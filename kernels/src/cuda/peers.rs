@@ -1,6 +1,7 @@
 //! Memory that GPUs of several processes of one machine share, and the kernel that stores rows into it: `push.cu`.
 //!
-//! Owns the mapping of other ranks' buffers into this process and the word by which the host ends a wait on the device. It never decides who
+//! Owns the mapping of other ranks' buffers into this process and the word by which the host ends a wait on the device. It never decides
+//! who
 //! shares what, nor when: who pushes and who has freed is the caller's to agree on.
 
 use std::ffi::{c_char, c_void};
@@ -55,7 +56,8 @@ impl Drop for Mapped {
     fn drop(&mut self) {
         if let Some(base) = self.base {
             self.gpu.bound("cuIpcCloseMemHandle", || {
-                // SAFETY: it was mapped once, for this value, and nobody has the address but kernels that its owner has waited for.
+                // SAFETY: it was mapped once, for this value; the owner of a value has waited for kernels that use it, or ends with a
+                // failure.
                 unsafe { sys::cuIpcCloseMemHandle(base) }.result()
             });
         }
@@ -89,7 +91,8 @@ impl Drop for Halt {
     fn drop(&mut self) {
         let word = self.word.as_ptr().cast::<c_void>();
         self.gpu.bound("cuMemFreeHost", || {
-            // SAFETY: the memory was allocated once, for this value; the driver waits for kernels that use it.
+            // SAFETY: the memory was allocated once, for this value, which goes after kernels that look at it have ended (or were given up
+            // with the process).
             unsafe { sys::cuMemFreeHost(word) }.result()
         });
     }
@@ -221,12 +224,19 @@ impl<A: CudaAct> Cuda<A> {
         Ok(Halt { gpu: Arc::clone(&self.gpu), word })
     }
 
-    /// Stores rows where `peers` want them, tells them `mark`, and is through when all have told `mark` or a later one. Marks of a group count up
-    /// from 1, the same on all ranks; with 0 nobody is told or waited for. Once `halt` is set it is through at once. `me` is this rank's number in
-    /// `peers`.
+    /// Stores rows where `peers` want them, tells them `mark`, and is through when all have told `mark` or a later one. Marks of a
+    /// group count up from 1, the same on all ranks; with 0 nobody is told or waited for. Once `halt` is set it is through at once.
+    /// `me` is this rank's number in `peers`.
     ///
-    /// The caller sees to it that each peer's memory holds what goes there and that the peer does not use it meanwhile.
-    pub fn push(&self, (peers, me): (&[Destination], usize), pushed: &Pushed<'_, A>, (mark, halt): (u32, &Halt)) {
+    /// # Safety
+    /// Each peer's memory is mapped until this has run, holds what goes there, and is not used by the peer meanwhile; its marks are
+    /// `[ranks]`.
+    pub unsafe fn push(
+        &self,
+        (peers, me): (&[Destination], usize),
+        pushed: &Pushed<'_, A>,
+        (mark, halt): (u32, &Halt),
+    ) {
         let Pushed { width, what, rows, beside } = *pushed;
         let n = rows.last().map_or(0, |last| last.end);
         let to = Peers::new(peers, me, rows, mark);

@@ -42,6 +42,13 @@ impl<D: Device> Clone for Leaving<'_, D> {
 impl<D: Device> Copy for Leaving<'_, D> {}
 
 impl<D: Device> Leaving<'_, D> {
+    /// k.
+    pub fn numbers(&self) -> usize {
+        match self {
+            Self::Rows { k, .. } | Self::Sums { k, .. } => *k,
+        }
+    }
+
     /// Bytes of a row of `width` elements with what goes along.
     pub fn row_bytes(&self, width: usize) -> usize {
         use crate::Element;

@@ -29,17 +29,22 @@ pub struct Push<'a, B: Backend> {
     pub what: Leaving<'a, B>,
     /// `[W]`: the rows for each rank, one after another from 0 to N.
     pub rows: &'a [Range<usize>],
-    /// `[W]`: the row of each rank's berth where the first of them lands. It and those behind it are in the berth, which the caller sees to.
+    /// `[W]`: the row of each rank's berth where the first of them lands. It and those behind it are in the berth, which the caller sees
+    /// to.
     pub at: &'a [usize],
     /// Whether something else computes meanwhile, and should keep the device.
     pub beside: bool,
 }
 
-/// The berths of all ranks of a group, as one of them reaches them. Buffers must stay where they are while there is a landing; all ranks give it up
-/// together, before any of them frees or moves its own.
+/// The berths of all ranks of a group, as one of them reaches them. Buffers must stay where they are while there is a landing. Who moves
+/// them
+/// gives it up first, on all ranks; at the end of a job each rank goes on its own, since memory stays while another process has it mapped.
 pub trait Landing<B: Backend>: Send + Sync {
-    /// A collective: stores this rank's rows, and has come to its event when all ranks' rows for this one are there. A rank whose berth is still
+    /// A collective: stores this rank's rows, and has come to its event when all ranks' rows for this one are there. A rank whose berth is
+    /// still
     /// read by what was issued before must not be pushed to: the caller's own messages have to order that.
+    ///
+    /// Panics where rows would land beyond a berth.
     ///
     /// # Errors
     /// As any collective's.

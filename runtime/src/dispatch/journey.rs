@@ -14,6 +14,8 @@ use crate::memory::{Kind, Slot, Tally};
 
 /// The lists of a shuffle between ranks, the rows that came, and the rounds they come in.
 pub(super) struct Journey<B: Backend> {
+    /// The way into the other ranks' `arrived`, `recv_experts` and `recv_weights`; before these.
+    landing: Option<Box<dyn Landing<B>>>,
     h: usize,
     k: usize,
     room: Room,
@@ -27,8 +29,6 @@ pub(super) struct Journey<B: Backend> {
     recv_weights: Slot<B, f32>,
     /// `[R', H]`: the tokens that arrived. The backward pass expands them again where all came in one round.
     arrived: Slot<B, B::Act>,
-    /// The way into the other ranks' `arrived`, `recv_experts` and `recv_weights`.
-    landing: Option<Box<dyn Landing<B>>>,
     course: Course<B>,
 }
 
@@ -150,7 +150,7 @@ impl<B: Backend> Journey<B> {
         traffic: &Traffic,
         (chunk, me): (usize, usize),
         at: (usize, usize),
-        local_experts: usize,
+        (local_experts, direct): (usize, bool),
     ) -> Result<((usize, usize), ShuffledRows), DeviceError> {
         let (h, k, room) = (self.h, self.k, self.room);
         let most = k.min(local_experts);
@@ -177,9 +177,10 @@ impl<B: Backend> Journey<B> {
         let rows = room.rows.max(received);
         // Others may have the way into these, which have had room for `room.rows`, the most that comes in a round, since then.
         if self.landing.is_none() {
-            self.arrived.reserve(device, rows * h)?;
-            self.recv_experts.reserve(device, rows * k)?;
-            self.recv_weights.reserve(device, rows * k)?;
+            let page = if direct { BERTH_PAGE } else { size_of::<f32>() };
+            self.arrived.reserve_pages(device, rows * h, page)?;
+            self.recv_experts.reserve_pages(device, rows * k, page)?;
+            self.recv_weights.reserve_pages(device, rows * k, page)?;
         }
         let stays = traffic.rows(me, chunk, me);
         let elsewhere = |home: &[Range<usize>]| -> usize {
@@ -197,24 +198,19 @@ impl<B: Backend> Journey<B> {
         Ok(((at.0 + self.course.home.1, at.1 + rows), crossed))
     }
 
-    /// Has rows of `chunk`, of rank `me`, go straight into the other ranks' memory, if it can be `reached` and all come in one round.
+    /// Has rows of `chunk`, of rank `me`, go straight into the other ranks' memory, if all come in one round. False: it can't be reached.
     pub(super) fn land<C: Communicator<B>>(
         &mut self,
         device: &B,
         group: &C,
         traffic: &Traffic,
         (chunk, me): (usize, usize),
-        reached: bool,
-    ) -> Result<(), ShuffleError> {
-        if reached && self.landing.is_none() {
-            let (rows, k) = (self.room.rows, self.k);
-            self.arrived.reserve_pages(device, rows * self.h, BERTH_PAGE)?;
-            self.recv_experts.reserve_pages(device, rows * k, BERTH_PAGE)?;
-            self.recv_weights.reserve_pages(device, rows * k, BERTH_PAGE)?;
+    ) -> Result<bool, ShuffleError> {
+        if self.landing.is_none() {
             let (ids, weights) = (Some(self.recv_experts.all()), Some(self.recv_weights.all()));
             self.landing = group.landing(device, &Berth { rows: self.arrived.all(), ids, weights })?;
         }
-        if reached && self.landing.is_some() && self.rounds() == 1 {
+        if self.landing.is_some() && self.rounds() == 1 {
             let (away, home) = traffic.landings(chunk, me);
             self.course.lands = Some(Lands {
                 away,
@@ -224,7 +220,7 @@ impl<B: Backend> Journey<B> {
                 alone: traffic.chunks == 1,
             });
         }
-        Ok(())
+        Ok(self.landing.is_some())
     }
 
     /// Rounds of this chunk, the same on all ranks.
@@ -415,7 +411,8 @@ impl<B: Backend> Journey<B> {
         Ok(())
     }
 
-    /// Sends home as it is summed what goes straight into other ranks' memory: row i of those that are here is the sum of the rows of `y` in its
+    /// Sends home as it is summed what goes straight into other ranks' memory: row i of those that are here is the sum of the rows of `y`
+    /// in its
     /// `slots`, weighted where it is a result. Otherwise false: rows are to be summed first. Until they are home `y` must stay.
     pub(super) fn send_sums(
         &mut self,
@@ -483,6 +480,9 @@ impl<B: Backend> Journey<B> {
         }
         let ShuffleScratch { away, home, .. } = scratch;
         self.course.under_way = Some(self.carry_home(device, group, round, self.h, (away, home))?);
+        if what == Homeward::Gradients && round + 1 == self.rounds() {
+            self.meet(device, scratch)?;
+        }
         Ok(())
     }
 
@@ -499,6 +499,23 @@ impl<B: Backend> Journey<B> {
         }
         let ShuffleScratch { row_dweights, home_dweights, .. } = scratch;
         self.carry_home(device, group, round, self.k, (row_dweights, home_dweights)).map(drop)
+    }
+
+    /// Has all ranks wait for each other behind gradients that have gone home in messages, if another layer's may come straight into this
+    /// one's
+    /// memory: an exchange orders only those ranks that have rows for each other.
+    fn meet(&mut self, device: &B, scratch: &ShuffleScratch<B>) -> Result<(), CollectiveError> {
+        let Some(Landings { home, .. }) = scratch.landings() else { return Ok(()) };
+        let ranks = self.course.rounds[0].parts.home.len();
+        let push = Push {
+            width: self.h,
+            what: Leaving::Rows { index: None, from: self.arrived.view(0), k: 0, ids: None, weights: None },
+            rows: &vec![0..0; ranks],
+            at: &vec![0; ranks],
+            beside: false,
+        };
+        self.course.under_way = Some(home.push(device, &push)?);
+        Ok(())
     }
 
     /// Rows of `width` elements from where they are away in `round` to where they were sent from.

@@ -13,10 +13,12 @@
 //! A journey is begun in one call and ended in another, so that what is computed in between runs beside it: `send_…` issues exchanges,
 //! `receive_…` has the queue wait for them. A layer runs in chunks of its tokens, each with a [`Shuffle`] of its own.
 //!
-//! Rows go by the communicator's exchange, or, where ranks reach each other's memory, straight to where they are wanted ([`crate::collectives::Landing`]):
+//! Rows go by the communicator's exchange, or, where ranks reach each other's memory, straight to where they are wanted
+//! ([`crate::collectives::Landing`]):
 //! not gathered first, and without a message.
 //!
-//! More rows than there is [`Room`] for come in rounds, each with the calls of a whole chunk. Nothing of them is kept: the backward pass has
+//! More rows than there is [`Room`] for come in rounds, each with the calls of a whole chunk. Nothing of them is kept: the backward pass
+//! has
 //! the tokens sent once more.
 
 mod journey;
@@ -144,9 +146,10 @@ impl<B: Backend> Shuffle<B> {
         traffic: &Traffic,
         place: (usize, usize),
         at: (usize, usize),
+        direct: bool,
     ) -> Result<(usize, usize), DeviceError> {
         let Some(journey) = &mut self.journey else { return Ok(at) };
-        let (ends, crossed) = journey.settle(device, traffic, place, at, self.dims.local_experts())?;
+        let (ends, crossed) = journey.settle(device, traffic, place, at, (self.dims.local_experts(), direct))?;
         self.crossed += crossed;
         self.extra_rounds += journey.rounds_here() as u64 - 1;
         Ok(ends)
@@ -159,9 +162,8 @@ impl<B: Backend> Shuffle<B> {
         group: &C,
         traffic: &Traffic,
         place: (usize, usize),
-        reached: bool,
-    ) -> Result<(), ShuffleError> {
-        self.journey.as_mut().map_or(Ok(()), |journey| journey.land(device, group, traffic, place, reached))
+    ) -> Result<bool, ShuffleError> {
+        self.journey.as_mut().map_or(Ok(true), |journey| journey.land(device, group, traffic, place))
     }
 
     /// Rounds of this chunk, the same on all ranks; nearly always 1.

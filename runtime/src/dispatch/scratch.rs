@@ -10,6 +10,8 @@ use crate::memory::{Kind, Slot, Tally};
 /// Rows under way, shared by all layers: a layer's journeys are over before the next one's begin. Each chunk of a layer has a stretch of
 /// its own. A lone rank has none.
 pub struct ShuffleScratch<B: Backend> {
+    /// Before the buffers that it lets others into.
+    landings: Option<Landings<B>>,
     /// Rows at their token's rank.
     pub(super) home: Slot<B, B::Act>,
     /// Rows at their experts' rank, but for the tokens of the forward pass, which stay.
@@ -23,7 +25,6 @@ pub struct ShuffleScratch<B: Backend> {
     traffic: Traffic,
     /// Whether rows may be stored straight into other ranks' memory.
     direct: bool,
-    landings: Option<Landings<B>>,
 }
 
 /// The ways into the scratch of the other ranks.
@@ -99,7 +100,8 @@ impl<B: Backend> ShuffleScratch<B> {
         let (mut home, mut away, mut top_k, mut hidden) = (0, 0, 0, 0);
         let mut shuffles: Vec<_> = shuffles.collect();
         for (chunk, shuffle) in shuffles.iter_mut().enumerate() {
-            let needs = shuffle.settle(device, &self.traffic, (chunk, group.rank()), (home, away))?;
+            let place = (chunk, group.rank());
+            let needs = shuffle.settle(device, &self.traffic, place, (home, away), self.direct)?;
             (home, away) = needs;
             (top_k, hidden) = (shuffle.dims.top_k, shuffle.hidden_size);
         }
@@ -113,7 +115,8 @@ impl<B: Backend> ShuffleScratch<B> {
         Ok(())
     }
 
-    /// Sees to it that all ranks reach each other's buffers and that these hold what comes, and has the chunks use them. All ranks have the same
+    /// Sees to it that all ranks reach each other's buffers and that these hold what comes, and has the chunks use them. All ranks have the
+    /// same
     /// counts and the same room, so all of them come to the same end.
     fn land<C: Communicator<B>>(
         &mut self,
@@ -122,7 +125,8 @@ impl<B: Backend> ShuffleScratch<B> {
         (away, top_k, hidden): (usize, usize, usize),
         shuffles: &mut [&mut Shuffle<B>],
     ) -> Result<(), ShuffleError> {
-        let needed = (self.traffic.most_sent(), away);
+        // Nobody can offer nothing.
+        let needed = (self.traffic.most_sent().max(1), away.max(1));
         let fits = |landings: &Landings<B>| needed.0 <= landings.room.0 && needed.1 <= landings.room.1;
         if !self.landings.as_ref().is_some_and(fits) {
             // Everybody's way in is gone before anybody's buffer moves.
@@ -139,11 +143,16 @@ impl<B: Backend> ShuffleScratch<B> {
                 tracing::info!("ranks do not reach each other's memory: rows go through NCCL");
             }
             // Alike on all ranks, whose buffers have grown by the same needs.
-            let room = (self.home.all().len() / hidden, self.away.all().len() / hidden);
+            let at_home = (self.home.all().len() / hidden).min(self.home_dweights.all().len() / top_k);
+            let room = (at_home, self.away.all().len() / hidden);
             self.landings = home.zip(away).map(|(home, away)| Landings { home, away, room });
         }
         for (chunk, shuffle) in shuffles.iter_mut().enumerate() {
-            shuffle.land(device, group, &self.traffic, (chunk, group.rank()), self.landings.is_some())?;
+            self.direct &=
+                self.landings.is_some() && shuffle.land(device, group, &self.traffic, (chunk, group.rank()))?;
+        }
+        if !self.direct {
+            self.landings = None;
         }
         Ok(())
     }

@@ -11,7 +11,7 @@ use crate::memory::{Kind, Tally};
 use crate::model::layout::Layout;
 use crate::model::logits_rows;
 use crate::model::{BlockNorm, QkNorm, Recompute};
-use crate::routing::{BalanceScope, GateForm, Logits, RouterKind};
+use crate::routing::{BalanceScope, GateForm, Logits, Overflow, RouterKind};
 use crate::topology::Rank;
 
 /// Memory of one rank.
@@ -201,7 +201,8 @@ fn router(job: &Job) -> u64 {
     let folded = if matches!(GateForm::of(config).logits, Logits::Folded(_)) { 2 * rows } else { 0 };
     let tags = u64::from(config.kind == RouterKind::MultiGate);
     let masked = if config.expert_dropout > 0.0 { e } else { 0 };
-    let gate = 4 * (t * (logits * e + folded + tags + 4 * k + 1) + 7 * e.max(2) + masked);
+    let first = if config.overflow == Overflow::Reroute { k } else { 0 };
+    let gate = 4 * (t * (logits * e + folded + tags + 4 * k + first + 1) + 7 * e.max(2) + masked);
     let hidden: u64 = config.hidden_sizes.iter().map(|&width| width as u64).sum();
     let widest = config.hidden_sizes.iter().map(|&width| width as u64).fold(width, u64::max);
     let jitter = config.input_jitter > 0.0;

@@ -7,7 +7,7 @@ use crate::collectives::{Communicator, Groups, HostCommunicator, local};
 use crate::data::Batch;
 use crate::memory::Tally;
 use crate::model::{ModelSetup, QkNorm, Recompute, Transformer};
-use crate::routing::{BalanceScope, RouterKind};
+use crate::routing::{BalanceScope, Overflow, RouterKind};
 use crate::training::{Requests, Trainer, TrainingData};
 
 /// Tokens that walk through the vocabulary.
@@ -111,7 +111,7 @@ fn train(job: &Job, world: HostCommunicator, steps: u64) -> Counted {
 /// Configurations that differ in what they keep and send.
 fn variants() -> Vec<(&'static str, Config)> {
     type Change = fn(&mut Config);
-    let changes: [(&str, Change); 12] = [
+    let changes: [(&str, Change); 13] = [
         ("tiny", |_| {}),
         ("sharded state", |c| c.parallel.shard_optimizer = true),
         ("chunks", |c| c.parallel.chunks = 2),
@@ -123,6 +123,9 @@ fn variants() -> Vec<(&'static str, Config)> {
         }),
         ("global balance, noisy gate", |c| {
             (c.router.balance_scope, c.router.kind) = (BalanceScope::Global, RouterKind::NoisyTopk);
+        }),
+        ("dropped choices rerouted", |c| {
+            (c.router.capacity_factor, c.router.overflow) = (Some(1.0), Overflow::Reroute);
         }),
         ("balance by sequence", |c| c.router.balance_scope = BalanceScope::Sequence),
         ("shared expert with a gate, norms on queries", |c| {

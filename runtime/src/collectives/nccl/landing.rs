@@ -5,12 +5,11 @@
 //! every collective of these GPUs.
 
 use std::ops::Range;
-use std::process;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use moe_kernels::cuda::{Cuda, CudaAct, CudaBuffer, Destination, Event, MOST_PEERS, Mapped, Pushed, Shared, address};
-use moe_kernels::{Device, DeviceError, Element, Leaving, View};
+use moe_kernels::{Device, DeviceError, Element, View};
 use serde::{Deserialize, Serialize};
 
 use super::{Link, Result};
@@ -19,6 +18,14 @@ use crate::collectives::{BERTH_PAGE, Berth, HostCommunicator, Landing, Push};
 
 /// What tells one machine from another, the same in all its containers.
 const MACHINE: &str = "/proc/sys/kernel/random/boot_id";
+/// Another text each time it is read.
+const RANDOM: &str = "/proc/sys/kernel/random/uuid";
+
+/// What tells this process from every other; numbers of processes are the same in different containers. None: there is no such thing here.
+fn process() -> Option<String> {
+    static PROCESS: OnceLock<Option<String>> = OnceLock::new();
+    PROCESS.get_or_init(|| std::fs::read_to_string(RANDOM).ok()).clone()
+}
 
 /// The words by which the ranks of a group tell each other that rows have come.
 pub(super) struct Marks {
@@ -47,7 +54,7 @@ impl From<Shared> for Offered {
 #[derive(Serialize, Deserialize)]
 struct Offer {
     machine: String,
-    process: u32,
+    process: String,
     ordinal: usize,
     buffers: Vec<Offered>,
 }
@@ -64,7 +71,7 @@ impl<A: CudaAct> Mapper<'_, A> {
         let offer = |buffers: Vec<Shared>| {
             let machine = std::fs::read_to_string(MACHINE).ok()?;
             let buffers = buffers.into_iter().map(Offered::from).collect();
-            Some(Offer { machine, process: process::id(), ordinal: self.queue.ordinal(), buffers })
+            Some(Offer { machine, process: process()?, ordinal: self.queue.ordinal(), buffers })
         };
         let mine = mine.ok().and_then(offer);
         let told = self.control.all_gather_bytes(&serde_json::to_vec(&mine).unwrap_or_default())?;
@@ -127,14 +134,14 @@ impl Marks {
 
 /// The berths of a group.
 struct Berths<A: CudaAct> {
-    link: Arc<Link<A>>,
-    marks: Arc<Marks>,
+    /// Keeps the places mapped; before the link, whose stream's end is waited for.
+    _mapped: Vec<Vec<Mapped>>,
     /// Where each rank's berth begins.
     places: Vec<Destination>,
-    /// Elements of rows that this rank's has room for.
-    room: usize,
-    /// Keeps the places mapped.
-    _mapped: Vec<Vec<Mapped>>,
+    /// Elements of rows that each of them has room for, and numbers that go along.
+    room: (usize, usize),
+    marks: Arc<Marks>,
+    link: Arc<Link<A>>,
 }
 
 /// The berths of all ranks of a group, with `berth` for this one's; None, on all ranks, where they do not reach each other.
@@ -173,17 +180,30 @@ pub(super) fn land<A: CudaAct>(
         Destination { rows: next(true), ids: next(berth.ids.is_some()), weights: next(berth.weights.is_some()), marks }
     };
     let places = mapped.iter().zip(marks.addresses::<A>(control.rank())).enumerate().map(of).collect();
-    let room = berth.rows.len();
-    Ok(Some(Box::new(Berths { link: Arc::clone(link), marks, places, room, _mapped: mapped })))
+    // Berths are alike on all ranks.
+    let numbers = [berth.ids.map(|ids| ids.len()), berth.weights.map(|weights| weights.len())];
+    let room = (berth.rows.len(), numbers.into_iter().flatten().min().unwrap_or(0));
+    Ok(Some(Box::new(Berths { _mapped: mapped, places, room, marks, link: Arc::clone(link) })))
 }
 
 impl<A: CudaAct> Berths<A> {
+    /// Panics where `rows` that land from row `at` on would be beyond a berth.
+    fn check(&self, push: &Push<'_, Cuda<A>>, at: usize, rows: &Range<usize>) {
+        let end = at + rows.len();
+        let numbers = (push.what.row_bytes(push.width) - push.width * A::BYTES) / 4;
+        let k = push.what.numbers();
+        assert!(
+            end * push.width <= self.room.0 && (numbers == 0 || end * k <= self.room.1),
+            "rows {at}..{end} of {} elements and {k} numbers, in a berth of {:?}",
+            push.width,
+            self.room
+        );
+    }
+
     /// The place of rank `at`'s berth where rows from `row` on land.
     fn place(&self, at: usize, row: usize, push: &Push<'_, Cuda<A>>) -> Destination {
         let Destination { rows, ids, weights, marks } = self.places[at];
-        let k = match push.what {
-            Leaving::Rows { k, .. } | Leaving::Sums { k, .. } => k,
-        };
+        let k = push.what.numbers();
         // Of what does not go along there is no address either, but the kernel does not look at it.
         let behind = |base: u64, bytes: usize| base + (row * bytes) as u64;
         Destination {
@@ -209,7 +229,10 @@ impl<A: CudaAct> Berths<A> {
                 // What is computed meanwhile must not take all multiprocessors before this has some.
                 queue.wait(&call.plane.queue().record());
             }
-            call.plane.queue().push((peers, me), &pushed, (mark, call.plane.halt()));
+            // SAFETY: peers' addresses are of buffers that are mapped as long as this landing, whose places hold what goes there (`check`)
+            // and are
+            // not in use (`Landing::push`); the marks are of the group.
+            unsafe { call.plane.queue().push((peers, me), &pushed, (mark, call.plane.halt())) };
             Ok(())
         })
     }
@@ -217,6 +240,7 @@ impl<A: CudaAct> Berths<A> {
 
 impl<A: CudaAct> Landing<Cuda<A>> for Berths<A> {
     fn push(&self, queue: &Cuda<A>, push: &Push<'_, Cuda<A>>) -> Result<Event> {
+        push.at.iter().zip(push.rows).for_each(|(at, rows)| self.check(push, *at, rows));
         let peers: Vec<_> = push.at.iter().enumerate().map(|(rank, row)| self.place(rank, *row, push)).collect();
         self.issue(queue, push, &peers, true)
     }
@@ -224,9 +248,10 @@ impl<A: CudaAct> Landing<Cuda<A>> for Berths<A> {
     fn rehearse(&self, queue: &Cuda<A>, push: &Push<'_, Cuda<A>>) -> Result<Event> {
         let me = self.link.rank();
         let start = |rows: &Range<usize>| {
-            assert!(rows.len() * push.width <= self.room, "{rows:?} of {} in a berth of {}", push.width, self.room);
             // Rows of this rank may be more than its own berth has to hold.
-            if rows.end * push.width <= self.room { rows.start } else { 0 }
+            let at = if rows.end * push.width <= self.room.0 { rows.start } else { 0 };
+            self.check(push, at, rows);
+            at
         };
         let peers: Vec<_> = push.rows.iter().map(|rows| self.place(me, start(rows), push)).collect();
         self.issue(queue, push, &peers, false)

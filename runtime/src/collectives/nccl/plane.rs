@@ -4,14 +4,14 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use moe_kernels::cuda::{Cuda, CudaAct, Event, Halt, Staging};
 use moe_kernels::{Device, DeviceError};
 use nccl_rs::{CommConfig, Group, Progress, Stream};
 
 use super::Result;
-use super::watch::{Entry, Failures, Watch};
+use super::watch::{Entry, FAREWELL, Failures, Watch};
 use crate::collectives::exchange::lock;
 use crate::collectives::{CollectiveError, Context, Place};
 use crate::topology::Rank;
@@ -88,6 +88,17 @@ impl<A: CudaAct> Plane<A> {
 
     pub(super) fn staging_bytes(&self) -> u64 {
         self.staged.load(Ordering::Relaxed)
+    }
+}
+
+impl<A: CudaAct> Drop for Plane<A> {
+    fn drop(&mut self) {
+        // No kernel may wait for peers when what it looks at is gone.
+        self.halt.set();
+        let (end, began) = (self.queue.record(), Instant::now());
+        while began.elapsed() < FAREWELL && matches!(self.queue.has_passed(&end), Ok(false)) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 

@@ -21,7 +21,7 @@ const LOOK: Duration = Duration::from_millis(10);
 /// How often it asks NCCL, whose answer takes a lock that issuing threads want.
 const ASK: Duration = Duration::from_millis(200);
 /// What communicators that were aborted are given to end.
-const FAREWELL: Duration = Duration::from_secs(3);
+pub(super) const FAREWELL: Duration = Duration::from_secs(3);
 
 /// The first failure of a worker, and the communicators that it ends.
 pub(super) struct Failures {

@@ -416,7 +416,7 @@ impl<B: Backend> MoeLayer<B> {
                 if round > 0 {
                     chunk.shuffle.send_gradients(device, pass.group, &mut scratch.shuffle, round, (x, dout))?;
                 }
-                if chunk.shuffle.is_kept() && pass.group.size() > 1 {
+                if chunk.shuffle.computes(round) && chunk.shuffle.is_kept() && pass.group.size() > 1 {
                     // While the gradients travel; rows that are not kept come with them.
                     chunk.expand_again(device, &mut scratch.experts, (round, h), x)?;
                 }
