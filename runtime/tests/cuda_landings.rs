@@ -53,8 +53,9 @@ fn value(time: usize, from: usize, to: usize, row: usize, column: usize) -> f32 
 
 fn lands<A: CudaAct>(gpu: &Cuda<A>, world: &NcclCommunicator<A>, width: usize) {
     let (me, size) = (world.rank(), world.size());
-    let room = (0..8).map(|time| (0..size).map(|from| count(time, from, me)).sum::<usize>()).max().unwrap() + 2;
-    // The same on all ranks: a page more for some does not matter to others.
+    // The same on all ranks.
+    let comes = |time, to| (0..size).map(|from| count(time, from, to)).sum::<usize>();
+    let room = (0..8).flat_map(|time| (0..size).map(move |to| comes(time, to))).max().unwrap() + 2;
     let rows = whole_pages::<A, A>(gpu, room * width);
     let (ids, weights) = (whole_pages::<A, i32>(gpu, room * K), whole_pages::<A, f32>(gpu, room * K));
     let berth = Berth { rows: View::of(&rows), ids: Some(View::of(&ids)), weights: Some(View::of(&weights)) };

@@ -225,10 +225,6 @@ impl<A: CudaAct> Berths<A> {
         self.link.call(Collective::AllToAllV, bytes).run(queue, |call| {
             let mark = if signal { self.marks.next() } else { 0 };
             let pushed = Pushed { width, what, rows, beside };
-            if beside {
-                // What is computed meanwhile must not take all multiprocessors before this has some.
-                queue.wait(&call.plane.queue().record());
-            }
             // SAFETY: peers' addresses are of buffers that are mapped as long as this landing, whose places hold what goes there (`check`)
             // and are
             // not in use (`Landing::push`); the marks are of the group.
