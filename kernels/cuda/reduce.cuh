@@ -5,8 +5,8 @@
 #include "pack.cuh"
 
 // out = Σ_j weights[j] · y[slots[j]] over the j < k ≤ 32 whose slot is not −1; no weights: all 1. Slots that are none are left out before
-// anything is
-// loaded, and two packs of two slots are in flight: rows have few slots where experts are on several ranks. All lanes of the warp call it.
+// anything is loaded, and two packs of two slots are in flight: rows have few slots where experts are on several ranks. All lanes of the
+// warp call it.
 template <typename Act, int N>
 __device__ __forceinline__ void reduce_row(int k, int width, const int* slots, const float* weights, const Act* y, Act* out) {
     constexpr unsigned ALL = 0xffffffffu;

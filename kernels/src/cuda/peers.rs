@@ -1,8 +1,7 @@
 //! Memory that GPUs of several processes of one machine share, and the kernel that stores rows into it: `push.cu`.
 //!
 //! Owns the mapping of other ranks' buffers into this process and the word by which the host ends a wait on the device. It never decides
-//! who
-//! shares what, nor when: who pushes and who has freed is the caller's to agree on.
+//! who shares what, nor when: who pushes and who has freed is the caller's to agree on.
 
 use std::ffi::{c_char, c_void};
 use std::ops::Range;

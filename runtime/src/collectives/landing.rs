@@ -37,12 +37,11 @@ pub struct Push<'a, B: Backend> {
 }
 
 /// The berths of all ranks of a group, as one of them reaches them. Buffers must stay where they are while there is a landing. Who moves
-/// them
-/// gives it up first, on all ranks; at the end of a job each rank goes on its own, since memory stays while another process has it mapped.
+/// them gives it up first, on all ranks; at the end of a job each rank goes on its own, since memory stays while another process has it
+/// mapped.
 pub trait Landing<B: Backend>: Send + Sync {
-    /// A collective: stores this rank's rows, and has come to its event when all ranks' rows for this one are there. A rank whose berth is
-    /// still
-    /// read by what was issued before must not be pushed to: the caller's own messages have to order that.
+    /// A collective: stores this rank's rows, and has come to its event when all ranks' rows for this one are there. A rank whose berth
+    /// is still read by what was issued before must not be pushed to: the caller's own messages have to order that.
     ///
     /// Panics where rows would land beyond a berth.
     ///

@@ -2,15 +2,18 @@
 //!
 //! Owns the buffers of rows that leave and arrive. It never groups a row by expert.
 
+mod direct;
+
 use std::ops::Range;
 
-use moe_kernels::{Backend, DeviceError, Element, Leaving, Rows, ShuffleDims, ShufflePlan, View};
+use moe_kernels::{Backend, DeviceError, Element, Rows, ShuffleDims, ShufflePlan, View};
 
-use super::scratch::{Landings, ShuffleScratch, stretch, stretch_mut};
+use super::scratch::{ShuffleScratch, stretch, stretch_mut};
 use super::traffic::{Parts, Room, Traffic};
-use super::{RoutedTokens, ShuffleError, ShuffledRows};
-use crate::collectives::{BERTH_PAGE, Berth, CollectiveError, Communicator, Landing, Push};
+use super::{RoutedTokens, ShuffledRows};
+use crate::collectives::{BERTH_PAGE, CollectiveError, Communicator, Landing};
 use crate::memory::{Kind, Slot, Tally};
+use direct::Lands;
 
 /// The lists of a shuffle between ranks, the rows that came, and the rounds they come in.
 pub(super) struct Journey<B: Backend> {
@@ -39,20 +42,6 @@ pub(super) enum Homeward {
     Results,
     /// The tokens' gradients, and with them those of the weights.
     Gradients,
-}
-
-/// Where rows that are stored straight into other ranks' memory land.
-struct Lands {
-    /// `[W]`: among the rows that reach each rank in the chunk.
-    away: Vec<usize>,
-    /// `[W]`: among the rows that are home at each rank.
-    home: Vec<usize>,
-    /// Whether another chunk is computed while this one's tokens leave.
-    tokens_beside: bool,
-    /// Whether one is while its results do.
-    results_beside: bool,
-    /// Whether there is no other chunk, which would write to what results are summed from.
-    alone: bool,
 }
 
 /// What the counts of a chunk say, and what is under way.
@@ -198,31 +187,6 @@ impl<B: Backend> Journey<B> {
         Ok(((at.0 + self.course.home.1, at.1 + rows), crossed))
     }
 
-    /// Has rows of `chunk`, of rank `me`, go straight into the other ranks' memory, if all come in one round. False: it can't be reached.
-    pub(super) fn land<C: Communicator<B>>(
-        &mut self,
-        device: &B,
-        group: &C,
-        traffic: &Traffic,
-        (chunk, me): (usize, usize),
-    ) -> Result<bool, ShuffleError> {
-        if self.landing.is_none() {
-            let (ids, weights) = (Some(self.recv_experts.all()), Some(self.recv_weights.all()));
-            self.landing = group.landing(device, &Berth { rows: self.arrived.all(), ids, weights })?;
-        }
-        if self.landing.is_some() && self.rounds() == 1 {
-            let (away, home) = traffic.landings(chunk, me);
-            self.course.lands = Some(Lands {
-                away,
-                home,
-                tokens_beside: chunk > 0,
-                results_beside: chunk + 1 < traffic.chunks,
-                alone: traffic.chunks == 1,
-            });
-        }
-        Ok(self.landing.is_some())
-    }
-
     /// Rounds of this chunk, the same on all ranks.
     pub(super) fn rounds(&self) -> usize {
         self.course.rounds.len()
@@ -313,22 +277,7 @@ impl<B: Backend> Journey<B> {
         round: usize,
         x_TH: View<'_, B, B::Act>,
     ) -> Result<(), CollectiveError> {
-        if let Some((lands, landing)) = self.course.lands.as_ref().zip(self.landing.as_ref()) {
-            let (sent, k) = (self.course.home.1, self.k);
-            let push = Push {
-                width: self.h,
-                what: Leaving::Rows {
-                    index: Some(self.row_token.view(sent)),
-                    from: x_TH,
-                    k,
-                    ids: Some(self.row_experts.view(sent * k)),
-                    weights: Some(self.row_weights.view(sent * k)),
-                },
-                rows: &self.course.rounds[round].parts.home,
-                at: &lands.away,
-                beside: lands.tokens_beside,
-            };
-            self.course.under_way = Some(landing.push(device, &push)?);
+        if self.push_tokens(device, x_TH)? {
             return Ok(());
         }
         let parts = self.course.rounds[round].parts.clone();
@@ -377,22 +326,7 @@ impl<B: Backend> Journey<B> {
         (x_TH, dout_TH): (View<'_, B, B::Act>, View<'_, B, B::Act>),
     ) -> Result<(), CollectiveError> {
         let (h, all) = (self.h, 0..self.course.home.1);
-        if let Some((lands, Landings { away, .. })) = self.course.lands.as_ref().zip(scratch.landings()) {
-            let at: Vec<_> = lands.away.iter().map(|row| self.course.away_at + row).collect();
-            let push = Push {
-                width: h,
-                what: Leaving::Rows {
-                    index: Some(self.row_token.view(all.end)),
-                    from: dout_TH,
-                    k: 0,
-                    ids: None,
-                    weights: None,
-                },
-                rows: &self.course.rounds[round].parts.home,
-                at: &at,
-                beside: lands.tokens_beside,
-            };
-            self.course.under_way = Some(away.push(device, &push)?);
+        if self.push_gradients(device, scratch, dout_TH)? {
             return Ok(());
         }
         let Round { parts, again } = self.course.rounds[round].clone();
@@ -411,46 +345,6 @@ impl<B: Backend> Journey<B> {
         Ok(())
     }
 
-    /// Sends home as it is summed what goes straight into other ranks' memory: row i of those that are here is the sum of the rows of `y`
-    /// in its
-    /// `slots`, weighted where it is a result. Otherwise false: rows are to be summed first. Until they are home `y` must stay.
-    pub(super) fn send_sums(
-        &mut self,
-        device: &B,
-        scratch: &ShuffleScratch<B>,
-        what: Homeward,
-        (slots, y): (View<'_, B, i32>, View<'_, B, B::Act>),
-    ) -> Result<bool, CollectiveError> {
-        let Some((lands, Landings { home, .. })) = self.course.lands.as_ref().zip(scratch.landings()) else {
-            return Ok(false);
-        };
-        if !lands.alone {
-            return Ok(false);
-        }
-        let gradients = what == Homeward::Gradients;
-        let push = Push {
-            width: self.h,
-            what: Leaving::Sums {
-                k: self.k,
-                slots,
-                weights: (!gradients).then(|| self.weights(self.coming(0).0)),
-                y,
-                along: gradients.then(|| self.dweights(scratch)),
-            },
-            rows: &self.course.rounds[0].parts.away,
-            at: &lands.home,
-            // Other gradients are computed meanwhile.
-            beside: gradients,
-        };
-        self.course.under_way = Some(home.push(device, &push)?);
-        Ok(true)
-    }
-
-    /// The weights' gradients of the rows that came in one round.
-    fn dweights<'a>(&self, scratch: &'a ShuffleScratch<B>) -> View<'a, B, f32> {
-        stretch(&scratch.row_dweights, self.away(0), self.k)
-    }
-
     /// Sends the rows away in `round` home: results, or gradients of tokens after [`Journey::send_dweights`].
     pub(super) fn send_home<C: Communicator<B>>(
         &mut self,
@@ -460,22 +354,7 @@ impl<B: Backend> Journey<B> {
         round: usize,
         what: Homeward,
     ) -> Result<(), CollectiveError> {
-        if let Some((lands, Landings { home, .. })) = self.course.lands.as_ref().zip(scratch.landings()) {
-            let gradients = what == Homeward::Gradients;
-            let push = Push {
-                width: self.h,
-                what: Leaving::Rows {
-                    index: None,
-                    from: stretch(&scratch.away, self.away(round), self.h),
-                    k: self.k,
-                    ids: None,
-                    weights: gradients.then(|| self.dweights(scratch)),
-                },
-                rows: &self.course.rounds[round].parts.away,
-                at: &lands.home,
-                beside: gradients || lands.results_beside,
-            };
-            self.course.under_way = Some(home.push(device, &push)?);
+        if self.push_home(device, scratch, what)? {
             return Ok(());
         }
         let ShuffleScratch { away, home, .. } = scratch;
@@ -499,23 +378,6 @@ impl<B: Backend> Journey<B> {
         }
         let ShuffleScratch { row_dweights, home_dweights, .. } = scratch;
         self.carry_home(device, group, round, self.k, (row_dweights, home_dweights)).map(drop)
-    }
-
-    /// Has all ranks wait for each other behind gradients that have gone home in messages, if another layer's may come straight into this
-    /// one's
-    /// memory: an exchange orders only those ranks that have rows for each other.
-    fn meet(&mut self, device: &B, scratch: &ShuffleScratch<B>) -> Result<(), CollectiveError> {
-        let Some(Landings { home, .. }) = scratch.landings() else { return Ok(()) };
-        let ranks = self.course.rounds[0].parts.home.len();
-        let push = Push {
-            width: self.h,
-            what: Leaving::Rows { index: None, from: self.arrived.view(0), k: 0, ids: None, weights: None },
-            rows: &vec![0..0; ranks],
-            at: &vec![0; ranks],
-            beside: false,
-        };
-        self.course.under_way = Some(home.push(device, &push)?);
-        Ok(())
     }
 
     /// Rows of `width` elements from where they are away in `round` to where they were sent from.

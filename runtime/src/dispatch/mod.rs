@@ -14,12 +14,10 @@
 //! `receive_…` has the queue wait for them. A layer runs in chunks of its tokens, each with a [`Shuffle`] of its own.
 //!
 //! Rows go by the communicator's exchange, or, where ranks reach each other's memory, straight to where they are wanted
-//! ([`crate::collectives::Landing`]):
-//! not gathered first, and without a message.
+//! ([`crate::collectives::Landing`]): not gathered first, and without a message.
 //!
 //! More rows than there is [`Room`] for come in rounds, each with the calls of a whole chunk. Nothing of them is kept: the backward pass
-//! has
-//! the tokens sent once more.
+//! has the tokens sent once more.
 
 mod journey;
 mod scratch;
@@ -164,6 +162,10 @@ impl<B: Backend> Shuffle<B> {
         place: (usize, usize),
     ) -> Result<bool, ShuffleError> {
         self.journey.as_mut().map_or(Ok(true), |journey| journey.land(device, group, traffic, place))
+    }
+
+    fn use_exchange(&mut self) {
+        self.journey.iter_mut().for_each(Journey::use_exchange);
     }
 
     /// Rounds of this chunk, the same on all ranks; nearly always 1.
@@ -377,7 +379,7 @@ impl<B: Backend> Shuffle<B> {
         let (received, _) = self.coming(round);
         if let Some(journey) = &mut self.journey {
             let slots = self.slots.view(received * self.dims.top_k);
-            if journey.send_sums(device, scratch, what, (slots, tensors.0))? {
+            if journey.push_sums(device, scratch, what, (slots, tensors.0))? {
                 return Ok(());
             }
         }

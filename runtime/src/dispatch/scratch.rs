@@ -115,9 +115,8 @@ impl<B: Backend> ShuffleScratch<B> {
         Ok(())
     }
 
-    /// Sees to it that all ranks reach each other's buffers and that these hold what comes, and has the chunks use them. All ranks have the
-    /// same
-    /// counts and the same room, so all of them come to the same end.
+    /// Sees to it that all ranks reach each other's buffers and that these hold what comes, and has the chunks use them. All ranks have
+    /// the same counts and the same room, so all of them come to the same end.
     fn land<C: Communicator<B>>(
         &mut self,
         device: &B,
@@ -153,6 +152,7 @@ impl<B: Backend> ShuffleScratch<B> {
         }
         if !self.direct {
             self.landings = None;
+            shuffles.iter_mut().for_each(|shuffle| shuffle.use_exchange());
         }
         Ok(())
     }

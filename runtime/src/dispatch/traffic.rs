@@ -93,9 +93,8 @@ impl Traffic {
         (0..self.ranks).map(|rank| (0..self.chunks).map(|chunk| self.sent(rank, chunk)).sum()).max().unwrap_or(0)
     }
 
-    /// Where rank `me`'s rows of `chunk` land at each rank: the first of those that leave it, among all that reach that rank in the chunk;
-    /// and
-    /// the first of those that come back, among all that that rank has sent in all chunks.
+    /// Where rank `me`'s rows of `chunk` land at each rank: the first of those that leave it, among all that reach that rank in the
+    /// chunk; and the first of those that come back, among all that that rank has sent in all chunks.
     pub(super) fn landings(&self, chunk: usize, me: usize) -> (Vec<usize>, Vec<usize>) {
         let away = |to| (0..me).map(|from| self.rows(from, chunk, to)).sum();
         let home = |from| {

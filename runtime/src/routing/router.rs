@@ -270,9 +270,8 @@ impl<B: Backend> Router<B> {
         Ok(())
     }
 
-    /// The statistics of what [`Router::forward`] has routed: `counts`, `prob_sums` `[G, E]` of this layer are overwritten. Nothing on the
-    /// tokens' way
-    /// needs them, so they can be taken while tokens travel.
+    /// The statistics of what [`Router::forward`] has routed: `counts`, `prob_sums` `[G, E]` of this layer are overwritten. Nothing on
+    /// the tokens' way needs them, so they can be taken while tokens travel.
     pub fn take_statistics(
         &mut self,
         device: &B,

@@ -225,9 +225,8 @@ impl<A: CudaAct> Berths<A> {
         self.link.call(Collective::AllToAllV, bytes).run(queue, |call| {
             let mark = if signal { self.marks.next() } else { 0 };
             let pushed = Pushed { width, what, rows, beside };
-            // SAFETY: peers' addresses are of buffers that are mapped as long as this landing, whose places hold what goes there (`check`)
-            // and are
-            // not in use (`Landing::push`); the marks are of the group.
+            // SAFETY: peers' addresses are of buffers that are mapped as long as this landing, whose places hold what goes there
+            // (`check`) and are not in use (`Landing::push`); the marks are of the group.
             unsafe { call.plane.queue().push((peers, me), &pushed, (mark, call.plane.halt())) };
             Ok(())
         })

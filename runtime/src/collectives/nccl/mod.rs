@@ -3,9 +3,8 @@
 //! Owns the ordering of that stream against the caller's by events, the cut of reductions, and what a collective that fails is
 //! reported as. What ranks exchange in host memory, and what a rank alone does, a [`HostCommunicator`] of the same ranks does.
 //!
-//! A collective is issued and returns; the host waits the first time two ranks talk, until they are connected. All groups of a worker issue
-//! to one stream, in the order of their calls: two communicators that
-//! wait for each other's multiprocessors cannot come about.
+//! A collective is issued and returns; the host waits the first time two ranks talk, until they are connected. All groups of a worker
+//! issue to one stream, in the order of their calls: two communicators that wait for each other's multiprocessors cannot come about.
 //!
 //! Reductions are exchanges and a fold in ascending rank order, and not NCCL's own: those add in the order of a ring that is another for
 //! each part of a buffer, and lose a NaN in a maximum. The bytes on the way are the same.

@@ -7,6 +7,7 @@
 //! each chunk's shuffle runs beside another's experts, forward and backward, and only the first journey and the last are waited for. The
 //! experts work on one chunk after another; the first replaces their gradients in a step's first pass, the others add.
 
+mod chunk;
 mod shared;
 mod sub_tokens;
 
@@ -27,44 +28,9 @@ use crate::routing::{
 };
 use crate::stages::{Stage, StageClock};
 use crate::topology::share;
+use chunk::Chunk;
 use shared::SharedExpert;
 use sub_tokens::{SubTokenScratch, SubTokens};
-
-/// A shuffle and the experts' activations of one chunk of tokens.
-struct Chunk<B: Backend> {
-    shuffle: Shuffle<B>,
-    experts: Experts<B>,
-    /// The round that was expanded last, and the number that the scratch gave it.
-    expanded: Option<(usize, u64)>,
-}
-
-impl<B: Backend> Chunk<B> {
-    /// Makes the rows of `round` the experts' input.
-    fn expand(
-        &mut self,
-        device: &B,
-        scratch: &mut ExpertScratch<B>,
-        (round, h): (usize, usize),
-        x_TH: View<'_, B, B::Act>,
-    ) -> Result<(), DeviceError> {
-        let grouped = self.shuffle.grouped(round);
-        self.shuffle.expanded(device, round, x_TH, scratch.input_mut(device, grouped, h)?);
-        self.expanded = Some((round, scratch.input_number()));
-        Ok(())
-    }
-
-    /// As [`Chunk::expand`] of the tokens of the forward pass, whose rows may still be there.
-    fn expand_again(
-        &mut self,
-        device: &B,
-        scratch: &mut ExpertScratch<B>,
-        (round, h): (usize, usize),
-        x_TH: View<'_, B, B::Act>,
-    ) -> Result<(), DeviceError> {
-        let is_there = self.expanded == Some((round, scratch.input_number()));
-        if is_there { Ok(()) } else { self.expand(device, scratch, (round, h), x_TH) }
-    }
-}
 
 /// Rows and gradients under way, shared by all layers.
 pub(super) struct MoeScratch<B: Backend> {
@@ -182,7 +148,7 @@ impl<B: Backend> MoeLayer<B> {
                 Recompute::None => Experts::keeping(device, experts)?,
                 Recompute::Experts => Experts::recomputing(experts),
             };
-            Ok(Chunk { shuffle, experts, expanded: None })
+            Ok(Chunk::new(shuffle, experts))
         };
         let shared = (config.shared_expert_ffn_size > 0).then(|| SharedExpert::new(device, config));
         Ok(Self {
