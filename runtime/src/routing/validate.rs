@@ -185,7 +185,10 @@ impl RouterConfig {
                 let others: Vec<_> = ALL.into_iter().filter(|&kind| owners(kind)).map(RouterKind::name).collect();
                 let kind = self.kind.name();
                 let reason = format!("router.kind = {kind} has no such thing; it belongs to {}", others.join(", "));
-                return Err(InvalidValue::new(key, "set", reason));
+                // By way of a text, in which an f32 has no more digits than were given.
+                let all = serde_json::to_string(self).and_then(|text| serde_json::from_str::<serde_json::Value>(&text));
+                let found = &all.unwrap_or_default()[key.trim_start_matches("router.")];
+                return Err(InvalidValue::new(key, found, reason));
             }
         }
         Ok(())
@@ -273,7 +276,7 @@ mod tests {
     fn keys_of_other_gates_are_refused_by_name_and_say_whose_they_are() {
         type Set = fn(&mut RouterConfig);
         let table: [(RouterKind, &str, Set); 12] = [
-            (TopkSoftmax, "router.top_p", |c| c.top_p = 0.5),
+            (TopkSoftmax, "router.top_p", |c| c.top_p = 0.1),
             (TopkSoftmax, "router.tags", |c| c.tags = 2),
             (SoftmaxTopk, "router.weight_scale", |c| c.weight_scale = 2.5),
             (SoftmaxTopk, "router.bias_update_rate", |c| c.bias_update_rate = 0.1),
@@ -294,6 +297,11 @@ mod tests {
             let error = config.validate(8, top_k).unwrap_err();
             assert_eq!(error.key, key);
             assert!(error.reason.contains(&kind.name()), "{error}");
+            // What was found is the value, under the name that the key has.
+            assert_ne!(error.value, "null", "{error}");
+            if key == "router.top_p" {
+                assert_eq!(error.value, "0.1");
+            }
         }
     }
 
