@@ -79,19 +79,19 @@ impl<B: Device, T: Element> Slot<B, T> {
 
     /// Makes room for `len` elements. Grows by at least a quarter, so that a slowly rising need settles.
     pub fn reserve(&mut self, device: &B, len: usize) -> Result<(), DeviceError> {
+        self.reserve_pages(device, len, 1)
+    }
+
+    /// As [`Slot::reserve`], in whole pages of `page` bytes.
+    pub fn reserve_pages(&mut self, device: &B, len: usize, page: usize) -> Result<(), DeviceError> {
         if self.buffer.len() < len {
             let len = if self.buffer.is_empty() { len } else { len.max(self.buffer.len() * 5 / 4) };
+            let len = len.next_multiple_of((page / T::BYTES).max(1));
             // The old one goes first: both at once would be the peak of a run's memory.
             self.buffer = device.alloc(0, self.what)?;
             self.buffer = device.alloc(len, self.what)?;
         }
         Ok(())
-    }
-
-    /// As [`Slot::reserve`], in whole pages of `page` bytes.
-    pub fn reserve_pages(&mut self, device: &B, len: usize, page: usize) -> Result<(), DeviceError> {
-        let grown = if self.buffer.is_empty() { len } else { len.max(self.buffer.len() * 5 / 4) };
-        if self.buffer.len() < len { self.reserve(device, grown.next_multiple_of(page / T::BYTES)) } else { Ok(()) }
     }
 
     /// The whole of it.

@@ -13,8 +13,8 @@ use cudarc::driver::{DriverError, result, sys};
 
 use super::gpu::Gpu;
 use super::launch::{Grid, launch};
-use super::rows::{MOST_SLOTS, names};
-use super::shape::{PACK_BYTES, holds};
+use super::rows::{MOST_SLOTS, names, packs};
+use super::shape::{PACK_BYTES, holds, packed};
 use super::{Cuda, CudaAct, pointer, pointer_or_null};
 use crate::{DeviceError, Element, Leaving, View};
 
@@ -259,7 +259,7 @@ impl<A: CudaAct> Cuda<A> {
                 }
                 assert!(k <= MOST_SLOTS, "{k} numbers with a row, at most {MOST_SLOTS}");
                 let from = pointer(from);
-                let wide = to.wide::<A>(width, from);
+                let wide = packed::<A>(&[width], &to.ends(from)) == 1;
                 let (name, pack) = if wide { ("push_rows_wide", PACK_BYTES) } else { ("push_rows", 2) };
                 launch!(
                     self, name, grid;
@@ -273,10 +273,7 @@ impl<A: CudaAct> Cuda<A> {
                 holds("weights", weights.map_or(n * k, |weights| weights.len()), n * k);
                 assert!(k <= MOST_SLOTS, "{k} slots of a row, at most {MOST_SLOTS}");
                 let y = pointer(y);
-                let name = match (to.wide::<A>(width, y), names!("push_sums")) {
-                    (true, names) => A::pick(names[0], names[1]),
-                    (false, names) => A::pick(names[2], names[3]),
-                };
+                let name = packs::<A>(names!("push_sums"), width, &to.ends(y));
                 launch!(
                     self, name, grid;
                     to, width as i32, k as i32, pointer(slots), pointer_or_null(weights), y, pointer_or_null(along), tickets.at(0),
@@ -315,9 +312,8 @@ impl Peers {
         }
     }
 
-    /// Whether rows of `width`, from `from`, are whole packs at both ends.
-    fn wide<A: CudaAct>(&self, width: usize, from: u64) -> bool {
-        let aligned = |at: u64| at.is_multiple_of(PACK_BYTES as u64);
-        (width * A::BYTES).is_multiple_of(PACK_BYTES) && aligned(from) && self.rows.iter().all(|at| aligned(*at))
+    /// Where rows come from and go to.
+    fn ends(&self, from: u64) -> [u64; MOST_PEERS + 1] {
+        std::array::from_fn(|end| self.rows.get(end).copied().unwrap_or(from))
     }
 }

@@ -14,7 +14,7 @@ const ROWS_PER_BLOCK: usize = 8;
 pub(super) const MOST_SLOTS: usize = 32;
 
 /// Names of a kernel: in packs for f32 and bf16, then in single elements.
-pub(super) type Names = [&'static str; 4];
+type Names = [&'static str; 4];
 
 macro_rules! names {
     ($name:literal) => {

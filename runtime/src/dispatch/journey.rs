@@ -166,7 +166,7 @@ impl<B: Backend> Journey<B> {
         let rows = room.rows.max(received);
         // Others may have the way into these, which have had room for `room.rows`, the most that comes in a round, since then.
         if self.landing.is_none() {
-            let page = if direct { BERTH_PAGE } else { size_of::<f32>() };
+            let page = if direct { BERTH_PAGE } else { 1 };
             self.arrived.reserve_pages(device, rows * h, page)?;
             self.recv_experts.reserve_pages(device, rows * k, page)?;
             self.recv_weights.reserve_pages(device, rows * k, page)?;

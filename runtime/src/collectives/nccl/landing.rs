@@ -190,10 +190,9 @@ impl<A: CudaAct> Berths<A> {
     /// Panics where `rows` that land from row `at` on would be beyond a berth.
     fn check(&self, push: &Push<'_, Cuda<A>>, at: usize, rows: &Range<usize>) {
         let end = at + rows.len();
-        let numbers = (push.what.row_bytes(push.width) - push.width * A::BYTES) / 4;
-        let k = push.what.numbers();
+        let (k, goes_along) = (push.what.numbers(), push.what.row_bytes(push.width) > push.width * A::BYTES);
         assert!(
-            end * push.width <= self.room.0 && (numbers == 0 || end * k <= self.room.1),
+            end * push.width <= self.room.0 && (!goes_along || end * k <= self.room.1),
             "rows {at}..{end} of {} elements and {k} numbers, in a berth of {:?}",
             push.width,
             self.room
