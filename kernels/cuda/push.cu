@@ -16,6 +16,9 @@
 // fence, release), a mark before what is launched behind the kernel of the peer that acquired it. `mark` grows with every push of the
 // group; 0: nobody is told and nobody is waited for. A wait ends when `halt`, a word of the host's memory, is not 0: then what came is
 // anything.
+//
+// A product that is launched in the same moment takes every multiprocessor before a push has one, however urgent its stream; give_way in
+// front of the product lets the push begin. It is a courtesy, not an order: it has an end of its own.
 
 #include "reduce.cuh"
 
@@ -30,6 +33,17 @@ struct Peers {
     int starts[MOST_PEERS + 1];
     int ranks, me;
     unsigned mark;
+    // The number of this push among those of its queue.
+    unsigned turn;
+};
+
+// What pushes of one queue share.
+struct Desk {
+    // Blocks that are through; 0 before and after.
+    unsigned tickets;
+    int unused;
+    // The last push that has begun.
+    unsigned begun;
 };
 
 __device__ __forceinline__ void tell(uint64_t marks, int me, unsigned mark) {
@@ -56,14 +70,14 @@ template <typename P> __device__ __forceinline__ void copy_row(int packs, const 
     for (; pack < packs; pack += WARP) to[pack] = from[pack];
 }
 
-// The last block to come here tells every peer, and waits for all of them. `tickets` is 0 before and after. All threads call it.
-__device__ void meet(const Peers& peers, unsigned* tickets, const volatile int* halt) {
+// The last block to come here tells every peer, and waits for all of them. All threads call it.
+__device__ void meet(const Peers& peers, Desk* desk, const volatile int* halt) {
     __shared__ bool last;
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence_system();
-        last = atomicAdd(tickets, 1) == gridDim.x - 1;
-        if (last) *tickets = 0;
+        last = atomicAdd(&desk->tickets, 1) == gridDim.x - 1;
+        if (last) desk->tickets = 0;
         __threadfence_system();
     }
     __syncthreads();
@@ -76,7 +90,9 @@ __device__ void meet(const Peers& peers, unsigned* tickets, const volatile int* 
 
 // Has each warp store its share of rows: `store(row, peer, there)`, there: the row of the peer's memory. All threads call it.
 template <typename Store>
-__device__ __forceinline__ void share_rows(const Peers& peers, unsigned* tickets, const volatile int* halt, Store store) {
+__device__ __forceinline__ void share_rows(const Peers& peers, Desk* desk, const volatile int* halt, Store store) {
+    // Blocks begin in order.
+    if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0) *const_cast<volatile unsigned*>(&desk->begun) = peers.turn;
     const int warps = gridDim.x * (THREADS / WARP), ranks = peers.ranks;
     int most = 0;
     for (int peer = 0; peer < ranks; ++peer) most = max(most, peers.starts[peer + 1] - peers.starts[peer]);
@@ -84,14 +100,14 @@ __device__ __forceinline__ void share_rows(const Peers& peers, unsigned* tickets
         const int there = i / ranks, peer = (peers.me + 1 + i % ranks) % ranks, row = peers.starts[peer] + there;
         if (row < peers.starts[peer + 1]) store(row, peer, long(there));
     }
-    if (peers.mark != 0) meet(peers, tickets, halt);
+    if (peers.mark != 0) meet(peers, desk, halt);
 }
 
 template <typename P>
 __device__ __forceinline__ void push_rows(const Peers& peers, int packs, const int* index, const P* from, int k, const int* ids,
-                                          const float* weights, unsigned* tickets, const volatile int* halt) {
+                                          const float* weights, Desk* desk, const volatile int* halt) {
     const int lane = threadIdx.x % WARP;
-    share_rows(peers, tickets, halt, [&](int row, int peer, long there) {
+    share_rows(peers, desk, halt, [&](int row, int peer, long there) {
         copy_row(packs, from + long(index ? index[row] : row) * packs, reinterpret_cast<P*>(peers.rows[peer]) + there * packs);
         if (lane >= k) return;
         if (ids) reinterpret_cast<int*>(peers.ids[peer])[there * k + lane] = ids[long(row) * k + lane];
@@ -101,8 +117,8 @@ __device__ __forceinline__ void push_rows(const Peers& peers, int packs, const i
 
 template <typename Act, int N>
 __device__ __forceinline__ void push_sums(const Peers& peers, int width, int k, const int* slots, const float* weights, const Act* y,
-                                          const float* along, unsigned* tickets, const volatile int* halt) {
-    share_rows(peers, tickets, halt, [&](int row, int peer, long there) {
+                                          const float* along, Desk* desk, const volatile int* halt) {
+    share_rows(peers, desk, halt, [&](int row, int peer, long there) {
         const long at = long(row) * k;
         Act* to = reinterpret_cast<Act*>(peers.rows[peer]) + there * width;
         reduce_row<Act, N>(k, width, slots + at, weights ? weights + at : nullptr, y, to);
@@ -114,8 +130,8 @@ __device__ __forceinline__ void push_sums(const Peers& peers, int width, int k, 
 #define ROWS(NAME, PACK)                                                                                                          \
     extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                                      \
         NAME(const __grid_constant__ Peers peers, int packs, const int* index, const PACK* from, int k, const int* ids,           \
-             const float* weights, unsigned* tickets, const int* halt) {                                                          \
-        push_rows<PACK>(peers, packs, index, from, k, ids, weights, tickets, halt);                                               \
+             const float* weights, Desk* desk, const int* halt) {                                                          \
+        push_rows<PACK>(peers, packs, index, from, k, ids, weights, desk, halt);                                               \
     }
 ROWS(push_rows_wide, uint4)
 ROWS(push_rows, uint16_t)
@@ -123,10 +139,22 @@ ROWS(push_rows, uint16_t)
 #define SUMS(NAME, ACT, N)                                                                                                        \
     extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                                      \
         NAME(const __grid_constant__ Peers peers, int width, int k, const int* slots, const float* weights, const ACT* y,         \
-             const float* along, unsigned* tickets, const int* halt) {                                                            \
-        push_sums<ACT, N>(peers, width, k, slots, weights, y, along, tickets, halt);                                                     \
+             const float* along, Desk* desk, const int* halt) {                                                            \
+        push_sums<ACT, N>(peers, width, k, slots, weights, y, along, desk, halt);                                                     \
     }
 SUMS(push_sums_wide_f32, float, 4)
 SUMS(push_sums_wide_bf16, bf16, 8)
 SUMS(push_sums_f32, float, 1)
 SUMS(push_sums_bf16, bf16, 1)
+
+__device__ __forceinline__ uint64_t nanoseconds() {
+    uint64_t now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    return now;
+}
+
+// One thread. Ends when push number `turn` of the queue that `desk` is of has begun, and after `patience` nanoseconds.
+extern "C" __global__ void give_way(const volatile Desk* desk, unsigned turn, uint64_t patience) {
+    const uint64_t end = nanoseconds() + patience;
+    while (int(desk->begun - turn) < 0 && nanoseconds() < end) {}
+}

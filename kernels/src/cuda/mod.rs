@@ -34,7 +34,7 @@ use half::bf16;
 
 pub use gpu::{Facts, OpenError, gpu_count};
 pub use memory::CudaBuffer;
-pub use peers::{Destination, Halt, MOST_PEERS, Mapped, Pushed, Shared};
+pub use peers::{Destination, Halt, Issued, MOST_PEERS, Mapped, Pushed, Shared};
 pub use transport::{Fold, Staging, address, address_mut};
 
 use crate::{Activation, Device, DeviceError, Element, View, ViewMut};

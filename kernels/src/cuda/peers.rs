@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use cudarc::driver::{DriverError, result, sys};
 
@@ -22,8 +23,10 @@ use crate::{DeviceError, Element, Leaving, View};
 pub const MOST_PEERS: usize = 16;
 /// Threads of a block.
 const THREADS: u32 = 512;
-/// Blocks of a push that runs beside something else, of rows and of sums: stores over NVLink need few (docs/benchmarks.md).
-const BLOCKS_BESIDE: (usize, usize) = (16, 32);
+/// Blocks of a push that runs beside something else: stores over NVLink need few (docs/benchmarks.md).
+const BLOCKS_BESIDE: usize = 32;
+/// What a push is given to begin: more than a launch takes, less than is lost where something else is in front of it.
+const PATIENCE: Duration = Duration::from_micros(20);
 
 /// What another process of this machine needs to map a buffer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -122,6 +125,14 @@ pub struct Pushed<'a, A: CudaAct> {
     pub beside: bool,
 }
 
+/// A push that was given to a queue.
+#[derive(Clone, Copy, Debug)]
+pub struct Issued {
+    /// What the queue's pushes share.
+    desk: u64,
+    turn: u32,
+}
+
 /// As `push.cu` has it.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -134,6 +145,7 @@ struct Peers {
     ranks: i32,
     me: i32,
     mark: u32,
+    turn: u32,
 }
 
 impl<A: CudaAct> Cuda<A> {
@@ -225,7 +237,7 @@ impl<A: CudaAct> Cuda<A> {
 
     /// Stores rows where `peers` want them, tells them `mark`, and is through when all have told `mark` or a later one. Marks of a
     /// group count up from 1, the same on all ranks; with 0 nobody is told or waited for. Once `halt` is set it is through at once.
-    /// `me` is this rank's number in `peers`.
+    /// `me` is this rank's number in `peers`. None: it was not issued, and the fault is remembered.
     ///
     /// # Safety
     /// Each peer's memory is mapped until this has run, holds what goes there, and is not used by the peer meanwhile; its marks are
@@ -235,17 +247,15 @@ impl<A: CudaAct> Cuda<A> {
         (peers, me): (&[Destination], usize),
         pushed: &Pushed<'_, A>,
         (mark, halt): (u32, &Halt),
-    ) {
+    ) -> Option<Issued> {
         let Pushed { width, what, rows, beside } = *pushed;
         let n = rows.last().map_or(0, |last| last.end);
-        let to = Peers::new(peers, me, rows, mark);
-        let most = match (beside, what) {
-            (false, _) => 2 * self.gpu.facts.multiprocessors,
-            (true, Leaving::Rows { .. }) => BLOCKS_BESIDE.0,
-            (true, Leaving::Sums { .. }) => BLOCKS_BESIDE.1,
-        };
+        let desk = self.counters()?;
+        let turn = self.memory.pushes.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+        let issued = Issued { desk: desk.at(0), turn };
+        let to = Peers { turn, ..Peers::new(peers, me, rows, mark) };
+        let most = if beside { BLOCKS_BESIDE } else { 2 * self.gpu.facts.multiprocessors };
         let grid = Grid::new(n.div_ceil(THREADS as usize / 32).clamp(1, most), THREADS);
-        let Some(tickets) = self.counters() else { return };
         match what {
             Leaving::Rows { index, from, k, ids, weights } => {
                 match index {
@@ -264,7 +274,7 @@ impl<A: CudaAct> Cuda<A> {
                 launch!(
                     self, name, grid;
                     to, (width * A::BYTES / pack) as i32, pointer_or_null(index), from, k as i32, pointer_or_null(ids),
-                    pointer_or_null(weights), tickets.at(0), halt.address()
+                    pointer_or_null(weights), desk.at(0), halt.address()
                 );
             }
             Leaving::Sums { k, slots, weights, y, along } => {
@@ -276,11 +286,17 @@ impl<A: CudaAct> Cuda<A> {
                 let name = packs::<A>(names!("push_sums"), width, &to.ends(y));
                 launch!(
                     self, name, grid;
-                    to, width as i32, k as i32, pointer(slots), pointer_or_null(weights), y, pointer_or_null(along), tickets.at(0),
+                    to, width as i32, k as i32, pointer(slots), pointer_or_null(weights), y, pointer_or_null(along), desk.at(0),
                     halt.address()
                 );
             }
         }
+        Some(issued)
+    }
+
+    /// Lets a push of another queue have its multiprocessors before what this queue is given next: waits until it has begun, for a moment.
+    pub fn give_way(&self, push: Issued) {
+        launch!(self, "give_way", Grid::new(1, 1); push.desk, push.turn, PATIENCE.as_nanos() as u64);
     }
 }
 
@@ -309,6 +325,7 @@ impl Peers {
             ranks: ranks as i32,
             me: me as i32,
             mark,
+            turn: 0,
         }
     }
 

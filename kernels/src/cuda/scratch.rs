@@ -3,6 +3,7 @@
 //! Owns memory that grows to the largest need seen and is kept. Growing allocates, and freeing what was there waits for the device: it
 //! happens in the first steps only, while operations meet their shapes for the first time.
 
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::gpu::{Gpu, locked};
@@ -19,6 +20,8 @@ pub(super) struct QueueMemory {
     scratch: Slot,
     workspace: Slot,
     counters: Slot,
+    /// Pushes that the queue was given.
+    pub(super) pushes: AtomicU32,
 }
 
 type Slot = Mutex<Option<CudaBuffer<f32>>>;
@@ -49,9 +52,9 @@ impl<A: CudaAct> Cuda<A> {
         lease(&self.gpu, &self.memory.workspace, bytes, "the matrix workspace of a queue")
     }
 
-    /// Two integers that blocks of a kernel count with: zero, and left as zero by the kernel.
+    /// Two integers that blocks of a kernel count with: zero, and left as zero by the kernel. Behind them, the last push that has begun.
     pub(super) fn counters(&self) -> Option<Scratch<'_>> {
-        lease(&self.gpu, &self.memory.counters, 2 * size_of::<i32>(), "the counters of a queue")
+        lease(&self.gpu, &self.memory.counters, 3 * size_of::<i32>(), "the counters of a queue")
     }
 }
 

@@ -226,7 +226,10 @@ impl<A: CudaAct> Berths<A> {
             let pushed = Pushed { width, what, rows, beside };
             // SAFETY: peers' addresses are of buffers that are mapped as long as this landing, whose places hold what goes there
             // (`check`) and are not in use (`Landing::push`); the marks are of the group.
-            unsafe { call.plane.queue().push((peers, me), &pushed, (mark, call.plane.halt())) };
+            let issued = unsafe { call.plane.queue().push((peers, me), &pushed, (mark, call.plane.halt())) };
+            if let Some(issued) = issued.filter(|_| beside) {
+                queue.give_way(issued);
+            }
             Ok(())
         })
     }

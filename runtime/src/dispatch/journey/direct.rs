@@ -16,9 +16,7 @@ pub(super) struct Lands {
     away: Vec<usize>,
     /// `[W]`: among the rows that are home at each rank.
     home: Vec<usize>,
-    /// Whether another chunk is computed while this one's tokens leave.
-    tokens_beside: bool,
-    /// Whether one is while its results do.
+    /// Whether another chunk is computed while this one's results leave.
     results_beside: bool,
     /// Whether there is no other chunk, which would write to what results are summed from.
     alone: bool,
@@ -39,13 +37,8 @@ impl<B: Backend> Journey<B> {
         }
         if self.landing.is_some() && self.rounds() == 1 {
             let (away, home) = traffic.landings(chunk, me);
-            self.course.lands = Some(Lands {
-                away,
-                home,
-                tokens_beside: chunk > 0,
-                results_beside: chunk + 1 < traffic.chunks,
-                alone: traffic.chunks == 1,
-            });
+            self.course.lands =
+                Some(Lands { away, home, results_beside: chunk + 1 < traffic.chunks, alone: traffic.chunks == 1 });
         }
         Ok(self.landing.is_some())
     }
@@ -70,7 +63,8 @@ impl<B: Backend> Journey<B> {
             },
             rows: &self.course.rounds[0].parts.home,
             at: &lands.away,
-            beside: lands.tokens_beside,
+            // Statistics are taken meanwhile, a shared expert works, or another chunk's experts do.
+            beside: true,
         };
         self.course.under_way = Some(landing.push(device, &push)?);
         Ok(true)
@@ -93,7 +87,8 @@ impl<B: Backend> Journey<B> {
             what: Leaving::Rows { index, from: dout_TH, k: 0, ids: None, weights: None },
             rows: &self.course.rounds[0].parts.home,
             at: &at,
-            beside: lands.tokens_beside,
+            // The experts' input is expanded meanwhile, at least.
+            beside: true,
         };
         self.course.under_way = Some(away.push(device, &push)?);
         Ok(true)
