@@ -197,8 +197,8 @@ impl<B: Backend> Block<B> {
         let (dout, dinput) = (scratch.dstream.view(n), scratch.dbranch.view_mut(n));
         match (&mut self.second, self.tensors.feed_forward) {
             (Second::Dense(dense), FeedForward::Dense(tensors)) => {
-                let parameters = (weights, &mut *gradients);
-                dense.backward(device, parameters, tensors, input, dout, dinput, Accumulate::Overwrite)?;
+                dense.backward(device, (weights, &mut *gradients), tensors, input, dout)?;
+                dense.grad_input(device, weights, tensors, dinput, Accumulate::Overwrite);
             }
             (Second::Moe(moe), FeedForward::Moe(tensors)) => {
                 let rows = MoeBackward { x_TH: input, dout_TH: dout, dx_TH: dinput };

@@ -60,8 +60,7 @@ impl<B: Backend> DenseFeedForward<B> {
         Ok(())
     }
 
-    /// Backward: `dx_TH` (+)= … from `dy_TH` and the forward pass's `x_TH`.
-    #[allow(clippy::too_many_arguments)] // device, parameters and their gradients beside the three tensors of any backward pass
+    /// Backward but for the input's gradient: the weights' from `dy_TH` and the forward pass's `x_TH`.
     pub(super) fn backward(
         &mut self,
         device: &B,
@@ -69,8 +68,6 @@ impl<B: Backend> DenseFeedForward<B> {
         tensors: FeedForwardTensors,
         x_TH: View<'_, B, B::Act>,
         dy_TH: View<'_, B, B::Act>,
-        dx_TH: ViewMut<'_, B, B::Act>,
-        accumulate: Accumulate,
     ) -> Result<(), DeviceError> {
         let (t, f) = (x_TH.len() / self.hidden_size, self.ffn_size);
         self.da.reserve(device, t * f)?;
@@ -83,7 +80,21 @@ impl<B: Backend> DenseFeedForward<B> {
         device.swiglu_grad(Rows::exactly(t), f, da, h, self.dh.view_mut(t * 2 * f));
         let dh = self.dh.view(t * 2 * f);
         device.linear_grad_weight(up, dh, x_TH, gradients.get(tensors.gate_up));
-        device.linear_grad_input(up, dh, weights.get(tensors.gate_up), dx_TH, accumulate);
         Ok(())
+    }
+
+    /// The input's gradient after [`DenseFeedForward::backward`]: `dx_TH` (+)= ….
+    pub(super) fn grad_input(
+        &self,
+        device: &B,
+        weights: Weights<'_, B>,
+        tensors: FeedForwardTensors,
+        dx_TH: ViewMut<'_, B, B::Act>,
+        accumulate: Accumulate,
+    ) {
+        let t = dx_TH.len() / self.hidden_size;
+        let (up, _) = self.gemms(t);
+        let dh = self.dh.view(t * 2 * self.ffn_size);
+        device.linear_grad_input(up, dh, weights.get(tensors.gate_up), dx_TH, accumulate);
     }
 }

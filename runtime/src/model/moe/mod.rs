@@ -4,10 +4,12 @@
 //! transport: it is given the expert group's communicator.
 //!
 //! A chunk's tokens leave before the experts begin with those of the chunk before it, and its results before they begin with the next: so
-//! each chunk's shuffle runs beside another's experts, forward and backward, and only the first journey and the last are waited for. The
-//! experts work on one chunk after another; the first replaces their gradients in a step's first pass, the others add.
+//! each chunk's shuffle runs beside another's experts, forward and backward, and only the first journey and the last are waited for. A
+//! shared expert works while the first rows travel. The experts work on one chunk after another; the first replaces their gradients in a
+//! step's first pass, the others add.
 
 mod chunk;
+mod pass;
 mod shared;
 mod sub_tokens;
 
@@ -17,18 +19,19 @@ use moe_kernels::{Accumulate, Backend, DeviceError, ShuffleDims, View, ViewMut};
 
 use super::ModelError;
 use super::config::{ModelConfig, Recompute};
-use super::layout::{MoeTensors, RouterTensors, TensorId};
-use super::parameters::{Gradients, Weights};
+use super::layout::{RouterTensors, TensorId};
+use super::parameters::Gradients;
 use crate::collectives::Communicator;
 use crate::dispatch::{Room, RoutedTokens, Shuffle, ShuffleScratch, ShuffledRows};
-use crate::experts::{ExpertBackward, ExpertScratch, ExpertShape, ExpertWeights, Experts};
+use crate::experts::{ExpertBackward, ExpertScratch, ExpertShape, Experts};
 use crate::memory::{Kind, Slot, Tally};
 use crate::routing::{
-    Balance, BatchShare, RoutePass, Router, RouterGradients, RouterLosses, RouterRanges, RouterShape, RouterWeights,
+    Balance, BatchShare, RoutePass, Router, RouterGradients, RouterLosses, RouterRanges, RouterShape,
 };
 use crate::stages::{Stage, StageClock};
 use crate::topology::share;
 use chunk::Chunk;
+pub(super) use pass::MoePass;
 use shared::SharedExpert;
 use sub_tokens::{SubTokenScratch, SubTokens};
 
@@ -96,20 +99,6 @@ pub(super) struct MoeShape {
     pub recompute: Recompute,
     /// What a chunk may bring at a time.
     pub room: Room,
-}
-
-/// What a layer works with in a pass.
-pub(super) struct MoePass<'a, B: Backend, C> {
-    /// The queue.
-    pub device: &'a B,
-    /// The expert group.
-    pub group: &'a C,
-    /// The pass.
-    pub route: RoutePass<'a>,
-    /// Weights of the model.
-    pub weights: Weights<'a, B>,
-    /// Which of them are this layer's.
-    pub tensors: MoeTensors,
 }
 
 impl<B: Backend> MoeLayer<B> {
@@ -221,7 +210,7 @@ impl<B: Backend> MoeLayer<B> {
         (x_TH, mut out_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
     ) -> Result<(), ModelError> {
         let (device, t, h) = (pass.device, pass.route.tokens, self.hidden_size);
-        let weights = router_weights(pass);
+        let weights = pass.router_weights();
         clock.enter(Stage::Route);
         self.router.forward(device, pass.route, x_TH, &weights)?;
         let (chunks, k) = (self.chunks.len(), self.slots);
@@ -236,6 +225,10 @@ impl<B: Backend> MoeLayer<B> {
         }
         scratch.shuffle.settle(device, pass.group, self.chunks.iter_mut().map(|chunk| &mut chunk.shuffle))?;
         self.send_tokens(pass, scratch, 0, x_TH)?;
+        if let Some(shared) = &mut self.shared {
+            clock.enter(Stage::Aggregate);
+            shared.forward(pass, h, x_TH)?;
+        }
         clock.enter(Stage::Route);
         let (counts, prob_sums) = balance.layer_mut(self.index);
         self.router.take_statistics(device, pass.route, counts, prob_sums);
@@ -257,7 +250,7 @@ impl<B: Backend> MoeLayer<B> {
                     chunk.expand(device, &mut scratch.experts, (round, h), x)?;
                     clock.enter(Stage::Experts);
                     let grouped = chunk.shuffle.grouped(round);
-                    chunk.experts.forward(device, &mut scratch.experts, grouped, expert_weights(pass))?;
+                    chunk.experts.forward(device, &mut scratch.experts, grouped, pass.expert_weights())?;
                 }
                 clock.enter(Stage::Combine);
                 let shuffle = &mut chunk.shuffle;
@@ -273,8 +266,8 @@ impl<B: Backend> MoeLayer<B> {
             self.chunks[index].shuffle.receive_results(device, &scratch.shuffle, out);
         }
         clock.enter(Stage::Aggregate);
-        if let Some(shared) = &mut self.shared {
-            shared.forward(pass, h, x_TH, out_TH)?;
+        if let Some(shared) = &self.shared {
+            shared.add(pass, h, out_TH);
         }
         Ok(())
     }
@@ -369,6 +362,10 @@ impl<B: Backend> MoeLayer<B> {
         scratch.dweights.reserve(device, t * k)?;
         clock.enter(Stage::Combine);
         self.send_gradients(pass, scratch, 0, (x_TH, dout_TH))?;
+        if let Some(shared) = &mut self.shared {
+            clock.enter(Stage::Aggregate);
+            shared.backward(pass, gradients, h, (x_TH, dout_TH))?;
+        }
         for index in 0..self.chunks.len() {
             clock.enter(Stage::Combine);
             self.send_gradients(pass, scratch, index + 1, (x_TH, dout_TH))?;
@@ -377,23 +374,26 @@ impl<B: Backend> MoeLayer<B> {
             let (x, dout) = (x_TH.slice(rows.clone()), dout_TH.slice(rows.clone()));
             for round in 0..self.chunks[index].shuffle.rounds() {
                 let chunk = &mut self.chunks[index];
-                let (tensors, weights) = (pass.tensors.experts, expert_weights(pass));
+                let (tensors, weights) = (pass.tensors.experts, pass.expert_weights());
                 clock.enter(Stage::Combine);
                 if round > 0 {
                     chunk.shuffle.send_gradients(device, pass.group, &mut scratch.shuffle, round, (x, dout))?;
                 }
-                if chunk.shuffle.computes(round) && chunk.shuffle.is_kept() && pass.group.size() > 1 {
-                    // While the gradients travel; rows that are not kept come with them.
+                let (computes, kept) = (chunk.shuffle.computes(round), chunk.shuffle.is_kept());
+                if computes && kept {
+                    // While the gradients travel.
                     chunk.expand_again(device, &mut scratch.experts, (round, h), x)?;
                 }
                 chunk.shuffle.receive_gradients(device, round, routed(&self.router, x_TH, t, tokens.clone()))?;
-                let computes = chunk.shuffle.computes(round);
+                if computes && !kept {
+                    // Its rows came with the gradients.
+                    chunk.expand_again(device, &mut scratch.experts, (round, h), x)?;
+                }
                 let accumulate =
                     if computes { std::mem::replace(&mut self.accumulate, Accumulate::Add) } else { self.accumulate };
                 if computes {
                     if chunk.experts.recomputes() {
                         clock.enter(Stage::Experts);
-                        chunk.expand_again(device, &mut scratch.experts, (round, h), x)?;
                         let grouped = chunk.shuffle.grouped(round);
                         chunk.experts.project(device, &mut scratch.experts, grouped, weights.gate_up)?;
                     }
@@ -416,7 +416,6 @@ impl<B: Backend> MoeLayer<B> {
                 shuffle.send_input_gradients(device, pass.group, &mut scratch.shuffle, round, sent)?;
                 if computes {
                     clock.enter(Stage::Experts);
-                    chunk.expand_again(device, &mut scratch.experts, (round, h), x)?;
                     let gradient = (gradients.get(tensors.gate_up), accumulate);
                     let Chunk { shuffle, experts, .. } = chunk;
                     experts.grad_gate_up(device, &mut scratch.experts, shuffle.grouped(round), gradient);
@@ -430,10 +429,9 @@ impl<B: Backend> MoeLayer<B> {
             let dx = dx_TH.reborrow().slice(tokens.start * h..tokens.end * h);
             self.chunks[index].shuffle.receive_input_gradients(device, &scratch.shuffle, dweights, dx);
         }
-        if let Some(shared) = &mut self.shared {
+        if let Some(shared) = &self.shared {
             clock.enter(Stage::Aggregate);
-            let tensors = MoeBackward { x_TH, dout_TH, dx_TH: dx_TH.reborrow() };
-            shared.backward(pass, gradients, h, tensors)?;
+            shared.add_grad(pass, gradients, h, (x_TH, dx_TH.reborrow()));
         }
         clock.enter(Stage::Route);
         self.route_backward(pass, gradients, losses, scratch.dweights.view_mut(t * k), (x_TH, dx_TH))
@@ -452,21 +450,8 @@ impl<B: Backend> MoeLayer<B> {
         let ranges =
             RouterRanges { router: matrix.map(range), noise: noise.map(range), hidden: hidden.map(|id| id.map(range)) };
         let gradients = RouterGradients { dweights, dx_TH, flat: gradients.flat(), ranges };
-        Ok(self.router.backward(pass.device, pass.route, x_TH, &router_weights(pass), losses, gradients)?)
+        Ok(self.router.backward(pass.device, pass.route, x_TH, &pass.router_weights(), losses, gradients)?)
     }
-}
-
-impl<B: Backend, C> MoePass<'_, B, C> {
-    /// The same pass over the parts of its tokens.
-    fn split(&self, parts: usize) -> Self {
-        Self { route: self.route.split(parts), ..*self }
-    }
-}
-
-fn router_weights<'a, B: Backend, C>(pass: &MoePass<'a, B, C>) -> RouterWeights<'a, B> {
-    let RouterTensors { matrix, noise, hidden } = pass.tensors.router;
-    let weight = |id: TensorId| pass.weights.get(id);
-    RouterWeights { router: matrix.map(weight), noise: noise.map(weight), hidden: hidden.map(|id| id.map(weight)) }
 }
 
 /// The tokens of a chunk with their choices.
@@ -482,13 +467,6 @@ fn routed<'a, B: Backend>(
         x_TH: x_TH.slice(choices(h)),
         kept: router.kept(all_tokens).slice(choices(k)),
         weights: router.weights(all_tokens).slice(choices(k)),
-    }
-}
-
-fn expert_weights<'a, B: Backend, C>(pass: &MoePass<'a, B, C>) -> ExpertWeights<'a, B> {
-    ExpertWeights {
-        gate_up: pass.weights.get(pass.tensors.experts.gate_up),
-        down: pass.weights.get(pass.tensors.experts.down),
     }
 }
 
