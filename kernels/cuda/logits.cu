@@ -1,10 +1,11 @@
-// A router's logits before the gate: rows that fold into one, and random factors.                             (ops/logits.rs)
+// A router's logits before the gate: rows that fold into one, random factors, noise.                          (ops/logits.rs)
 //
 // fold_groups: raw [T, G + E] f32 → logits [T, E]: raw_e − lse(e's group) + raw_g − lse(groups). fold_groups_grad: dlogits → draw.
 // fold_routers: raw [T, R·E], tags [T] → logits [T, E]: the row of the token's tag. fold_routers_grad: dlogits → draw, 0 elsewhere.
 // random_factors: y[n] = x[n] · r, or y += x · r; r from splitmix64 of the element's place: the CPU's numbers to the bit.
+// random_numbers: y[n] f32 uniform from the same numbers, or normal from two of them each (Box–Muller).
 // One warp a token; lanes over a group's experts, ascending, then a butterfly. Bound: memory. Bytes = 4·T·(width + E), 4·T·(2·width + E),
-// 2 or 3 elements each; small beside the router's product.
+// 2 or 3 elements each, 4·n; small beside the router's product.
 
 #include "choice.cuh"
 
@@ -92,3 +93,15 @@ __device__ void body_random_factors(long n, unsigned long long seed, unsigned lo
 
 #define PARAMS(Act) long n, unsigned long long seed, unsigned long long first, int dropout, float size, int add, const Act *x, Act *y
 BOTH(random_factors, THREADS, PARAMS, (n, seed, first, dropout, size, add, x, y))
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    random_numbers(long n, unsigned long long seed, unsigned long long first, int normal, float deviation, float* y) {
+    for (long i = blockIdx.x * long(THREADS) + threadIdx.x; i < n; i += gridDim.x * long(THREADS)) {
+        if (!normal) {
+            y[i] = uniform(seed, first + i);
+            continue;
+        }
+        const float radius = sqrtf(-2.0f * logf(1.0f - uniform(seed, 2 * (first + i))));
+        y[i] = deviation * (radius * cosf(6.2831853f * uniform(seed, 2 * (first + i) + 1)));
+    }
+}

@@ -27,7 +27,7 @@ pub use device::{Activation, Buffer, Device, DeviceError, Element, View, ViewMut
 pub use ops::{
     Accumulate, ActivationKind, AdamW, AttentionDims, AttentionOps, Backend, BalanceFactors, BalanceGrad, BalanceSpec,
     Capacity, CapacityPolicy, Choice, CombineDims, DenseOps, Enough, ExpandPlan, ExpertOps, Fold, GateDims, GateSpec,
-    GemmDims, GroupLimit, GroupRank, GroupedDims, Leaving, LogitOps, LossOps, NormDims, OptimizerOps, Places,
+    GemmDims, GroupLimit, GroupRank, GroupedDims, Leaving, LogitOps, LossOps, NormDims, OptimizerOps, Places, Random,
     RandomFactor, RankedBy, RotaryDirection, RoutingOps, Rows, Score, ShuffleDims, ShufflePlan, TokenLosses,
     WeightedSwiglu,
 };

@@ -5,7 +5,7 @@ mod cuda_support;
 
 use cuda_support::{assert_matches, download, filled, gpu, random_below, random_within, tolerance, upload};
 use half::bf16;
-use moe_kernels::{Accumulate, Activation, Cpu, Fold, LogitOps, Places, RandomFactor, View, ViewMut};
+use moe_kernels::{Accumulate, Activation, Cpu, Fold, LogitOps, Places, Random, RandomFactor, View, ViewMut};
 
 #[test]
 fn folds_and_their_gradients_are_the_cpus() {
@@ -75,6 +75,28 @@ fn random_factors_are_the_cpus_to_the_bit() {
                 Cpu.random_factors(factor, places, View::of(&x), ViewMut::of(&mut want), Accumulate::Overwrite);
                 let want: Vec<bf16> = want.into_iter().map(bf16::from_f32).collect();
                 assert!(download(&narrow, &got) == want, "{n} elements in bf16, {factor:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn random_numbers_are_the_cpus() {
+    let Some(gpu) = gpu::<f32>() else { return };
+    for (n, first) in [(0, 0), (1, 0), (1000, 1 << 40), (70_001, 12_345)] {
+        let places = Places { seed: 0xfedc_ba98_7654_3210, first };
+        for random in [Random::Uniform, Random::Normal { deviation: 0.5 }, Random::Normal { deviation: 0.0 }] {
+            let mut want = vec![f32::NAN; n];
+            Cpu.random_numbers(random, places, ViewMut::of(&mut want));
+            let mut got = filled(&gpu, n, f32::NAN);
+            gpu.random_numbers(random, places, ViewMut::of(&mut got));
+            let got = download(&gpu, &got);
+            match random {
+                Random::Uniform => assert!(got == want, "{n} numbers"),
+                // A logarithm and a cosine of each side's own.
+                Random::Normal { .. } => {
+                    assert_matches(&format!("{n} numbers, {random:?}"), &got, &want, tolerance::<f32>(1, 4.0));
+                }
             }
         }
     }

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::routing::gate::softmax_sum;
 use super::{slice, slice_mut};
 use crate::ops::check_len;
-use crate::{Accumulate, Cpu, Fold, LogitOps, Places, RandomFactor, View, ViewMut};
+use crate::{Accumulate, Cpu, Fold, LogitOps, Places, Random, RandomFactor, View, ViewMut};
 
 /// Elements below which one thread is faster than waking others.
 const MIN_PER_TASK: usize = 4096;
@@ -88,6 +88,10 @@ impl LogitOps for Cpu {
                 Accumulate::Add => *y += value,
             }
         });
+    }
+
+    fn random_numbers(&self, random: Random, places: Places, y: ViewMut<'_, Self, f32>) {
+        slice_mut(y).par_iter_mut().with_min_len(MIN_PER_TASK).enumerate().for_each(|(i, y)| *y = random.of(places, i));
     }
 }
 
@@ -205,6 +209,32 @@ mod tests {
             let added = draw(factor, places, 0, Accumulate::Add);
             assert!(added.iter().zip(&y).all(|(a, y)| *a == y + 0.5), "{factor:?}");
             assert_ne!(draw(factor, Places { seed: 8, ..places }, 0, Accumulate::Overwrite), y);
+        }
+    }
+
+    #[test]
+    fn random_numbers_have_their_moments_and_belong_to_places() {
+        let n = 50_000;
+        let places = Places { seed: 7, first: 1000 };
+        let draw = |random, places, n| {
+            let mut y = vec![f32::NAN; n];
+            Cpu.random_numbers(random, places, ViewMut::of(&mut y));
+            y
+        };
+        for (random, mean, deviation, fourth) in
+            [(Random::Uniform, 0.5, 1.0 / 12f64.sqrt(), 1.8), (Random::Normal { deviation: 2.0 }, 0.0, 2.0, 3.0)]
+        {
+            let y = draw(random, places, n);
+            let moment =
+                |power| y.iter().map(|&y| ((f64::from(y) - mean) / deviation).powi(power)).sum::<f64>() / n as f64;
+            assert!(moment(1).abs() < 0.02 && moment(3).abs() < 0.06, "{random:?}: {} {}", moment(1), moment(3));
+            assert!((moment(2) - 1.0).abs() < 0.03, "{random:?}: variance {}", moment(2));
+            assert!((moment(4) / fourth - 1.0).abs() < 0.05, "{random:?}: fourth moment {}", moment(4));
+            // Neighbours have nothing to do with each other.
+            let together = y.windows(2).map(|y| (f64::from(y[0]) - mean) * (f64::from(y[1]) - mean)).sum::<f64>();
+            assert!((together / (n as f64 * deviation * deviation)).abs() < 0.02, "{random:?}: {together}");
+            assert_eq!(draw(random, Places { first: 1300, ..places }, n - 300), y[300..], "{random:?}");
+            assert_ne!(draw(random, Places { seed: 8, ..places }, n), y);
         }
     }
 }

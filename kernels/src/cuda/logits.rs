@@ -5,7 +5,7 @@
 use super::launch::{Grid, launch};
 use super::{Cuda, CudaAct, pointer, pointer_mut, pointer_or_null};
 use crate::ops::check_len;
-use crate::{Accumulate, Fold, LogitOps, Places, RandomFactor, View, ViewMut};
+use crate::{Accumulate, Fold, LogitOps, Places, Random, RandomFactor, View, ViewMut};
 
 /// Threads of a block, and tokens of it: each warp has one.
 const THREADS: u32 = 256;
@@ -76,6 +76,18 @@ impl<A: CudaAct> LogitOps for Cuda<A> {
         launch!(
             self, A::pick("random_factors_f32", "random_factors_bf16"), Grid::cover(x.len(), THREADS, self.facts());
             n, places.seed, places.first, dropout, size, add, pointer(x), pointer_mut(y)
+        );
+    }
+
+    fn random_numbers(&self, random: Random, places: Places, y: ViewMut<'_, Self, f32>) {
+        let (normal, deviation) = match random {
+            Random::Uniform => (0, 1.0),
+            Random::Normal { deviation } => (1, deviation),
+        };
+        let n = y.len();
+        launch!(
+            self, "random_numbers", Grid::cover(n, THREADS, self.facts());
+            n as i64, places.seed, places.first, normal, deviation, pointer_mut(y)
         );
     }
 }

@@ -1,4 +1,4 @@
-//! What becomes of a router's input and its logits before the gate: random factors, and rows that fold into one.
+//! What becomes of a router's input and its logits before the gate: random numbers and factors, and rows that fold into one.
 //!
 //! Randomness is a hash of a seed and a place, so that it is the same on every device and under any layout, and a backward pass finds it again.
 
@@ -62,6 +62,28 @@ impl RandomFactor {
     }
 }
 
+/// Independent random numbers.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Random {
+    /// Uniform in [0, 1).
+    Uniform,
+    /// Normal with mean 0.
+    Normal {
+        /// Its standard deviation.
+        deviation: f32,
+    },
+}
+
+impl Random {
+    /// The number of the element `index`.
+    pub(crate) fn of(self, places: Places, index: usize) -> f32 {
+        match self {
+            Self::Uniform => places.uniform(index),
+            Self::Normal { deviation } => deviation * places.normal(index),
+        }
+    }
+}
+
 /// Which random numbers: those of the places `first..` of the stream `seed`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Places {
@@ -80,6 +102,13 @@ impl Places {
         x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         ((x ^ (x >> 31)) >> 40) as f32 * (1.0 / (1u64 << 24) as f32)
+    }
+
+    /// A standard normal for the element `index` (Box and Muller 1958), from two uniform numbers of its own.
+    fn normal(self, index: usize) -> f32 {
+        let pairs = Self { first: self.first.wrapping_mul(2), ..self };
+        let (radius, angle) = (pairs.uniform(2 * index), pairs.uniform(2 * index + 1));
+        (-2.0 * (1.0 - radius).ln()).sqrt() * (std::f32::consts::TAU * angle).cos()
     }
 }
 
@@ -113,4 +142,6 @@ pub trait LogitOps: Device {
         y: ViewMut<'_, Self, Self::Act>,
         accumulate: Accumulate,
     );
+    /// `y[n]` (overwritten): the numbers at `places`.
+    fn random_numbers(&self, random: Random, places: Places, y: ViewMut<'_, Self, f32>);
 }

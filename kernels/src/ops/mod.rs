@@ -15,7 +15,7 @@ pub use attention::{AttentionDims, AttentionOps, RotaryDirection};
 pub use dense::{Accumulate, ActivationKind, DenseOps, GemmDims, NormDims, Rows};
 pub use expert::{CombineDims, ExpandPlan, ExpertOps, GroupedDims, ShuffleDims, ShufflePlan, WeightedSwiglu};
 pub use leaving::Leaving;
-pub use logits::{Fold, LogitOps, Places, RandomFactor};
+pub use logits::{Fold, LogitOps, Places, Random, RandomFactor};
 pub use loss::LossOps;
 pub(crate) use optimizer::AdamWFactors;
 pub use optimizer::{AdamW, OptimizerOps};

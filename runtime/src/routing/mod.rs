@@ -18,7 +18,6 @@ pub use balance::{Balance, BalanceError, BalanceLosses, BalanceReport, BatchShar
 pub use config::{BalanceScope, HiddenActivation, Overflow, RouterConfig, RouterKind};
 pub use gates::{GateForm, Logits};
 pub use logits::{RouterRanges, RouterWeights};
-pub use noise::GateNoise;
 pub use own::{Choices, Gate, GatePass, check_own_gate};
 pub use pass::RoutePass;
 pub use router::{Router, RouterGradients, RouterLosses, RouterShape, RouterStatistics};

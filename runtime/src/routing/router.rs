@@ -7,13 +7,13 @@ use std::sync::Arc;
 
 use moe_kernels::{
     Accumulate, Backend, BalanceGrad, Capacity, CapacityPolicy, Choice, DeviceError, Enough, GateDims, GateSpec,
-    GemmDims, TokenLosses, View, ViewMut,
+    GemmDims, Places, Random, TokenLosses, View, ViewMut,
 };
 
 use super::config::{Overflow, RouterConfig, RouterKind};
 use super::gates::GateForm;
 use super::logits::{LogitsPath, RouterRanges, RouterWeights};
-use super::noise::{GateNoise, Purpose, hash, stream};
+use super::noise::{Purpose, hash, stream};
 use super::own::{Gate, GatePass, OwnGate};
 use super::pass::RoutePass;
 use crate::memory::{Kind, Slot, Tally};
@@ -57,8 +57,9 @@ pub struct RouterGradients<'a, B: Backend> {
 pub struct Router<B: Backend> {
     shape: RouterShape,
     form: GateForm,
-    gate_noise: GateNoise,
-    /// Of the experts that can't be chosen.
+    /// Streams of random numbers: noise on logits, who goes to a second expert, which experts can't be chosen.
+    gate_noise: u64,
+    second: u64,
     dropout: u64,
     path: LogitsPath<B>,
     own: Option<OwnGate<B>>,
@@ -85,7 +86,6 @@ pub struct Router<B: Backend> {
     masked_bias: Slot<B, f32>,
     /// `[T, k]` zeros, for gates whose weights' gradient is their own affair.
     no_dweights: Slot<B, f32>,
-    host_noise: Vec<f32>,
     /// What the balance losses and metrics are formed from.
     pub statistics: RouterStatistics<B>,
 }
@@ -153,7 +153,8 @@ impl<B: Backend> Router<B> {
         };
         Ok(Self {
             form: GateForm::of(&shape.config),
-            gate_noise: GateNoise::new(seed, layer),
+            gate_noise: stream(seed, layer, Purpose::Noise),
+            second: stream(seed, layer, Purpose::SecondExpert),
             dropout: stream(seed, layer, Purpose::Experts),
             path: LogitsPath::new(device, &shape, seed, layer)?,
             own: own.transpose()?,
@@ -175,7 +176,6 @@ impl<B: Backend> Router<B> {
             selection_bias: expert_slot("router selection bias")?,
             masked_bias: Slot::new(device, "router selection bias with dropped experts")?,
             no_dweights: Slot::new(device, "no gate weight gradients")?,
-            host_noise: Vec::new(),
             statistics,
             shape,
         })
@@ -329,9 +329,8 @@ impl<B: Backend> Router<B> {
         let draws = self.form.random_second && pass.training;
         if draws {
             device.copy(self.chosen.view(tk), self.routed.view_mut(tk));
-            self.host_noise.resize(t, 0.0);
-            self.gate_noise.uniforms(pass.first_token, &mut self.host_noise);
-            device.upload(&self.host_noise, self.uniform.view_mut(t));
+            let places = Places { seed: self.second, first: pass.first_token };
+            device.random_numbers(Random::Uniform, places, self.uniform.view_mut(t));
             device.drop_second(dims, self.uniform.view(t), self.weights.view(tk), self.routed.view_mut(tk));
         }
         let routed = if draws { self.routed.view(tk) } else { self.chosen.view(tk) };
@@ -377,13 +376,11 @@ impl<B: Backend> Router<B> {
     }
 
     fn draw_noise(&mut self, device: &B, pass: RoutePass<'_>) {
-        let te = pass.tokens * self.shape.experts;
+        let (e, te) = (self.shape.experts, pass.tokens * self.shape.experts);
         if pass.training {
-            self.host_noise.resize(te, 0.0);
-            self.gate_noise.normals(pass.first_token, self.shape.experts, &mut self.host_noise);
-            let scale = self.shape.config.noise_at(pass.step);
-            self.host_noise.iter_mut().for_each(|noise| *noise *= scale);
-            device.upload(&self.host_noise, self.noise.view_mut(te));
+            let places = Places { seed: self.gate_noise, first: pass.first_token * e as u64 };
+            let random = Random::Normal { deviation: self.shape.config.noise_at(pass.step) };
+            device.random_numbers(random, places, self.noise.view_mut(te));
         } else {
             device.fill(self.noise.view_mut(te), 0.0);
         }
