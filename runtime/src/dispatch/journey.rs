@@ -268,16 +268,16 @@ impl<B: Backend> Journey<B> {
         }
     }
 
-    /// Sends the tokens of `round` with their experts and weights.
+    /// Sends the tokens of `round` with their experts and weights; `beside`: while something else computes.
     pub(super) fn send_tokens<C: Communicator<B>>(
         &mut self,
         device: &B,
         group: &C,
         scratch: &mut ShuffleScratch<B>,
-        round: usize,
+        (round, beside): (usize, bool),
         x_TH: View<'_, B, B::Act>,
     ) -> Result<(), CollectiveError> {
-        if self.push_tokens(device, x_TH)? {
+        if self.push_tokens(device, x_TH, beside)? {
             return Ok(());
         }
         let parts = self.course.rounds[round].parts.clone();

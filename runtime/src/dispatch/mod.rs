@@ -193,17 +193,18 @@ impl<B: Backend> Shuffle<B> {
         self.extra_rounds
     }
 
-    /// Sends each token of `x_TH` to the ranks of its experts, in `round`.
+    /// Sends each token of `x_TH` to the ranks of its experts, in `round`; `beside`: while something else computes, which should keep the
+    /// device.
     pub fn send_tokens<C: Communicator<B>>(
         &mut self,
         device: &B,
         group: &C,
         scratch: &mut ShuffleScratch<B>,
-        round: usize,
+        (round, beside): (usize, bool),
         x_TH: View<'_, B, B::Act>,
     ) -> Result<(), ShuffleError> {
         let Some(journey) = &mut self.journey else { return Ok(()) };
-        Ok(journey.send_tokens(device, group, scratch, round, x_TH)?)
+        Ok(journey.send_tokens(device, group, scratch, (round, beside), x_TH)?)
     }
 
     /// Plans how the tokens that come in `round` are grouped by local expert. `tokens` are those of [`Shuffle::plan`].

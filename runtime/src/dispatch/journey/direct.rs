@@ -48,8 +48,13 @@ impl<B: Backend> Journey<B> {
         self.course.lands = None;
     }
 
-    /// Tokens with their experts and weights.
-    pub(super) fn push_tokens(&mut self, device: &B, x_TH: View<'_, B, B::Act>) -> Result<bool, CollectiveError> {
+    /// Tokens with their experts and weights; `beside`: while something else computes.
+    pub(super) fn push_tokens(
+        &mut self,
+        device: &B,
+        x_TH: View<'_, B, B::Act>,
+        beside: bool,
+    ) -> Result<bool, CollectiveError> {
         let Some((lands, landing)) = self.course.lands.as_ref().zip(self.landing.as_ref()) else { return Ok(false) };
         let (sent, k) = (self.course.home.1, self.k);
         let push = Push {
@@ -63,8 +68,7 @@ impl<B: Backend> Journey<B> {
             },
             rows: &self.course.rounds[0].parts.home,
             at: &lands.away,
-            // Statistics are taken meanwhile, a shared expert works, or another chunk's experts do.
-            beside: true,
+            beside,
         };
         self.course.under_way = Some(landing.push(device, &push)?);
         Ok(true)

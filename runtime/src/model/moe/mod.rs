@@ -243,7 +243,7 @@ impl<B: Backend> MoeLayer<B> {
             for round in 0..chunk.shuffle.rounds() {
                 clock.enter(Stage::Dispatch);
                 if round > 0 {
-                    chunk.shuffle.send_tokens(device, pass.group, &mut scratch.shuffle, round, x)?;
+                    chunk.shuffle.send_tokens(device, pass.group, &mut scratch.shuffle, (round, false), x)?;
                 }
                 chunk.shuffle.receive_tokens(device, round, routed(&self.router, x_TH, t, tokens.clone()))?;
                 if chunk.shuffle.computes(round) {
@@ -284,9 +284,11 @@ impl<B: Backend> MoeLayer<B> {
             return Ok(());
         }
         let tokens = self.chunk_tokens(pass.route.tokens, index);
-        let shuffle = &mut self.chunks[index].shuffle;
         let x = x_TH.slice(tokens.start * self.hidden_size..tokens.end * self.hidden_size);
-        Ok(shuffle.send_tokens(pass.device, pass.group, &mut scratch.shuffle, 0, x)?)
+        // The chunk before computes meanwhile, or the shared expert.
+        let beside = index > 0 || self.shared.is_some();
+        let shuffle = &mut self.chunks[index].shuffle;
+        Ok(shuffle.send_tokens(pass.device, pass.group, &mut scratch.shuffle, (0, beside), x)?)
     }
 
     /// As [`MoeLayer::send_tokens`], of the backward pass.
