@@ -24,6 +24,7 @@ pub mod memory;
 pub mod mixture;
 pub mod model;
 pub mod optimizer;
+pub mod pass_error;
 pub mod plan;
 pub mod routing;
 pub mod stages;

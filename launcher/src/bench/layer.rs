@@ -11,7 +11,8 @@ use moe_kernels::{Backend, DeviceError, View, ViewMut};
 use moe_runtime::collectives::{Communicator, Groups};
 use moe_runtime::config::{Config, Precision};
 use moe_runtime::exit::{ExitCode as Code, Failure};
-use moe_runtime::model::{ModelConfig, ModelError, SingleMoe};
+use moe_runtime::model::{ModelConfig, SingleMoe};
+use moe_runtime::pass_error::PassError;
 use moe_runtime::routing::RouterConfig;
 use moe_runtime::topology::{Grid, Rank};
 use moe_runtime::worker::{Device, DeviceChoice, OnDevice, Ranked, World, set_threads};
@@ -277,9 +278,9 @@ impl<B: Backend, C: Communicator<B>> Bench<'_, B, C> {
     }
 }
 
-pub(super) fn stopped(error: ModelError) -> Failure {
+pub(super) fn stopped(error: PassError) -> Failure {
     match error {
-        ModelError::Device(error @ DeviceError::OutOfMemory { .. }) => failed(error),
+        PassError::Device(error @ DeviceError::OutOfMemory { .. }) => failed(error),
         error => Failure::new(Code::Internal, error),
     }
 }

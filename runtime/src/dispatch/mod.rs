@@ -27,26 +27,16 @@ use moe_kernels::{Backend, CombineDims, DeviceError, ExpandPlan, Rows, ShuffleDi
 
 use serde::{Deserialize, Serialize};
 
-use crate::collectives::{CollectiveError, Communicator};
+use crate::collectives::Communicator;
 use crate::experts::{GatedRows, GroupedRows};
 use crate::memory::{Kind, Slot, Tally};
+use crate::pass_error::PassError;
 pub use scratch::ShuffleScratch;
 pub use traffic::{Room, visit_probability};
 
 use journey::{Homeward, Journey};
 use scratch::{stretch, stretch_mut};
 use traffic::Traffic;
-
-/// Why a shuffle stopped.
-#[derive(Debug, thiserror::Error)]
-pub enum ShuffleError {
-    /// The device failed.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-    /// Another rank or the way to it failed.
-    #[error(transparent)]
-    Collective(#[from] CollectiveError),
-}
 
 /// Rows that crossed from one rank to another.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -160,7 +150,7 @@ impl<B: Backend> Shuffle<B> {
         group: &C,
         traffic: &Traffic,
         place: (usize, usize),
-    ) -> Result<bool, ShuffleError> {
+    ) -> Result<bool, PassError> {
         self.journey.as_mut().map_or(Ok(true), |journey| journey.land(device, group, traffic, place))
     }
 
@@ -202,7 +192,7 @@ impl<B: Backend> Shuffle<B> {
         scratch: &mut ShuffleScratch<B>,
         (round, beside): (usize, bool),
         x_TH: View<'_, B, B::Act>,
-    ) -> Result<(), ShuffleError> {
+    ) -> Result<(), PassError> {
         let Some(journey) = &mut self.journey else { return Ok(()) };
         Ok(journey.send_tokens(device, group, scratch, (round, beside), x_TH)?)
     }
@@ -279,7 +269,7 @@ impl<B: Backend> Shuffle<B> {
         round: usize,
         weights: View<'_, B, f32>,
         (y_NH, out_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
-    ) -> Result<(), ShuffleError> {
+    ) -> Result<(), PassError> {
         self.send_reduced(device, group, (scratch, round), Some(weights), (y_NH, out_TH))
     }
 
@@ -302,7 +292,7 @@ impl<B: Backend> Shuffle<B> {
         scratch: &mut ShuffleScratch<B>,
         round: usize,
         tensors: (View<'_, B, B::Act>, View<'_, B, B::Act>),
-    ) -> Result<(), ShuffleError> {
+    ) -> Result<(), PassError> {
         let Some(journey) = &mut self.journey else { return Ok(()) };
         Ok(journey.send_gradients(device, group, scratch, round, tensors)?)
     }
@@ -360,7 +350,7 @@ impl<B: Backend> Shuffle<B> {
         scratch: &mut ShuffleScratch<B>,
         round: usize,
         tensors: (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
-    ) -> Result<(), ShuffleError> {
+    ) -> Result<(), PassError> {
         if let Some(journey) = &mut self.journey {
             journey.send_dweights(device, group, scratch, round)?;
         }
@@ -375,7 +365,7 @@ impl<B: Backend> Shuffle<B> {
         (scratch, round): (&mut ShuffleScratch<B>, usize),
         weights: Option<View<'_, B, f32>>,
         tensors: (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
-    ) -> Result<(), ShuffleError> {
+    ) -> Result<(), PassError> {
         let what = if weights.is_some() { Homeward::Results } else { Homeward::Gradients };
         let (received, _) = self.coming(round);
         if let Some(journey) = &mut self.journey {

@@ -2,10 +2,11 @@
 
 use moe_kernels::{Backend, DeviceError, Element, View, ViewMut};
 
+use super::Shuffle;
 use super::traffic::Traffic;
-use super::{Shuffle, ShuffleError};
 use crate::collectives::{BERTH_PAGE, Berth, Communicator, Landing};
 use crate::memory::{Kind, Slot, Tally};
+use crate::pass_error::PassError;
 
 /// Rows under way, shared by all layers: a layer's journeys are over before the next one's begin. Each chunk of a layer has a stretch of
 /// its own. A lone rank has none.
@@ -86,7 +87,7 @@ impl<B: Backend> ShuffleScratch<B> {
         device: &B,
         group: &C,
         shuffles: impl Iterator<Item = &'a mut Shuffle<B>>,
-    ) -> Result<(), ShuffleError> {
+    ) -> Result<(), PassError> {
         let Traffic { ranks, chunks, .. } = self.traffic;
         if ranks < 2 {
             return Ok(());
@@ -123,7 +124,7 @@ impl<B: Backend> ShuffleScratch<B> {
         group: &C,
         (away, top_k, hidden): (usize, usize, usize),
         shuffles: &mut [&mut Shuffle<B>],
-    ) -> Result<(), ShuffleError> {
+    ) -> Result<(), PassError> {
         // Nobody can offer nothing.
         let needed = (self.traffic.most_sent().max(1), away.max(1));
         let fits = |landings: &Landings<B>| needed.0 <= landings.room.0 && needed.1 <= landings.room.1;

@@ -4,7 +4,6 @@
 
 use moe_kernels::{Accumulate, Backend, Device, DeviceError, NormDims, View, ViewMut};
 
-use super::ModelError;
 use super::attention::{Attention, AttentionBackward, AttentionPass, AttentionScratch, RotaryTables};
 use super::config::{BlockNorm, ModelConfig};
 use super::feed_forward::DenseFeedForward;
@@ -13,6 +12,7 @@ use super::moe::{MoeBackward, MoeLayer, MoePass, MoeScratch};
 use super::parameters::{Gradients, Weights};
 use crate::collectives::Communicator;
 use crate::memory::{Kind, Slot, Tally};
+use crate::pass_error::PassError;
 use crate::routing::{Balance, RoutePass, RouterLosses};
 use crate::stages::{Stage, StageClock};
 
@@ -129,7 +129,7 @@ impl<B: Backend> Block<B> {
         scratch: &mut MoeScratch<B>,
         clock: &mut StageClock<B>,
         (x, mut y): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
-    ) -> Result<(), ModelError> {
+    ) -> Result<(), PassError> {
         let (device, n, config, weights) = (context.device, x.len(), context.config, context.weights);
         let behind = config.block_norm == BlockNorm::Post;
         clock.enter(Stage::Attention);
@@ -183,7 +183,7 @@ impl<B: Backend> Block<B> {
         scratch: &mut Scratch<B>,
         clock: &mut StageClock<B>,
         (x, between): (View<'_, B, B::Act>, &mut BetweenHalves<'_, B>),
-    ) -> Result<(), ModelError> {
+    ) -> Result<(), PassError> {
         let (device, n, weights, config) = (context.device, x.len(), context.weights, context.config);
         let behind = config.block_norm == BlockNorm::Post;
         clock.enter(Stage::Aggregate);
@@ -235,7 +235,7 @@ impl<B: Backend> Block<B> {
 }
 
 /// Called between the halves of a block's backward pass.
-pub(super) type BetweenHalves<'a, B> = dyn FnMut(&mut Gradients<'_, B>) -> Result<(), ModelError> + 'a;
+pub(super) type BetweenHalves<'a, B> = dyn FnMut(&mut Gradients<'_, B>) -> Result<(), PassError> + 'a;
 
 /// A backward pass's way through a layer: the forward pass's input, the output's gradient, the input's gradient.
 type Through<'a, B> =

@@ -24,36 +24,3 @@ pub use rotary::RopeScaling;
 pub use single::SingleMoe;
 pub(crate) use transformer::complete_after;
 pub use transformer::{Complete, LogitsOf, ModelSetup, StepSums, Transformer};
-
-use crate::collectives::CollectiveError;
-use crate::dispatch::ShuffleError;
-use crate::routing::BalanceError;
-
-/// Why a pass stopped.
-#[derive(Debug, thiserror::Error)]
-pub enum ModelError {
-    /// The device failed.
-    #[error(transparent)]
-    Device(#[from] moe_kernels::DeviceError),
-    /// Another rank or the way to it failed.
-    #[error(transparent)]
-    Collective(#[from] CollectiveError),
-}
-
-impl From<ShuffleError> for ModelError {
-    fn from(error: ShuffleError) -> Self {
-        match error {
-            ShuffleError::Device(error) => Self::Device(error),
-            ShuffleError::Collective(error) => Self::Collective(error),
-        }
-    }
-}
-
-impl From<BalanceError> for ModelError {
-    fn from(error: BalanceError) -> Self {
-        match error {
-            BalanceError::Device(error) => Self::Device(error),
-            BalanceError::Collective(error) => Self::Collective(error),
-        }
-    }
-}

@@ -4,13 +4,13 @@
 
 use moe_kernels::{Backend, DeviceError, ShuffleDims, View, ViewMut};
 
-use super::ModelError;
 use super::config::{ModelConfig, Recompute};
 use super::layout::{FeedForward, Layout, MoeTensors};
 use super::moe::{MoeBackward, MoeLayer, MoePass, MoeScratch, MoeShape};
 use super::parameters::Parameters;
 use crate::collectives::{Communicator, Groups};
 use crate::dispatch::Room;
+use crate::pass_error::PassError;
 use crate::routing::{Balance, BatchShare, RoutePass, RouterConfig, RouterLosses, RouterShape};
 use crate::stages::StageClock;
 use crate::topology::{Grid, Rank};
@@ -78,7 +78,7 @@ impl<B: Backend> SingleMoe<B> {
         &mut self,
         groups: &Groups<C>,
         (x_TH, out_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
-    ) -> Result<(), ModelError> {
+    ) -> Result<(), PassError> {
         let route = route(&self.ids[..x_TH.len() / self.hidden_size]);
         self.balance.begin_pass(route.split(self.parts));
         let weights = self.parameters.weights();
@@ -97,7 +97,7 @@ impl<B: Backend> SingleMoe<B> {
         groups: &Groups<C>,
         x_TH: View<'_, B, B::Act>,
         (dout_TH, dx_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
-    ) -> Result<(), ModelError> {
+    ) -> Result<(), PassError> {
         let route = route(&self.ids[..x_TH.len() / self.hidden_size]);
         let all = route.tokens * self.parts * groups.world.size();
         let share = BatchShare { global_tokens: all, tokens_so_far: all, pass_tokens: all };

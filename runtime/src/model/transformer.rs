@@ -8,7 +8,6 @@ use std::sync::Arc;
 
 use moe_kernels::{Accumulate, Activation, Backend, DeviceError, ShuffleDims, ViewMut};
 
-use super::ModelError;
 use super::attention::{AttentionScratch, RotaryTables};
 use super::block::{Block, BlockContext, Norm, Scratch, Second};
 use super::config::{ModelConfig, Recompute};
@@ -21,6 +20,7 @@ use super::pass::PassTokens;
 use crate::collectives::{CollectiveError, Communicator, Groups};
 use crate::dispatch::{Room, ShuffledRows};
 use crate::memory::{Kind, Slot, Tally};
+use crate::pass_error::PassError;
 use crate::routing::{Balance, BalanceReport, BatchShare, Gate, RoutePass, RouterConfig, RouterLosses, RouterShape};
 use crate::stages::{Stage, StageClock};
 use crate::topology::{Grid, Rank};
@@ -203,7 +203,7 @@ impl<B: Backend> Transformer<B> {
         tokens: PassTokens<'_>,
         batch: BatchShare,
         scale: f32,
-    ) -> Result<(), ModelError> {
+    ) -> Result<(), PassError> {
         self.train_last_pass(groups, clock, tokens, (batch, scale), &mut |_, _, _| Ok(()))
     }
 
@@ -216,7 +216,7 @@ impl<B: Backend> Transformer<B> {
         tokens: PassTokens<'_>,
         (batch, scale): (BatchShare, f32),
         complete: &mut Complete<'_, B>,
-    ) -> Result<(), ModelError> {
+    ) -> Result<(), PassError> {
         let route = tokens.route(true);
         self.forward(groups, clock, tokens, route)?;
         clock.enter(Stage::Route);
@@ -253,7 +253,7 @@ impl<B: Backend> Transformer<B> {
         &mut self,
         groups: &Groups<C>,
         tokens: PassTokens<'_>,
-    ) -> Result<f64, ModelError> {
+    ) -> Result<f64, PassError> {
         self.forward(groups, &mut StageClock::default(), tokens, tokens.route(false))?;
         self.device.fill(self.total.view_mut(1), 0.0);
         let x = self.final_norm.out.view(tokens.inputs.len() * self.setup.model.hidden_size);
@@ -271,7 +271,7 @@ impl<B: Backend> Transformer<B> {
         groups: &Groups<C>,
         tokens: PassTokens<'_>,
         which: LogitsOf,
-    ) -> Result<Vec<f32>, ModelError> {
+    ) -> Result<Vec<f32>, PassError> {
         let PassTokens { inputs, sequence_length, .. } = tokens;
         self.forward(groups, &mut StageClock::default(), tokens, tokens.route(false))?;
         let h = self.setup.model.hidden_size;
@@ -289,7 +289,7 @@ impl<B: Backend> Transformer<B> {
     }
 
     /// Reads back the sums of the step's passes on this rank.
-    pub fn step_sums(&self) -> Result<StepSums, ModelError> {
+    pub fn step_sums(&self) -> Result<StepSums, PassError> {
         let mut loss = [0.0];
         self.device.read_to_host(self.total.view(1), &mut loss)?;
         let extra_rounds = (self.extra_rounds() - self.rounds_before) as f64;
@@ -302,7 +302,7 @@ impl<B: Backend> Transformer<B> {
     }
 
     /// The selection biases of the MoE layers whose gate has one: (block, bias `[E]`).
-    pub fn selection_biases(&self) -> Result<Vec<(usize, Vec<f32>)>, ModelError> {
+    pub fn selection_biases(&self) -> Result<Vec<(usize, Vec<f32>)>, PassError> {
         let mut biases = Vec::new();
         for (layer, block) in self.blocks.iter().enumerate() {
             if let Second::Moe(moe) = &block.second
@@ -333,7 +333,7 @@ impl<B: Backend> Transformer<B> {
         clock: &mut StageClock<B>,
         tokens: PassTokens<'_>,
         route: RoutePass<'_>,
-    ) -> Result<(), ModelError> {
+    ) -> Result<(), PassError> {
         let Self { device, parameters, setup, .. } = self;
         let PassTokens { inputs, starts, .. } = tokens;
         let (t, h) = (inputs.len(), setup.model.hidden_size);
@@ -379,7 +379,7 @@ impl<B: Backend> Transformer<B> {
         groups: &Groups<C>,
         route: RoutePass<'_>,
         batch: BatchShare,
-    ) -> Result<(), ModelError> {
+    ) -> Result<(), PassError> {
         if self.setup.model.moe_layers().next().is_none() {
             return Ok(());
         }
@@ -419,11 +419,11 @@ impl<B: Backend> Transformer<B> {
         clock: &mut StageClock<B>,
         (tokens, route, batch): (PassTokens<'_>, RoutePass<'_>, BatchShare),
         complete: &mut Complete<'_, B>,
-    ) -> Result<(), ModelError> {
+    ) -> Result<(), PassError> {
         let Self { device, parameters, setup, .. } = self;
         let done = complete_after(parameters.layout(), index);
         let (weights, mut gradients) = parameters.split();
-        let mut between = |gradients: &mut Gradients<'_, B>| -> Result<(), ModelError> {
+        let mut between = |gradients: &mut Gradients<'_, B>| -> Result<(), PassError> {
             for (range, ownership) in &done {
                 complete(gradients.stretch(range.clone()), range.clone(), *ownership)?;
             }

@@ -12,8 +12,9 @@ use moe_kernels::{Backend, BalanceFactors, BalanceSpec, DeviceError, TokenLosses
 use super::config::{BalanceScope, RouterConfig};
 use super::pass::RoutePass;
 use super::router::RouterStatistics;
-use crate::collectives::{CollectiveError, Communicator, ReduceOp};
+use crate::collectives::{Communicator, ReduceOp};
 use crate::memory::{Kind, Slot, Tally};
+use crate::pass_error::PassError;
 
 /// Sizes of the batch that a pass is part of.
 #[derive(Clone, Copy, Debug)]
@@ -36,17 +37,6 @@ impl BatchShare {
             pass_tokens: pass_tokens * parts,
         }
     }
-}
-
-/// Why losses could not be formed.
-#[derive(Debug, thiserror::Error)]
-pub enum BalanceError {
-    /// The device failed.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-    /// Another rank or the way to it failed.
-    #[error(transparent)]
-    Collective(#[from] CollectiveError),
 }
 
 /// Balance losses before their coefficients: means over the global batch, averaged over layers unless these are pooled.
@@ -233,7 +223,7 @@ impl<B: Backend> Balance<B> {
         world: &C,
         pass: RoutePass<'_>,
         share: BatchShare,
-    ) -> Result<(), BalanceError> {
+    ) -> Result<(), PassError> {
         let len = self.len();
         if self.loads_are_global() {
             device.wait(&world.all_reduce(device, self.counts.view_mut(len), ReduceOp::Sum)?);
@@ -295,7 +285,7 @@ impl<B: Backend> Balance<B> {
         (index, statistics): (usize, &mut RouterStatistics<B>),
         pass: RoutePass<'_>,
         share: BatchShare,
-    ) -> Result<(), BalanceError> {
+    ) -> Result<(), PassError> {
         let e = self.experts[index];
         let (tokens, ranks) = if self.loads_are_global() {
             device.wait(&world.all_reduce(device, statistics.importance.view_mut(e), ReduceOp::Sum)?);

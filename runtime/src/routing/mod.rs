@@ -14,7 +14,7 @@ mod pass;
 mod router;
 mod validate;
 
-pub use balance::{Balance, BalanceError, BalanceLosses, BalanceReport, BatchShare};
+pub use balance::{Balance, BalanceLosses, BalanceReport, BatchShare};
 pub use config::{BalanceScope, HiddenActivation, Overflow, RouterConfig, RouterKind};
 pub use gates::{GateForm, Logits};
 pub use logits::{RouterRanges, RouterWeights};

@@ -7,7 +7,8 @@ use moe_kernels::Backend;
 
 use crate::collectives::{Communicator, Groups};
 use crate::data::{Batch, Stream, Window};
-use crate::model::{ModelError, PassTokens, Transformer};
+use crate::model::{PassTokens, Transformer};
+use crate::pass_error::PassError;
 
 /// A text to predict.
 #[derive(Clone, Debug)]
@@ -51,7 +52,7 @@ pub fn text_loss<B: Backend, C: Communicator<B>>(
     groups: &Groups<C>,
     text: &EvalText,
     mut each: impl FnMut(u64),
-) -> Result<TextLoss, ModelError> {
+) -> Result<TextLoss, PassError> {
     let (length, at_once) = (model.setup().sequence_length, model.setup().max_sequences);
     let mut loss = TextLoss::default();
     let mut batch = Batch::default();

@@ -11,7 +11,8 @@ use super::step::{StepError, Trainer, TrainingData};
 use crate::checkpoint::{Checkpoint, CheckpointError, Moments, MomentsMut, Progress, Store, Target, TrainingState};
 use crate::collectives::Communicator;
 use crate::exit::{Classified, ExitCode};
-use crate::model::{ModelError, Transformer};
+use crate::model::Transformer;
+use crate::pass_error::PassError;
 
 /// First and second moments of all of a rank's parameters.
 type WholeMoments<B> = (<B as Device>::Buffer<f32>, <B as Device>::Buffer<f32>);
@@ -42,8 +43,8 @@ impl From<DeviceError> for PersistError {
     }
 }
 
-impl From<ModelError> for PersistError {
-    fn from(error: ModelError) -> Self {
+impl From<PassError> for PersistError {
+    fn from(error: PassError) -> Self {
         Self::Step(error.into())
     }
 }

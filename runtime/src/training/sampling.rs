@@ -8,7 +8,8 @@ use rand::rand_core::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use crate::collectives::{Communicator, Groups};
-use crate::model::{LogitsOf, ModelError, PassTokens, Transformer};
+use crate::model::{LogitsOf, PassTokens, Transformer};
+use crate::pass_error::PassError;
 
 /// How tokens are drawn.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -34,7 +35,7 @@ pub fn generate<B: Backend, C: Communicator<B>>(
     vocab: usize,
     sampling: Sampling,
     mut each: impl FnMut(i32),
-) -> Result<Vec<i32>, ModelError> {
+) -> Result<Vec<i32>, PassError> {
     let mut tokens = prompt.to_vec();
     let mut rng = ChaCha8Rng::seed_from_u64(sampling.seed);
     let window = model.setup().sequence_length;

@@ -15,8 +15,9 @@ use crate::data::{Batch, Loader};
 use crate::exit::{Classified, ExitCode};
 use crate::invalid::InvalidValue;
 use crate::memory::{Kind, Slot, Tally};
-use crate::model::{ModelError, PassTokens, StepSums, Transformer};
+use crate::model::{PassTokens, StepSums, Transformer};
 use crate::optimizer::{Optimizer, Schedule, Shard};
+use crate::pass_error::PassError;
 use crate::plan::Flops;
 use crate::routing::{BalanceReport, BatchShare};
 use crate::stages::{Span, Stage, StageClock};
@@ -47,11 +48,11 @@ pub enum StepError {
     },
 }
 
-impl From<ModelError> for StepError {
-    fn from(error: ModelError) -> Self {
+impl From<PassError> for StepError {
+    fn from(error: PassError) -> Self {
         match error {
-            ModelError::Device(error) => Self::Device(error),
-            ModelError::Collective(error) => Self::Collective(error),
+            PassError::Device(error) => Self::Device(error),
+            PassError::Collective(error) => Self::Collective(error),
         }
     }
 }

@@ -4,11 +4,11 @@
 
 use moe_kernels::{Backend, Leaving, View};
 
-use super::super::ShuffleError;
 use super::super::scratch::{Landings, ShuffleScratch, stretch};
 use super::super::traffic::Traffic;
 use super::{Homeward, Journey};
 use crate::collectives::{Berth, CollectiveError, Communicator, Push};
+use crate::pass_error::PassError;
 
 /// Where rows that are stored straight into other ranks' memory land.
 pub(super) struct Lands {
@@ -30,7 +30,7 @@ impl<B: Backend> Journey<B> {
         group: &C,
         traffic: &Traffic,
         (chunk, me): (usize, usize),
-    ) -> Result<bool, ShuffleError> {
+    ) -> Result<bool, PassError> {
         if self.landing.is_none() {
             let (ids, weights) = (Some(self.recv_experts.all()), Some(self.recv_weights.all()));
             self.landing = group.landing(device, &Berth { rows: self.arrived.all(), ids, weights })?;

@@ -17,7 +17,6 @@ use std::ops::Range;
 
 use moe_kernels::{Accumulate, Backend, DeviceError, ShuffleDims, View, ViewMut};
 
-use super::ModelError;
 use super::config::{ModelConfig, Recompute};
 use super::layout::{RouterTensors, TensorId};
 use super::parameters::Gradients;
@@ -25,6 +24,7 @@ use crate::collectives::Communicator;
 use crate::dispatch::{Room, RoutedTokens, Shuffle, ShuffleScratch, ShuffledRows};
 use crate::experts::{ExpertBackward, ExpertScratch, ExpertShape, Experts};
 use crate::memory::{Kind, Slot, Tally};
+use crate::pass_error::PassError;
 use crate::routing::{
     Balance, BatchShare, RoutePass, Router, RouterGradients, RouterLosses, RouterRanges, RouterShape,
 };
@@ -187,7 +187,7 @@ impl<B: Backend> MoeLayer<B> {
         scratch: &mut MoeScratch<B>,
         clock: &mut StageClock<B>,
         (x_TH, out_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
-    ) -> Result<(), ModelError> {
+    ) -> Result<(), PassError> {
         let Some(((split, merge), mut sub_tokens)) = pass.tensors.parts.zip(self.sub_tokens.take()) else {
             return self.forward_rows(pass, balance, scratch, clock, (x_TH, out_TH));
         };
@@ -208,7 +208,7 @@ impl<B: Backend> MoeLayer<B> {
         scratch: &mut MoeScratch<B>,
         clock: &mut StageClock<B>,
         (x_TH, mut out_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
-    ) -> Result<(), ModelError> {
+    ) -> Result<(), PassError> {
         let (device, t, h) = (pass.device, pass.route.tokens, self.hidden_size);
         let weights = pass.router_weights();
         clock.enter(Stage::Route);
@@ -279,7 +279,7 @@ impl<B: Backend> MoeLayer<B> {
         scratch: &mut MoeScratch<B>,
         index: usize,
         x_TH: View<'_, B, B::Act>,
-    ) -> Result<(), ModelError> {
+    ) -> Result<(), PassError> {
         if index == self.chunks.len() {
             return Ok(());
         }
@@ -288,7 +288,7 @@ impl<B: Backend> MoeLayer<B> {
         // The chunk before computes meanwhile, or the shared expert.
         let beside = index > 0 || self.shared.is_some();
         let shuffle = &mut self.chunks[index].shuffle;
-        Ok(shuffle.send_tokens(pass.device, pass.group, &mut scratch.shuffle, (0, beside), x)?)
+        shuffle.send_tokens(pass.device, pass.group, &mut scratch.shuffle, (0, beside), x)
     }
 
     /// As [`MoeLayer::send_tokens`], of the backward pass.
@@ -298,7 +298,7 @@ impl<B: Backend> MoeLayer<B> {
         scratch: &mut MoeScratch<B>,
         index: usize,
         (x_TH, dout_TH): (View<'_, B, B::Act>, View<'_, B, B::Act>),
-    ) -> Result<(), ModelError> {
+    ) -> Result<(), PassError> {
         if index == self.chunks.len() {
             return Ok(());
         }
@@ -306,7 +306,7 @@ impl<B: Backend> MoeLayer<B> {
         let shuffle = &mut self.chunks[index].shuffle;
         let rows = tokens.start * self.hidden_size..tokens.end * self.hidden_size;
         let tensors = (x_TH.slice(rows.clone()), dout_TH.slice(rows));
-        Ok(shuffle.send_gradients(pass.device, pass.group, &mut scratch.shuffle, 0, tensors)?)
+        shuffle.send_gradients(pass.device, pass.group, &mut scratch.shuffle, 0, tensors)
     }
 
     /// Forms the losses of a noisy gate; others have none beside the balance loss.
@@ -317,7 +317,7 @@ impl<B: Backend> MoeLayer<B> {
         balance: &mut Balance<B>,
         pass: RoutePass<'_>,
         batch: BatchShare,
-    ) -> Result<(), ModelError> {
+    ) -> Result<(), PassError> {
         balance.add(device, self.index, &self.router.statistics);
         if self.router.form().noisy {
             balance.form_noisy(device, world, (self.index, &mut self.router.statistics), pass, batch)?;
@@ -334,7 +334,7 @@ impl<B: Backend> MoeLayer<B> {
         scratch: &mut MoeScratch<B>,
         clock: &mut StageClock<B>,
         tensors: MoeBackward<'_, B>,
-    ) -> Result<(), ModelError> {
+    ) -> Result<(), PassError> {
         let taken = |ids| Some((ids, self.sub_tokens.take()?, scratch.sub_tokens.take()?));
         let Some(((split, merge), sub_tokens, mut of_parts)) = pass.tensors.parts.and_then(taken) else {
             return self.backward_rows(pass, gradients, losses, scratch, clock, tensors);
@@ -358,7 +358,7 @@ impl<B: Backend> MoeLayer<B> {
         scratch: &mut MoeScratch<B>,
         clock: &mut StageClock<B>,
         tensors: MoeBackward<'_, B>,
-    ) -> Result<(), ModelError> {
+    ) -> Result<(), PassError> {
         let MoeBackward { x_TH, dout_TH, mut dx_TH } = tensors;
         let (device, t, h, k) = (pass.device, pass.route.tokens, self.hidden_size, self.slots);
         scratch.dweights.reserve(device, t * k)?;
@@ -446,7 +446,7 @@ impl<B: Backend> MoeLayer<B> {
         losses: RouterLosses<'_, B>,
         dweights: ViewMut<'_, B, f32>,
         (x_TH, dx_TH): (View<'_, B, B::Act>, ViewMut<'_, B, B::Act>),
-    ) -> Result<(), ModelError> {
+    ) -> Result<(), PassError> {
         let RouterTensors { matrix, noise, hidden } = pass.tensors.router;
         let range = |id: TensorId| gradients.range(id);
         let ranges =
