@@ -6,6 +6,7 @@ mod args;
 mod coordinate;
 mod cores;
 mod device;
+mod last_resort;
 mod lobby;
 mod meter;
 mod ranked;
@@ -42,6 +43,7 @@ use crate::telemetry::{Console, Progress, ProgressMode, ProgressSpec, TraceFile,
 use crate::topology::{Grid, Rank};
 use crate::training::{PersistError, StepError, Trainer};
 use coordinate::{Coordinated, Coordination};
+use last_resort::LastResort;
 use lobby::Lobby;
 use meter::Meter;
 use run_loop::{DataState, Ending, Records, RunLoop, Surroundings};
@@ -76,12 +78,18 @@ fn run(gate: Option<Arc<dyn Gate>>) -> ! {
         }
     };
     let (rank, size) = world.place();
-    match caught(|| train(&args, &world, lobby)) {
+    let who = if size > 1 { format!("rank {rank}: ") } else { String::new() };
+    // Kept until the process ends, destructors of libraries included.
+    let last_resort = LastResort::watch(Communicator::<Cpu>::context(&world.communicator).clone(), who.clone());
+    let ended = match &last_resort {
+        Ok(_) => caught(|| train(&args, &world, lobby)),
+        Err(error) => Err(Failure::new(ExitCode::Internal, format!("cannot start a thread: {error}"))),
+    };
+    match ended {
         Ok(Ending::Done) => world.leave(ExitCode::Done),
         Ok(Ending::Stopped) => world.leave(ExitCode::Temporary),
         Err(failure) => {
             if !failure.is_told_elsewhere() {
-                let who = if size > 1 { format!("rank {rank}: ") } else { String::new() };
                 // In one piece: ranks share the terminal.
                 let line = format!("error: {who}{failure}\n");
                 eprint!("{line}");
