@@ -275,6 +275,10 @@ impl OnDevice for Training<'_> {
         let mut run = RunLoop::new(&mut trainer, surroundings, &mut progress, records);
         let ending = run.run(done).and_then(|ending| run.close(args.trace.as_deref()).map(|()| ending));
         progress.finish();
+        if let Err(failure) = &ending {
+            // What this rank holds is let go of without its peers, who may wait for it elsewhere.
+            Communicator::<Cpu>::context(&self.world.communicator).abort_handle().abort(None, failure.to_string());
+        }
         ending
     }
 }

@@ -77,6 +77,16 @@ fn target<A: CudaAct, T: Element>(view: ViewMut<'_, Cuda<A>, T>) -> DeviceSliceM
     unsafe { DeviceSliceMut::new(address_mut(view), bytes) }
 }
 
+impl<A: CudaAct> Drop for Link<A> {
+    fn drop(&mut self) {
+        // A communicator ends in order together with its peers: NCCL waits until those of this machine have closed their connections,
+        // which they never do once the job was given up. The watch may not have looked yet.
+        if let Err(error) = self.plane.check() {
+            self.plane.fail(error);
+        }
+    }
+}
+
 impl<A: CudaAct> Link<A> {
     fn new(plane: Arc<Plane<A>>, nccl: nccl_rs::Communicator, control: &HostCommunicator) -> Self {
         let me = control.rank();
