@@ -1,6 +1,7 @@
 //! What becomes of a router's input and its logits before the gate: random numbers and factors, and rows that fold into one.
 //!
-//! Randomness is a hash of a seed and a place, so that it is the same on every device and under any layout, and a backward pass finds it again.
+//! Randomness is a hash of a seed and a place, so that it is the same on every device (normals up to rounding) and under any layout, and a
+//! backward pass finds it again.
 
 use super::Accumulate;
 use crate::{Device, View, ViewMut};

@@ -316,17 +316,17 @@ impl<B: Backend> Journey<B> {
     }
 
     /// Sends the gradients `dout_TH` of the combined outputs of `round` to where the experts are, and once more the tokens that
-    /// were not kept there.
+    /// were not kept there; `beside`: while something else computes.
     pub(super) fn send_gradients<C: Communicator<B>>(
         &mut self,
         device: &B,
         group: &C,
         scratch: &mut ShuffleScratch<B>,
-        round: usize,
+        (round, beside): (usize, bool),
         (x_TH, dout_TH): (View<'_, B, B::Act>, View<'_, B, B::Act>),
     ) -> Result<(), CollectiveError> {
         let (h, all) = (self.h, 0..self.course.home.1);
-        if self.push_gradients(device, scratch, dout_TH)? {
+        if self.push_gradients(device, scratch, dout_TH, beside)? {
             return Ok(());
         }
         let Round { parts, again } = self.course.rounds[round].clone();

@@ -284,17 +284,18 @@ impl<B: Backend> Shuffle<B> {
         device.weighted_reduce(Rows::exactly(t), dims, token_rows, None, rows, out_TH);
     }
 
-    /// Sends the gradient `dout_TH` of what [`Shuffle::receive_results`] gave to the experts' ranks, in `round`. `x_TH` are the tokens.
+    /// Sends the gradient `dout_TH` of what [`Shuffle::receive_results`] gave to the experts' ranks, in `round`; `beside` as for
+    /// [`Shuffle::send_tokens`]. `x_TH` are the tokens.
     pub fn send_gradients<C: Communicator<B>>(
         &mut self,
         device: &B,
         group: &C,
         scratch: &mut ShuffleScratch<B>,
-        round: usize,
+        (round, beside): (usize, bool),
         tensors: (View<'_, B, B::Act>, View<'_, B, B::Act>),
     ) -> Result<(), PassError> {
         let Some(journey) = &mut self.journey else { return Ok(()) };
-        Ok(journey.send_gradients(device, group, scratch, round, tensors)?)
+        Ok(journey.send_gradients(device, group, scratch, (round, beside), tensors)?)
     }
 
     /// The queue goes on once the gradients of `round` have come; rows that are not kept are grouped as in the forward pass.

@@ -4,13 +4,15 @@
 //! wait for a peer that is gone.
 
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::time::Duration;
 
 use signal_hook::low_level;
 
 use crate::collectives::{CollectiveError, Context};
-use crate::exit::Classified;
+use crate::exit::{Classified, ExitCode};
 
 /// What the process has to end in order, from the moment that its collectives are given up. What it does first may be to finish a computation.
 const GRACE: Duration = Duration::from_secs(30);
@@ -20,42 +22,52 @@ const LOOK: Duration = Duration::from_millis(200);
 /// The watch; nothing happens once it is dropped.
 pub(super) struct LastResort {
     _over: Sender<()>,
+    /// The exit code; 0: the abort's.
+    code: Arc<AtomicU8>,
 }
 
 impl LastResort {
-    /// Ends the process of `who` with the abort's exit code if it is still there [`GRACE`] after `context` was aborted: without destructors,
+    /// Ends the process of `who` if it is still there [`GRACE`] after `context` was aborted: without destructors,
     /// which may be what it hangs in.
     ///
     /// # Errors
     /// The system's, where it has no thread left.
     pub(super) fn watch(context: Context, who: String) -> io::Result<Self> {
-        Self::watch_for(context, GRACE, move |error| {
+        Self::watch_for(context, GRACE, move |code, error| {
             let seconds = GRACE.as_secs();
             // In one piece: ranks share the terminal.
             let line = format!("error: {who}{error}; this process has not ended by itself within {seconds} s\n");
             eprint!("{line}");
-            low_level::exit(i32::from(error.exit_code().number()))
+            low_level::exit(i32::from(code))
         })
+    }
+
+    /// The exit code of a failure of this rank's own, which comes before the abort that follows from it.
+    pub(super) fn end_with(&self, code: ExitCode) {
+        self.code.store(code.number(), Ordering::Release);
     }
 
     fn watch_for(
         context: Context,
         grace: Duration,
-        end: impl FnOnce(CollectiveError) + Send + 'static,
+        end: impl FnOnce(u8, CollectiveError) + Send + 'static,
     ) -> io::Result<Self> {
         let (over, still) = mpsc::channel::<()>();
+        let code = Arc::new(AtomicU8::new(0));
+        let known = Arc::clone(&code);
         let watch = move || {
             let goes_on = |time| still.recv_timeout(time) == Err(RecvTimeoutError::Timeout);
             while goes_on(LOOK) {
                 let Some(error) = context.aborted() else { continue };
                 if goes_on(grace) {
-                    end(error);
+                    let code = Some(known.load(Ordering::Acquire)).filter(|code| *code != 0);
+                    end(code.unwrap_or(error.exit_code().number()), error);
                 }
                 return;
             }
         };
         std::thread::Builder::new().name("last-resort".into()).spawn(watch)?;
-        Ok(Self { _over: over })
+        Ok(Self { _over: over, code })
     }
 }
 
@@ -64,33 +76,37 @@ mod tests {
     use super::*;
     use crate::topology::Rank;
 
-    /// What a process that goes on for `lives` after an abort is ended with, if it is.
-    fn ended(aborts: bool, lives: Duration) -> Option<CollectiveError> {
+    /// How a process is ended that goes on for `lives` after an abort and has `grace`.
+    fn ended(aborts: bool, own: Option<ExitCode>, (grace, lives): (u64, u64)) -> Option<(u8, String)> {
+        let (grace, lives) = (Duration::from_millis(grace), Duration::from_millis(lives));
         let context = Context::new(Duration::from_secs(60));
         let (tell, told) = mpsc::channel();
-        let watch = LastResort::watch_for(context.clone(), Duration::from_millis(300), move |error| {
+        let watch = LastResort::watch_for(context.clone(), grace, move |code, error| {
             // The test looks for as long as this may take.
-            let _ = tell.send(error);
+            let _ = tell.send((code, error.to_string()));
         });
         let watch = watch.expect("a thread");
+        own.into_iter().for_each(|code| watch.end_with(code));
         if aborts {
             context.abort_handle().abort(Some(Rank(3)), "lease expired");
         }
-        let error = told.recv_timeout(lives).ok();
+        let end = told.recv_timeout(lives).ok();
         drop(watch);
-        error.or_else(|| told.recv_timeout(Duration::from_secs(2)).ok())
+        // The thread ends, or has its say: the channel closes.
+        end.or_else(|| told.recv_timeout(Duration::from_secs(20)).ok())
     }
 
     #[test]
     fn a_process_that_hangs_after_an_abort_is_ended_with_its_reason() {
-        let error = ended(true, Duration::from_secs(20)).expect("an end");
-        assert_eq!(error.to_string(), "collectives were aborted because of rank 3: lease expired");
-        assert_eq!(error.exit_code().number(), 75);
+        let reason = "collectives were aborted because of rank 3: lease expired".to_owned();
+        assert_eq!(ended(true, None, (300, 20_000)), Some((75, reason.clone())));
+        assert_eq!(ended(true, Some(ExitCode::Io), (300, 20_000)), Some((74, reason)));
     }
 
     #[test]
     fn a_process_that_ends_in_time_or_was_not_aborted_is_left_alone() {
-        assert!(ended(true, Duration::ZERO).is_none());
-        assert!(ended(false, Duration::from_secs(1)).is_none());
+        // The abort is seen, and the end comes long before the grace is over.
+        assert_eq!(ended(true, None, (10_000, 1000)), None);
+        assert_eq!(ended(false, None, (10, 1000)), None);
     }
 }

@@ -82,7 +82,7 @@ fn run(gate: Option<Arc<dyn Gate>>) -> ! {
     // Kept until the process ends, destructors of libraries included.
     let last_resort = LastResort::watch(Communicator::<Cpu>::context(&world.communicator).clone(), who.clone());
     let ended = match &last_resort {
-        Ok(_) => caught(|| train(&args, &world, lobby)),
+        Ok(last_resort) => caught(|| train(&args, &world, lobby, last_resort)),
         Err(error) => Err(Failure::new(ExitCode::Internal, format!("cannot start a thread: {error}"))),
     };
     match ended {
@@ -110,7 +110,12 @@ fn arrive(args: &WorkerArgs) -> Result<(World, Option<Lobby>), Failure> {
 }
 
 /// Everything between the start and the end of MPI.
-fn train(args: &WorkerArgs, world: &World, mut lobby: Option<Lobby>) -> Result<Ending, Failure> {
+fn train(
+    args: &WorkerArgs,
+    world: &World,
+    mut lobby: Option<Lobby>,
+    last_resort: &LastResort,
+) -> Result<Ending, Failure> {
     let (rank, size) = world.place();
     // Before anything that takes long: a signal would end the process until then.
     let context = Communicator::<Cpu>::context(&world.communicator);
@@ -144,7 +149,7 @@ fn train(args: &WorkerArgs, world: &World, mut lobby: Option<Lobby>) -> Result<E
             Coordination::start(world, job, context.abort_handle())?
         }
     };
-    let outside = Outside { console: &console, coordination: &coordination, stop: &stop };
+    let outside = Outside { console: &console, coordination: &coordination, stop: &stop, last_resort };
     let part = Part { args, world, plan: &plan, grid: &grid, device: &device, outside };
     let ending = part.take(&mut kept);
     match &ending {
@@ -210,6 +215,7 @@ struct Outside<'a> {
     console: &'a Console,
     coordination: &'a Coordination,
     stop: &'a StopRequest,
+    last_resort: &'a LastResort,
 }
 
 /// The run itself, on whatever device.
@@ -244,42 +250,45 @@ impl OnDevice for Training<'_> {
 
     fn run<B: Ranked>(self, device: B) -> Result<Ending, Failure> {
         let (groups, carried) = self.connect(&device)?;
-        let Self { start, outside, loader, .. } = self;
+        let Self { start, outside, world, loader } = self;
         let Start { args, plan, run_dir, grid, corpus, .. } = start;
-        let Outside { console, coordination, stop } = outside;
+        let Outside { console, coordination, stop, last_resort } = outside;
         let config = &plan.config;
         let mut trainer = build_with_gate(device, config, (&grid, start.rank), groups, (loader, args.gate.clone()))
             .map_err(|error| refused(&start, error))?;
         trainer.set_peak_flops(start.device.peak_flops());
-        let done = start_values(&mut trainer, plan, corpus)?;
-        let on_terminal = std::io::stdout().is_terminal() && std::io::stderr().is_terminal();
-        let mode = ProgressMode::choose(start.rank.0, args.json, on_terminal);
-        let spec = ProgressSpec { mode, done, steps: config.train.steps, log_every: config.train.log_every };
-        let mut progress = Progress::new(spec, Box::new(std::io::stdout()), console);
-        for line in introduction(&start, &carried, done) {
-            // A reader that went away does not end a run.
-            let _ = progress.message(&line);
-        }
-        let surroundings = Surroundings {
-            config,
-            run_dir,
-            store: Store::new(run_dir.checkpoints(), config.train.keep_checkpoints),
-            text_sha256: &corpus.sha256,
-            coordination,
-            stop,
-            device: start.device,
-            grid,
+        let mut steps = || -> Result<Ending, Failure> {
+            let done = start_values(&mut trainer, plan, corpus)?;
+            let on_terminal = std::io::stdout().is_terminal() && std::io::stderr().is_terminal();
+            let mode = ProgressMode::choose(start.rank.0, args.json, on_terminal);
+            let spec = ProgressSpec { mode, done, steps: config.train.steps, log_every: config.train.log_every };
+            let mut progress = Progress::new(spec, Box::new(std::io::stdout()), console);
+            for line in introduction(&start, &carried, done) {
+                // A reader that went away does not end a run.
+                let _ = progress.message(&line);
+            }
+            let surroundings = Surroundings {
+                config,
+                run_dir,
+                store: Store::new(run_dir.checkpoints(), config.train.keep_checkpoints),
+                text_sha256: &corpus.sha256,
+                coordination,
+                stop,
+                device: start.device,
+                grid,
+            };
+            let trace = args.trace.as_deref().map(|path| TraceFile::create(path, start.rank.0)).transpose()?;
+            let records = Records { trace, meter: Meter::new(start.start_bytes), ..Records::default() };
+            let mut run = RunLoop::new(&mut trainer, surroundings, &mut progress, records);
+            let ending = run.run(done).and_then(|ending| run.close(args.trace.as_deref()).map(|()| ending));
+            progress.finish();
+            ending
         };
-        let trace = args.trace.as_deref().map(|path| TraceFile::create(path, start.rank.0)).transpose()?;
-        let records = Records { trace, meter: Meter::new(start.start_bytes), ..Records::default() };
-        let mut run = RunLoop::new(&mut trainer, surroundings, &mut progress, records);
-        let ending = run.run(done).and_then(|ending| run.close(args.trace.as_deref()).map(|()| ending));
-        progress.finish();
-        if let Err(failure) = &ending {
+        steps().inspect_err(|failure| {
             // What this rank holds is let go of without its peers, who may wait for it elsewhere.
-            Communicator::<Cpu>::context(&self.world.communicator).abort_handle().abort(None, failure.to_string());
-        }
-        ending
+            last_resort.end_with(failure.exit_code());
+            Communicator::<Cpu>::context(&world.communicator).abort_handle().abort(None, failure.to_string());
+        })
     }
 }
 

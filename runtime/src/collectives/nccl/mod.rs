@@ -80,8 +80,9 @@ fn target<A: CudaAct, T: Element>(view: ViewMut<'_, Cuda<A>, T>) -> DeviceSliceM
 impl<A: CudaAct> Drop for Link<A> {
     fn drop(&mut self) {
         // A communicator ends in order together with its peers: NCCL waits until those of this machine have closed their connections,
-        // which they never do once the job was given up. The watch may not have looked yet.
-        if let Err(error) = self.plane.check() {
+        // which they never do once the job was given up, of which the watch may not know yet, or wait for a rank that has panicked.
+        let panics = || CollectiveError::Aborted { culprit: None, reason: "this rank has panicked".into() };
+        if let Some(error) = self.plane.check().err().or_else(|| std::thread::panicking().then(panics)) {
             self.plane.fail(error);
         }
     }

@@ -74,12 +74,13 @@ impl<B: Backend> Journey<B> {
         Ok(true)
     }
 
-    /// Gradients of results.
+    /// Gradients of results; `beside`: while something else computes.
     pub(super) fn push_gradients(
         &mut self,
         device: &B,
         scratch: &ShuffleScratch<B>,
         dout_TH: View<'_, B, B::Act>,
+        beside: bool,
     ) -> Result<bool, CollectiveError> {
         let Some((lands, Landings { away, .. })) = self.course.lands.as_ref().zip(scratch.landings()) else {
             return Ok(false);
@@ -91,8 +92,7 @@ impl<B: Backend> Journey<B> {
             what: Leaving::Rows { index, from: dout_TH, k: 0, ids: None, weights: None },
             rows: &self.course.rounds[0].parts.home,
             at: &at,
-            // The experts' input is expanded meanwhile, at least.
-            beside: true,
+            beside,
         };
         self.course.under_way = Some(away.push(device, &push)?);
         Ok(true)

@@ -43,7 +43,11 @@ impl<B: Backend> Chunk<B> {
         (round, h): (usize, usize),
         x_TH: View<'_, B, B::Act>,
     ) -> Result<(), DeviceError> {
-        let is_there = self.expanded == Some((round, scratch.input_number()));
-        if is_there { Ok(()) } else { self.expand(device, scratch, (round, h), x_TH) }
+        if self.is_expanded(scratch, round) { Ok(()) } else { self.expand(device, scratch, (round, h), x_TH) }
+    }
+
+    /// Whether the rows of `round` still are the experts' input.
+    pub(super) fn is_expanded(&self, scratch: &ExpertScratch<B>, round: usize) -> bool {
+        self.expanded == Some((round, scratch.input_number()))
     }
 }

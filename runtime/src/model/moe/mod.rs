@@ -303,10 +303,12 @@ impl<B: Backend> MoeLayer<B> {
             return Ok(());
         }
         let tokens = self.chunk_tokens(pass.route.tokens, index);
-        let shuffle = &mut self.chunks[index].shuffle;
         let rows = tokens.start * self.hidden_size..tokens.end * self.hidden_size;
         let tensors = (x_TH.slice(rows.clone()), dout_TH.slice(rows));
-        shuffle.send_gradients(pass.device, pass.group, &mut scratch.shuffle, 0, tensors)
+        let chunk = &mut self.chunks[index];
+        // The chunk before computes meanwhile, or the shared expert, or this chunk's tokens are expanded again.
+        let beside = index > 0 || self.shared.is_some() || !chunk.is_expanded(&scratch.experts, 0);
+        chunk.shuffle.send_gradients(pass.device, pass.group, &mut scratch.shuffle, (0, beside), tensors)
     }
 
     /// Forms the losses of a noisy gate; others have none beside the balance loss.
@@ -379,7 +381,13 @@ impl<B: Backend> MoeLayer<B> {
                 let (tensors, weights) = (pass.tensors.experts, pass.expert_weights());
                 clock.enter(Stage::Combine);
                 if round > 0 {
-                    chunk.shuffle.send_gradients(device, pass.group, &mut scratch.shuffle, round, (x, dout))?;
+                    chunk.shuffle.send_gradients(
+                        device,
+                        pass.group,
+                        &mut scratch.shuffle,
+                        (round, false),
+                        (x, dout),
+                    )?;
                 }
                 let (computes, kept) = (chunk.shuffle.computes(round), chunk.shuffle.is_kept());
                 if computes && kept {
