@@ -130,8 +130,8 @@ __device__ __forceinline__ void push_sums(const Peers& peers, int width, int k, 
 #define ROWS(NAME, PACK)                                                                                                          \
     extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                                      \
         NAME(const __grid_constant__ Peers peers, int packs, const int* index, const PACK* from, int k, const int* ids,           \
-             const float* weights, Desk* desk, const int* halt) {                                                          \
-        push_rows<PACK>(peers, packs, index, from, k, ids, weights, desk, halt);                                               \
+             const float* weights, Desk* desk, const int* halt) {                                                                 \
+        push_rows<PACK>(peers, packs, index, from, k, ids, weights, desk, halt);                                                  \
     }
 ROWS(push_rows_wide, uint4)
 ROWS(push_rows, uint16_t)
@@ -139,8 +139,8 @@ ROWS(push_rows, uint16_t)
 #define SUMS(NAME, ACT, N)                                                                                                        \
     extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                                      \
         NAME(const __grid_constant__ Peers peers, int width, int k, const int* slots, const float* weights, const ACT* y,         \
-             const float* along, Desk* desk, const int* halt) {                                                            \
-        push_sums<ACT, N>(peers, width, k, slots, weights, y, along, desk, halt);                                                     \
+             const float* along, Desk* desk, const int* halt) {                                                                   \
+        push_sums<ACT, N>(peers, width, k, slots, weights, y, along, desk, halt);                                                 \
     }
 SUMS(push_sums_wide_f32, float, 4)
 SUMS(push_sums_wide_bf16, bf16, 8)

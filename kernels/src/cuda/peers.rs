@@ -253,7 +253,7 @@ impl<A: CudaAct> Cuda<A> {
         let desk = self.counters()?;
         let turn = self.memory.pushes.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
         let issued = Issued { desk: desk.at(0), turn };
-        let to = Peers { turn, ..Peers::new(peers, me, rows, mark) };
+        let to = Peers::new(peers, me, rows, (mark, turn));
         let most = if beside { BLOCKS_BESIDE } else { 2 * self.gpu.facts.multiprocessors };
         let grid = Grid::new(n.div_ceil(THREADS as usize / 32).clamp(1, most), THREADS);
         match what {
@@ -301,7 +301,7 @@ impl<A: CudaAct> Cuda<A> {
 }
 
 impl Peers {
-    fn new(peers: &[Destination], me: usize, rows: &[Range<usize>], mark: u32) -> Self {
+    fn new(peers: &[Destination], me: usize, rows: &[Range<usize>], (mark, turn): (u32, u32)) -> Self {
         let ranks = peers.len();
         assert!(
             ranks <= MOST_PEERS && me < ranks && rows.len() == ranks,
@@ -325,7 +325,7 @@ impl Peers {
             ranks: ranks as i32,
             me: me as i32,
             mark,
-            turn: 0,
+            turn,
         }
     }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 use signal_hook::low_level;
 
 use crate::collectives::{CollectiveError, Context};
-use crate::exit::{Classified, ExitCode};
+use crate::exit::ExitCode;
 
 /// What the process has to end in order, from the moment that its collectives are given up. What it does first may be to finish a computation.
 const GRACE: Duration = Duration::from_secs(30);
@@ -22,7 +22,6 @@ const LOOK: Duration = Duration::from_millis(200);
 /// The watch; nothing happens once it is dropped.
 pub(super) struct LastResort {
     _over: Sender<()>,
-    /// The exit code; 0: the abort's.
     code: Arc<AtomicU8>,
 }
 
@@ -53,15 +52,15 @@ impl LastResort {
         end: impl FnOnce(u8, CollectiveError) + Send + 'static,
     ) -> io::Result<Self> {
         let (over, still) = mpsc::channel::<()>();
-        let code = Arc::new(AtomicU8::new(0));
+        // An abort by others may be tried again.
+        let code = Arc::new(AtomicU8::new(ExitCode::Temporary.number()));
         let known = Arc::clone(&code);
         let watch = move || {
             let goes_on = |time| still.recv_timeout(time) == Err(RecvTimeoutError::Timeout);
             while goes_on(LOOK) {
                 let Some(error) = context.aborted() else { continue };
                 if goes_on(grace) {
-                    let code = Some(known.load(Ordering::Acquire)).filter(|code| *code != 0);
-                    end(code.unwrap_or(error.exit_code().number()), error);
+                    end(known.load(Ordering::Acquire), error);
                 }
                 return;
             }
