@@ -25,8 +25,6 @@ pub const MOST_PEERS: usize = 16;
 const THREADS: u32 = 512;
 /// Blocks of a push that runs beside something else: stores over NVLink need few (docs/benchmarks.md).
 const BLOCKS_BESIDE: usize = 32;
-/// What a push is given to begin: more than a launch takes, less than is lost where something else is in front of it.
-const PATIENCE: Duration = Duration::from_micros(20);
 
 /// What another process of this machine needs to map a buffer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -294,9 +292,10 @@ impl<A: CudaAct> Cuda<A> {
         Some(issued)
     }
 
-    /// Lets a push of another queue have its multiprocessors before what this queue is given next: waits until it has begun, for a moment.
-    pub fn give_way(&self, push: Issued) {
-        launch!(self, "give_way", Grid::new(1, 1); push.desk, push.turn, PATIENCE.as_nanos() as u64);
+    /// Lets a push of another queue have its multiprocessors before what this queue is given next: waits until it has begun, at most for
+    /// `patience`.
+    pub fn give_way(&self, push: Issued, patience: Duration) {
+        launch!(self, "give_way", Grid::new(1, 1); push.desk, push.turn, patience.as_nanos() as u64);
     }
 }
 

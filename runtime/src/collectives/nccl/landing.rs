@@ -7,6 +7,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use moe_kernels::cuda::{Cuda, CudaAct, CudaBuffer, Destination, Event, MOST_PEERS, Mapped, Pushed, Shared, address};
 use moe_kernels::{Device, DeviceError, Element, View};
@@ -20,6 +21,9 @@ use crate::collectives::{BERTH_PAGE, Berth, HostCommunicator, Landing, Push};
 const MACHINE: &str = "/proc/sys/kernel/random/boot_id";
 /// Another text each time it is read.
 const RANDOM: &str = "/proc/sys/kernel/random/uuid";
+
+/// What a push is given to begin: more than a launch takes, less than is lost where something else is in front of it.
+const PATIENCE: Duration = Duration::from_micros(20);
 
 /// What tells this process from every other; numbers of processes are the same in different containers. None: there is no such thing here.
 fn process() -> Option<String> {
@@ -228,7 +232,7 @@ impl<A: CudaAct> Berths<A> {
             // (`check`) and are not in use (`Landing::push`); the marks are of the group.
             let issued = unsafe { call.plane.queue().push((peers, me), &pushed, (mark, call.plane.halt())) };
             if let Some(issued) = issued.filter(|_| beside) {
-                queue.give_way(issued);
+                queue.give_way(issued, PATIENCE);
             }
             Ok(())
         })
