@@ -7,7 +7,7 @@ use std::net::TcpListener;
 use std::process::Command;
 use std::time::Duration;
 
-use support::process::{DONE, Place, Program, RETRY, Run, Signal, USAGE};
+use support::process::{DONE, IO, Place, Program, RETRY, Run, Signal, USAGE};
 
 const WORKER: &str = env!("CARGO_BIN_EXE_moe-worker");
 const TOKEN: &str = "00112233445566778899aabbccddeeff";
@@ -70,6 +70,20 @@ fn a_killed_rank_is_named_by_the_others_which_end_with_75() {
     for program in started {
         program.wait_within(Duration::from_secs(20)).expect(RETRY).says("rank 2");
     }
+}
+
+#[test]
+fn a_rank_that_fails_alone_tells_the_others_why() {
+    let place = Place::new();
+    let (run, addr) = (place.run("alone"), free_address());
+    let nowhere = "/proc/nowhere/trace.json";
+    let fails = rank(&run, (1, 2), Some(&addr), 1_000_000, &["--trace", nowhere]);
+    let other = rank(&run, (0, 2), Some(&addr), 1_000_000, &[]);
+    fails.wait().expect(IO).says(nowhere);
+    other
+        .wait_within(Duration::from_secs(20))
+        .expect(RETRY)
+        .says(&format!("because of rank 1: rank 1 failed: {nowhere}"));
 }
 
 #[test]

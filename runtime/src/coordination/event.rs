@@ -95,7 +95,7 @@ pub struct Progress {
 /// A worker could not go on.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ErrorReport {
-    /// Step in which it happened.
+    /// Step in which it happened; 0: in none.
     pub step: u64,
     /// The collective that failed, as "dispatch of layer 3"; empty when it was none.
     pub collective: String,

@@ -245,13 +245,12 @@ impl State {
         let suspects = report.missing.iter().copied().filter(|rank| *rank != reporter && *rank < self.spec.world_size);
         let culprit = suspects.min_by_key(|rank| (self.last_seen(*rank), *rank));
         let collective = if report.collective.is_empty() { "" } else { &format!(" in {}", report.collective) };
-        let reason = match culprit {
-            Some(culprit) => format!(
-                "rank {reporter} waited in vain for rank {culprit}{collective}, step {}: {}",
-                report.step, report.message
-            ),
-            None => format!("rank {reporter} failed{collective}, step {}: {}", report.step, report.message),
+        let what = match culprit {
+            Some(culprit) => format!("waited in vain for rank {culprit}"),
+            None => "failed".to_owned(),
         };
+        let step = if report.step == 0 { "" } else { &format!(", step {}", report.step) };
+        let reason = format!("rank {reporter} {what}{collective}{step}: {}", report.message);
         Verdict { culprit: Some(culprit.unwrap_or(reporter)), reason }
     }
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::lobby::Lobby;
+use super::run_loop::Ending;
 use super::settle::from_rank_0;
 use super::world::{World, host_name};
 use crate::collectives::{AbortHandle, CollectiveError};
@@ -17,7 +18,7 @@ use crate::coordination::{
 };
 use crate::exit::{ExitCode, Failure};
 use crate::topology::{Grid, Rank};
-use crate::training::Requests;
+use crate::training::{Requests, StepError};
 
 /// How long rank 0 waits for the coordinator to take note of a stop.
 const ANNOUNCEMENT: Duration = Duration::from_secs(5);
@@ -157,14 +158,25 @@ impl Coordination {
         &self.session
     }
 
-    /// Tells the coordinator of a collective that failed, so that the others learn who is missing.
-    pub(super) fn report(&self, step: u64, error: &CollectiveError) {
-        if let Some(report) = report_of(step, error) {
+    /// Tells the coordinator why this rank cannot go on, so that the others learn it. Of several reports of a job the first counts.
+    pub(super) fn report(&self, step: u64, error: &StepError) {
+        let report = match error {
+            StepError::Collective(error) => report_of(step, error),
+            error => Some(ErrorReport { step, message: error.to_string(), ..ErrorReport::default() }),
+        };
+        if let Some(report) = report {
             self.session.report_error(report);
         }
     }
 
-    /// As [`Coordination::report`], for a thread that may outlive the session.
+    /// As [`Coordination::report`], of what is no step's error.
+    pub(super) fn report_failure(&self, failure: &Failure) {
+        if !failure.is_told_elsewhere() {
+            self.session.report_error(ErrorReport { message: failure.to_string(), ..ErrorReport::default() });
+        }
+    }
+
+    /// As [`Coordination::report`], of collectives, for a thread that may outlive the session.
     pub(super) fn reporter(&self) -> impl Fn(u64, &CollectiveError) + Send + Sync + use<> {
         let reporter = self.session.reporter();
         move |step, error| {
@@ -174,8 +186,16 @@ impl Coordination {
         }
     }
 
-    /// Says good-bye; the host waits for the others to do so.
-    pub(super) fn leave(self, code: ExitCode) {
+    /// Says good-bye, and why where that is no good end; the host waits for the others to do so.
+    pub(super) fn leave(self, ending: &Result<Ending, Failure>) {
+        let code = match ending {
+            Ok(Ending::Done) => ExitCode::Done,
+            Ok(Ending::Stopped) => ExitCode::Temporary,
+            Err(failure) => {
+                self.report_failure(failure);
+                failure.exit_code()
+            }
+        };
         if let Err(error) = self.session.leave(i32::from(code.number())) {
             tracing::debug!(%error, "leaving without the coordinator");
         }

@@ -157,11 +157,7 @@ fn train(
         Err(failure) => tracing::debug!(%failure, "the run ends"),
     }
     // However it ends: the others are told, and no file says that a coordinator still answers.
-    coordination.leave(match &ending {
-        Ok(Ending::Done) => ExitCode::Done,
-        Ok(Ending::Stopped) => ExitCode::Temporary,
-        Err(failure) => failure.exit_code(),
-    });
+    coordination.leave(&ending);
     ending
 }
 
@@ -285,7 +281,8 @@ impl OnDevice for Training<'_> {
             ending
         };
         steps().inspect_err(|failure| {
-            // What this rank holds is let go of without its peers, who may wait for it elsewhere.
+            // What this rank holds is let go of without its peers, who may wait for it elsewhere and learn why they need not.
+            coordination.report_failure(failure);
             last_resort.end_with(failure.exit_code());
             Communicator::<Cpu>::context(&world.communicator).abort_handle().abort(None, failure.to_string());
         })

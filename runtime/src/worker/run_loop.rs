@@ -210,9 +210,7 @@ impl<'a, B: Ranked> RunLoop<'a, B> {
 
     /// Why the run ends at `step`, with what a reader needs to go on.
     fn failed(&self, step: u64, error: StepError) -> Failure {
-        if let StepError::Collective(error) = &error {
-            self.surroundings.coordination.report(step, error);
-        }
+        self.surroundings.coordination.report(step, &error);
         let (remedy, code) = (self.remedy(), error.exit_code());
         if let StepError::Device(error @ DeviceError::OutOfMemory { .. }) = error {
             let Surroundings { device, config, grid, .. } = &self.surroundings;
