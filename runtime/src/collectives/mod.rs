@@ -32,6 +32,7 @@ pub mod tcp;
 mod transport;
 pub mod volume;
 
+use std::fmt::Display;
 use std::ops::Range;
 
 use moe_kernels::{Backend, Device, Element, View, ViewMut};
@@ -249,6 +250,14 @@ impl<C> Groups<C> {
         let expert = world.split("expert", at.dp, at.ep)?;
         let replica = world.split("replica", at.ep, at.dp)?;
         Ok(Self { world, expert, replica })
+    }
+
+    /// Passes `outcome` on; for a failure of this rank alone, the groups will end without waiting for peers who know nothing of it.
+    pub(crate) fn end_alone_unless<D: Device, T, E: Display>(&self, outcome: Result<T, E>) -> Result<T, E>
+    where
+        C: Communicator<D>,
+    {
+        outcome.inspect_err(|error| self.world.context().abort_handle().abort(None, error.to_string()))
     }
 }
 

@@ -132,25 +132,30 @@ pub struct Trainer<B: Backend, C, D> {
 impl<B: Backend, C: Communicator<B>, D: TrainingData> Trainer<B, C, D> {
     /// A trainer of `model`, whose parameters are set already.
     pub fn new(model: Transformer<B>, groups: Groups<C>, config: &Config, data: D) -> Result<Self, StepError> {
-        let device = model.device();
-        let regions = &model.parameters().layout().regions;
-        let shard = match config.parallel.shard_optimizer {
-            true => Shard::of_groups(regions, &groups),
-            false => Shard::whole(regions),
+        let parts = || {
+            let device = model.device();
+            let regions = &model.parameters().layout().regions;
+            let shard = match config.parallel.shard_optimizer {
+                true => Shard::of_groups(regions, &groups),
+                false => Shard::whole(regions),
+            };
+            let selection = Selection::new(&config.train.freeze, &config.train.trainable)?;
+            let mut optimizer = Optimizer::new(device, &config.optimizer, shard)?;
+            optimizer.freeze(selection.frozen_ranges(config.model.family, model.parameters().layout()));
+            let sums = Slot::new(device, "sums over ranks")?;
+            Ok::<_, StepError>((optimizer, selection, Sharing::new(device)?, sums))
         };
-        let selection = Selection::new(&config.train.freeze, &config.train.trainable)?;
-        let mut optimizer = Optimizer::new(device, &config.optimizer, shard)?;
-        optimizer.freeze(selection.frozen_ranges(config.model.family, model.parameters().layout()));
+        let (optimizer, selection, sharing, sums) = groups.end_alone_unless(parts())?;
         Ok(Self {
             optimizer,
             selection,
-            sharing: Sharing::new(device)?,
+            sharing,
             schedule: Schedule::new(config.optimizer.lr, config.train.steps, &config.schedule),
-            sums: Slot::new(device, "sums over ranks")?,
+            sums,
             config: config.clone(),
             data,
             batch: Batch::default(),
-            clock: StageClock::of(device),
+            clock: StageClock::of(model.device()),
             stage_times: Vec::new(),
             peak_flops: None,
             last: Default::default(),

@@ -368,7 +368,8 @@ pub fn build_with_gate<B: Backend, C: Communicator<B>, D: crate::training::Train
         recompute: config.train.recompute,
         gate,
     };
-    Trainer::new(Transformer::new(device, setup)?, groups, config, data)
+    let model = groups.end_alone_unless(Transformer::new(device, setup))?;
+    Trainer::new(model, groups, config, data)
 }
 
 /// Loads what the run starts from and returns the steps that are done.
