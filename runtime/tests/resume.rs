@@ -5,6 +5,7 @@
 
 mod support;
 
+use std::fs;
 use std::process::Command;
 
 use moe_runtime::checkpoint::Store;
@@ -15,6 +16,8 @@ use moe_runtime::telemetry::StepMetrics;
 use support::gates::GATES;
 use support::process::{DONE, INTERNAL, Place, Program, RETRY, Run, Signal, USAGE, assert_same_files};
 use support::training::{Ranks, assert_same_curve, small, take_steps, text, trainer};
+
+const BAD_DATA: i32 = 65;
 
 /// Steps after which a step's checkpoint is written.
 const EVERY: u64 = 20;
@@ -194,6 +197,67 @@ fn a_run_is_not_continued_with_other_settings_nor_where_that_was_ruled_out() {
     // What says where and how long may change.
     Program::start(worker(&run, 5, &["parallel.chunks=2", "train.log_every=1"])).wait().expect(DONE);
     run.has_each_step_once(5);
+}
+
+#[test]
+fn a_start_that_is_refused_leaves_the_settings_of_the_run_alone() {
+    let place = Place::new();
+    let run = place.run("kept");
+    Program::start(worker(&run, 3, &[])).wait().expect(DONE);
+    let settings = fs::read(run.dir.join("config.toml")).unwrap();
+    let other = Run { text: place.path().join("other.txt"), ..run.clone() };
+    fs::write(&other.text, "some other text ".repeat(1000)).unwrap();
+    Program::start(worker(&other, 8, &[])).wait().expect(BAD_DATA).says("the text has sha256");
+    let damaged = run.checkpoint(3).join("optimizer.expert-00003.safetensors");
+    let mut bytes = fs::read(&damaged).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&damaged, bytes).unwrap();
+    Program::start(worker(&run, 8, &["run.threads=2"]))
+        .wait()
+        .expect(BAD_DATA)
+        .says("optimizer.expert-00003.safetensors");
+    assert_eq!(fs::read(run.dir.join("config.toml")).unwrap(), settings);
+}
+
+#[test]
+fn what_is_gone_from_a_run_directory_is_not_made_up() {
+    let place = Place::new();
+    let run = place.run("gone");
+    Program::start(worker(&run, 3, &[])).wait().expect(DONE);
+    let settings = run.dir.join("config.toml");
+    let kept = fs::read(&settings).unwrap();
+    fs::write(&settings, "").unwrap();
+    Program::start(worker(&run, 5, &[])).wait().expect(BAD_DATA).says("config.toml: is empty");
+    fs::remove_file(&settings).unwrap();
+    Program::start(worker(&run, 5, &[])).wait().expect(BAD_DATA).says("config.toml: is missing");
+    assert!(!settings.exists());
+    fs::write(&settings, kept).unwrap();
+    fs::rename(run.dir.join("checkpoints"), place.path().join("elsewhere")).unwrap();
+    let mut last_good = worker(&run, 5, &[]);
+    last_good.args(["--resume", "last-good"]);
+    Program::start(last_good).wait().expect(BAD_DATA).says("checkpoints: holds no checkpoint to go on from");
+    run.has_each_step_once(3);
+}
+
+#[test]
+fn a_run_goes_on_with_its_own_copy_of_the_tokenizer_wherever_it_is_moved() {
+    let place = Place::new();
+    let words: Vec<_> = (0..500).map(|id| format!("\"w{id}\": {id}")).collect();
+    let model = format!("{{\"type\": \"WordLevel\", \"vocab\": {{{}}}, \"unk_token\": \"w0\"}}", words.join(", "));
+    let pieces = "\"pre_tokenizer\": {\"type\": \"Whitespace\"}";
+    let tokenizer = place.path().join("words.json");
+    fs::write(&tokenizer, format!("{{\"version\": \"1.0\", {pieces}, \"model\": {model}}}")).unwrap();
+    let start = |name: &str, steps, sets: &[&str]| {
+        let mut command = worker(&Run { dir: name.into(), ..place.run(name) }, steps, sets);
+        command.current_dir(place.path());
+        Program::start(command).wait().expect(DONE)
+    };
+    start("one", 2, &["data.tokenizer=words.json", "model.vocab_size=512"]);
+    fs::remove_file(&tokenizer).unwrap();
+    start("one", 3, &[]);
+    fs::rename(place.path().join("one"), place.path().join("two")).unwrap();
+    start("two", 4, &[]);
+    place.run("two").has_each_step_once(4);
 }
 
 #[test]

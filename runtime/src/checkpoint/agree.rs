@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::CheckpointError;
 use crate::collectives::{Communicator, Context};
 use crate::exit::Classified;
+use crate::topology::Rank;
 
 /// What a collective waits for peers that write or hash gigabytes, each at the speed of its own storage. A rank that dies
 /// meanwhile is noticed by other means than this deadline.
@@ -40,11 +41,16 @@ impl Drop for SlowPhase<'_> {
 #[derive(Serialize, Deserialize)]
 enum Report<T> {
     Done(T),
-    Failed { exit_code: u8, message: String },
+    /// The error of world rank `rank`.
+    Failed {
+        rank: usize,
+        exit_code: u8,
+        message: String,
+    },
 }
 
-/// What every rank brought, in rank order; where any rank failed, an error on all of them: its own on a rank that failed, that of
-/// the first that did on the others. All ranks of the world call this, whether they failed or not.
+/// What every rank brought, in rank order; where any rank failed, the error of the first that did: its own there,
+/// [`CheckpointError::Peer`] on the others. All ranks of the world call this, whether they failed or not.
 ///
 /// # Errors
 /// Any rank's, or the collective's.
@@ -54,23 +60,32 @@ where
     C: Communicator<B>,
     T: Serialize + DeserializeOwned,
 {
+    let me = world.members()[world.rank()];
     let (report, own_error) = match mine {
         Ok(value) => (Report::Done(value), None),
+        // What another rank was told of before is still that rank's.
+        Err(CheckpointError::Peer { rank, exit_code, message }) => {
+            (Report::Failed { rank: rank.0, exit_code, message }, None)
+        }
         Err(error) => {
-            (Report::Failed { exit_code: error.exit_code().number(), message: error.to_string() }, Some(error))
+            let (exit_code, message) = (error.exit_code().number(), error.to_string());
+            (Report::Failed { rank: me.0, exit_code, message }, Some(error))
         }
     };
     let bytes = serde_json::to_vec(&report).map_err(CheckpointError::Exchange)?;
-    let gathered = world.all_gather_bytes(&bytes);
-    // Its own reason tells a rank more than that the others are gone.
-    if let Some(error) = own_error {
-        return Err(error);
-    }
+    let gathered = match world.all_gather_bytes(&bytes) {
+        Ok(gathered) => gathered,
+        // Its own reason tells a rank more than that the others are gone.
+        Err(error) => return Err(own_error.unwrap_or(error.into())),
+    };
     let mut values = Vec::with_capacity(world.size());
-    for (bytes, &rank) in gathered?.iter().zip(world.members()) {
-        match serde_json::from_slice(bytes).map_err(CheckpointError::Exchange)? {
+    for bytes in gathered {
+        match serde_json::from_slice(&bytes).map_err(CheckpointError::Exchange)? {
             Report::Done(value) => values.push(value),
-            Report::Failed { exit_code, message } => return Err(CheckpointError::Peer { rank, exit_code, message }),
+            Report::Failed { rank, exit_code, message } => {
+                let own = own_error.filter(|_| Rank(rank) == me);
+                return Err(own.unwrap_or(CheckpointError::Peer { rank: Rank(rank), exit_code, message }));
+            }
         }
     }
     Ok(values)

@@ -178,7 +178,7 @@ impl Host {
                     self.release(&(name, generation, rank), &Err(why));
                 }
                 Action::PhaseChanged { from, to: to @ Phase::Aborted, reason } => {
-                    tracing::warn!(%epoch, %from, %to, reason, "the job was given up");
+                    tracing::info!(%epoch, %from, %to, reason, "the job was given up");
                 }
                 Action::PhaseChanged { from, to, reason } => {
                     tracing::debug!(%epoch, %from, %to, reason, "phase changed")

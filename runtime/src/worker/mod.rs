@@ -30,7 +30,7 @@ pub use run_dir::{RunDir, RunDirError};
 pub use settle::{configured_corpus, read_corpus, resolved_config};
 pub use world::World;
 
-use crate::checkpoint::{Checkpoint, GO_BACK, HfFolder, Store, probe_shared};
+use crate::checkpoint::{Checkpoint, CheckpointError, GO_BACK, HfFolder, Store, probe_shared};
 use crate::collectives::{Communicator, Groups, HostCommunicator, RankFlags, rank_facts};
 use crate::config::Config;
 use crate::data::{Corpus, Loader};
@@ -47,7 +47,7 @@ use last_resort::LastResort;
 use lobby::Lobby;
 use meter::Meter;
 use run_loop::{DataState, Ending, Records, RunLoop, Surroundings};
-use settle::{Kept, Plan, decide, from_rank_0, share_corpus};
+use settle::{Kept, Plan, agreed, decide, from_rank_0, share_corpus};
 use signals::StopRequest;
 
 /// Runs the worker of this process and ends the process.
@@ -254,7 +254,10 @@ impl OnDevice for Training<'_> {
             .map_err(|error| refused(&start, error))?;
         trainer.set_peak_flops(start.device.peak_flops());
         let mut steps = || -> Result<Ending, Failure> {
-            let done = start_values(&mut trainer, plan, corpus)?;
+            let done = agreed(&world.communicator, start_values(&mut trainer, plan, corpus))?;
+            if plan.resume.is_some() && start.rank.0 == 0 {
+                run_dir.save_config(config)?;
+            }
             let on_terminal = std::io::stdout().is_terminal() && std::io::stderr().is_terminal();
             let mode = ProgressMode::choose(start.rank.0, args.json, on_terminal);
             let spec = ProgressSpec { mode, done, steps: config.train.steps, log_every: config.train.log_every };
@@ -385,6 +388,7 @@ fn start_values<B: Backend, C: Communicator<B>, D: crate::training::TrainingData
     let Some(checkpoint) = &plan.resume else { return Ok(0) };
     let checkpoint = Checkpoint::open(checkpoint)?;
     let progress = trainer.restore(&checkpoint).map_err(|error| match &error {
+        PersistError::Checkpoint(CheckpointError::Peer { exit_code, .. }) => Failure::of_another_rank(*exit_code),
         PersistError::Checkpoint(fault) if fault.is_damage() => {
             Failure::new(error.exit_code(), format!("{error}; {GO_BACK}"))
         }

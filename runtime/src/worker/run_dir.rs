@@ -37,6 +37,25 @@ pub enum RunDirError {
         /// The directory.
         path: PathBuf,
     },
+    /// It holds checkpoints, and what they were trained with is not known.
+    #[error(
+        "{}: {}, and without it a run would go on from {} with other settings; bring it back, or begin a new run",
+        path.display(),
+        if path.exists() { "is empty" } else { "is missing" },
+        checkpoint.display()
+    )]
+    NoSettings {
+        /// The configuration that should be there.
+        path: PathBuf,
+        /// The newest checkpoint.
+        checkpoint: PathBuf,
+    },
+    /// It holds a run without checkpoints, and the last good one was asked for.
+    #[error("{}: holds no checkpoint to go on from; leave out --resume last-good to begin the run again", path.display())]
+    NothingToResume {
+        /// Where checkpoints should be.
+        path: PathBuf,
+    },
     /// It holds a run, and resuming was switched off.
     #[error("{}: holds a run already; leave out --resume never to continue it, or give another --run-dir", path.display())]
     Occupied {
@@ -50,6 +69,7 @@ impl Classified for RunDirError {
         match self {
             Self::Io { .. } | Self::NotADirectory { .. } => ExitCode::Io,
             Self::InUse { .. } => ExitCode::Temporary,
+            Self::NoSettings { .. } | Self::NothingToResume { .. } => ExitCode::BadData,
             Self::Occupied { .. } => ExitCode::Usage,
         }
     }
@@ -153,7 +173,8 @@ impl RunDir {
     /// The configuration of the run that is here, if there is one.
     pub fn saved_config(&self) -> Result<Option<Config>, ConfigError> {
         let path = self.config();
-        if !path.exists() {
+        // None is written empty: such a one is what a full disk or an accident left.
+        if fs::metadata(&path).map_or(true, |file| file.len() == 0) {
             return Ok(None);
         }
         Ok(Some(ConfigBuilder::new().file(path).build()?.config))

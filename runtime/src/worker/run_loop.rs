@@ -13,7 +13,7 @@ use super::meter::Meter;
 use super::ranked::Ranked;
 use super::run_dir::RunDir;
 use super::signals::StopRequest;
-use crate::checkpoint::Store;
+use crate::checkpoint::{CheckpointError, Store};
 use crate::collectives::{CollectiveError, Communicator};
 use crate::config::Config;
 use crate::coordination::{Activity, Progress as Reading};
@@ -21,7 +21,7 @@ use crate::data::{Cursor, Loader};
 use crate::exit::{Classified, ExitCode, Failure};
 use crate::telemetry::{EventFile, MetricsFile, Progress, StepMetrics, TraceFile, merge_traces};
 use crate::topology::Grid;
-use crate::training::{Requests, StepError, Trainer};
+use crate::training::{PersistError, Requests, StepError, Trainer};
 
 /// How a run ended without a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -187,6 +187,9 @@ impl<'a, B: Ranked> RunLoop<'a, B> {
         let cursor = serde_json::to_value(DataState { cursor: self.trainer.data().cursor(step), text_sha256 })
             .map_err(|error| Failure::new(ExitCode::Internal, format!("the data cursor: {error}")))?;
         let path = self.trainer.save(&self.surroundings.store, step, cursor).map_err(|error| {
+            if let PersistError::Checkpoint(CheckpointError::Peer { exit_code, .. }) = error {
+                return Failure::of_another_rank(exit_code);
+            }
             let message = format!("the checkpoint of step {step} was not written: {error}; {}", self.remedy());
             Failure::new(error.exit_code(), message)
         })?;
@@ -215,6 +218,10 @@ impl<'a, B: Ranked> RunLoop<'a, B> {
         if let StepError::Device(error @ DeviceError::OutOfMemory { .. }) = error {
             let Surroundings { device, config, grid, .. } = &self.surroundings;
             return Failure::new(code, format!("step {step}: {}; {remedy}", device.explain(error, config, grid)));
+        }
+        // Every rank sees the same sums; one of them says it.
+        if matches!(error, StepError::NotFinite { .. }) && self.trainer.groups().world.rank() > 0 {
+            return Failure::of_another_rank(code.number());
         }
         let message = match &error {
             StepError::Collective(CollectiveError::Aborted { .. } | CollectiveError::GivenUp { .. })

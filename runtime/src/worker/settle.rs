@@ -102,6 +102,10 @@ fn resolve(args: &WorkerArgs, world: usize) -> Result<Resolution, Failure> {
     if let Some(path) = args.run_dir.as_ref().filter(|path| path.is_file()) {
         return Err(RunDirError::NotADirectory { path: path.clone() }.into());
     }
+    if let Some(path) = args.run_dir.as_ref().filter(|path| path.to_str().is_none()) {
+        let message = format!("--run-dir {path:?}: is not UTF-8; give the directory another name");
+        return Err(Failure::new(ExitCode::Usage, message));
+    }
     let saved = given.as_ref().map(RunDir::saved_config).transpose()?.flatten();
     let LastGood { checkpoint: newest, damaged } = match given.as_ref().map(checkpoints) {
         Some(store) if args.resume == Resume::LastGood => store.last_good()?,
@@ -111,13 +115,20 @@ fn resolve(args: &WorkerArgs, world: usize) -> Result<Resolution, Failure> {
     // A run that ended before its first checkpoint, or a model that was brought in and not trained yet: nothing is lost with other settings.
     let untrained = newest.as_ref().is_none_or(|checkpoint| checkpoint.manifest().progress.step == 0);
     let newest = newest.map(|checkpoint| checkpoint.dir().to_owned());
+    if let (Some(dir), None, Some(checkpoint)) = (&given, &saved, &newest) {
+        let (path, checkpoint) = (dir.config(), checkpoint.clone());
+        return Err(RunDirError::NoSettings { path, checkpoint }.into());
+    }
+    if let (Some(dir), Some(_), None, Resume::LastGood) = (&given, &saved, &newest, args.resume) {
+        return Err(RunDirError::NothingToResume { path: dir.checkpoints() }.into());
+    }
     let occupied = given.as_ref().filter(|_| saved.is_some() && args.resume == Resume::Never);
     if let Some(dir) = occupied {
         return Err(RunDirError::Occupied { path: dir.path().into() }.into());
     }
     let mut base = saved;
     if let (Some(base), Some(dir)) = (&mut base, &given) {
-        use_kept_tokenizer(base, dir);
+        use_kept_tokenizer(base, dir)?;
     }
     if let Some(base) = base.as_mut().filter(|base| untrained && base.schedule.steps == Some(base.train.steps)) {
         base.schedule.steps = None;
@@ -148,11 +159,12 @@ fn resolve(args: &WorkerArgs, world: usize) -> Result<Resolution, Failure> {
 }
 
 /// Where the tokenizer's file is no more where it was, the copy in the run directory takes its place.
-fn use_kept_tokenizer(base: &mut Config, dir: &RunDir) {
+fn use_kept_tokenizer(base: &mut Config, dir: &RunDir) -> Result<(), Failure> {
     let name = &mut base.data.tokenizer;
     if let Some(copy) = dir.kept_tokenizer(name).filter(|_| !Path::new(&*name).exists()) {
-        *name = copy.display().to_string();
+        *name = absolute(&copy)?.display().to_string();
     }
+    Ok(())
 }
 
 /// Copies the tokenizer's files into the run directory, which is then whole by itself: other commands and later starts need them.
@@ -193,7 +205,10 @@ pub(super) fn decide(args: &WorkerArgs, world: usize, kept: &mut Kept) -> Result
     if untrained || run_dir.kept_tokenizer(&config.data.tokenizer).is_none() {
         keep_tokenizer(&config, &run_dir)?;
     }
-    run_dir.save_config(&config)?;
+    // Of a run that goes on, once it did: a start that is refused leaves its settings alone.
+    if newest.is_none() {
+        run_dir.save_config(&config)?;
+    }
     Ok(Plan {
         config,
         run_dir: run_dir.path().into(),
@@ -205,17 +220,18 @@ pub(super) fn decide(args: &WorkerArgs, world: usize, kept: &mut Kept) -> Result
 
 /// Relative paths mean another place in the next start's working directory.
 fn absolute_paths(config: &mut Config) -> Result<(), Failure> {
-    let failed =
-        |path: &Path, error: std::io::Error| Failure::new(ExitCode::Io, format!("{}: {error}", path.display()));
     for path in config.data.paths_mut() {
-        *path = std::path::absolute(&*path).map_err(|error| failed(path, error))?;
+        *path = absolute(path)?;
     }
     let name = &mut config.data.tokenizer;
     if is_path(name) {
-        let path = std::path::absolute(&*name).map_err(|error| failed(Path::new(name), error))?;
-        *name = path.display().to_string();
+        *name = absolute(Path::new(name))?.display().to_string();
     }
     Ok(())
+}
+
+fn absolute(path: &Path) -> Result<PathBuf, Failure> {
+    std::path::absolute(path).map_err(|error| Failure::new(ExitCode::Io, format!("{}: {error}", path.display())))
 }
 
 /// The corpus that rank 0 read, on every rank: text travels, token shards are mapped by every rank.
@@ -232,14 +248,21 @@ pub(super) fn share_corpus(world: &HostCommunicator, kept: &mut Kept) -> Result<
     agreed(world, mine)
 }
 
-/// What this rank has, if every rank has its own; the first failure otherwise, told by the rank that met it.
-fn agreed<T>(world: &HostCommunicator, mine: Result<T, Failure>) -> Result<T, Failure> {
-    let code = mine.as_ref().err().map_or(0, |failure| failure.exit_code().number());
-    let codes = Communicator::<Cpu>::all_gather_bytes(world, &[code]);
-    let mine = mine?;
-    match codes?.into_iter().flatten().find(|&code| code != 0) {
-        Some(code) => Err(Failure::of_another_rank(code)),
-        None => Ok(mine),
+/// What this rank has, if every rank has its own; otherwise a failure, told by the first rank that met it.
+pub(super) fn agreed<T>(world: &HostCommunicator, mine: Result<T, Failure>) -> Result<T, Failure> {
+    let report = match &mine {
+        Ok(_) => [0, 0],
+        Err(failure) => [failure.exit_code().number(), u8::from(!failure.is_told_elsewhere())],
+    };
+    let all = match Communicator::<Cpu>::all_gather_bytes(world, &report) {
+        Ok(all) => all,
+        Err(error) => return mine.and(Err(error.into())),
+    };
+    let failed = all.iter().position(|report| matches!(report[..], [code, 1] if code != 0));
+    match failed {
+        None => mine,
+        Some(rank) if rank == Communicator::<Cpu>::rank(world) => mine,
+        Some(rank) => Err(Failure::of_another_rank(all[rank][0])),
     }
 }
 
