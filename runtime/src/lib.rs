@@ -28,6 +28,7 @@ pub mod pass_error;
 pub mod plan;
 pub mod routing;
 pub mod stages;
+pub mod system;
 pub mod telemetry;
 pub mod topology;
 pub mod training;

@@ -5,10 +5,10 @@
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use moe_runtime::system::{available_memory, total_memory};
 use rustix::fs::statvfs;
 
 use super::Finding;
-use crate::machine;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -32,7 +32,7 @@ pub(super) fn findings(run_dir: &Path) -> Vec<Finding> {
     let mut findings = vec![
         cpu(&read("/proc/cpuinfo")),
         cores(std::thread::available_parallelism().map_or(1, usize::from)),
-        memory(machine::total_memory(), machine::available_memory()),
+        memory(total_memory(), available_memory()),
         open_files(limit(&limits, "Max open files")),
         shared_memory(statvfs("/dev/shm").ok().map(|fs| fs.f_frsize * fs.f_bavail)),
         locked_memory(limit(&limits, "Max locked memory"), infiniband),

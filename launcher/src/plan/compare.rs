@@ -8,11 +8,10 @@ use std::process::ExitCode;
 
 use moe_runtime::exit::{ExitCode as Code, Failure};
 use moe_runtime::plan::{Job, MemoryPlan, Numbers, StepRows, Traffic, Usage};
+use moe_runtime::system::readable as bytes;
 use moe_runtime::topology::{Grid, Rank};
 use moe_runtime::worker::RunDir;
 use serde::Serialize;
-
-use super::show::bytes;
 
 /// One figure, foreseen and counted.
 #[derive(Serialize)]

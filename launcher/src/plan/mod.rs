@@ -13,8 +13,9 @@ use std::process::ExitCode;
 
 use clap::Args;
 use moe_runtime::config::ConfigBuilder;
-use moe_runtime::exit::{Classified, ExitCode as Code, Failure};
-use moe_runtime::plan::{Alternative, Job, MemoryPlan, Numbers, Plan, Rates, nearest_that_fit};
+use moe_runtime::exit::{ExitCode as Code, Failure};
+use moe_runtime::plan::{Alternative, DoesNotFit, Job, MemoryPlan, Numbers, Plan, Rates, nearest_that_fit};
+use moe_runtime::system::available_memory;
 use moe_runtime::worker::grid_of;
 use serde::Serialize;
 
@@ -65,35 +66,6 @@ pub(crate) struct PlanArgs {
     /// One JSON object instead of tables.
     #[arg(long)]
     json: bool,
-}
-
-/// A job that cannot run in the memory it has.
-#[derive(Debug, thiserror::Error)]
-#[error("{}", told(self))]
-struct DoesNotFit {
-    peak_bytes: u64,
-    limit_bytes: u64,
-    alternatives: Vec<Alternative>,
-}
-
-fn told(refusal: &DoesNotFit) -> String {
-    let (peak, limit) = (show::bytes(refusal.peak_bytes as f64), show::bytes(refusal.limit_bytes as f64));
-    let nearest: Vec<_> = refusal
-        .alternatives
-        .iter()
-        .map(|alternative| format!("{} ({})", alternative.change, show::bytes(alternative.peak_bytes as f64)))
-        .collect();
-    let advice = match nearest.as_slice() {
-        [] => "nothing that is known makes it fit: choose a smaller model or shorter sequences".to_owned(),
-        nearest => format!("nearest that fit: {}", nearest.join(", ")),
-    };
-    format!("a rank needs {peak} and has {limit}; {advice}")
-}
-
-impl Classified for DoesNotFit {
-    fn exit_code(&self) -> Code {
-        Code::Usage
-    }
 }
 
 #[derive(Serialize)]
@@ -167,7 +139,7 @@ fn limit(args: &PlanArgs, job: &Job) -> Result<u64, Failure> {
     }
     let node = match args.memory {
         Some(memory) => gib(memory, "--memory")?,
-        None => crate::machine::available_memory().ok_or_else(|| {
+        None => available_memory().ok_or_else(|| {
             Failure::new(Code::Io, "/proc/meminfo does not say how much memory is available; give --memory GIB")
         })?,
     };

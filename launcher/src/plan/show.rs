@@ -5,16 +5,7 @@
 use std::io::{self, Write};
 
 use moe_runtime::plan::{Job, Plan, Purpose};
-
-/// Bytes in a unit that reads well.
-pub(super) fn bytes(bytes: f64) -> String {
-    // The sum of nothing is −0.
-    let bytes = bytes + 0.0;
-    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let power = (0..units.len() - 1).find(|power| bytes < 1024_f64.powi(*power as i32 + 1)).unwrap_or(units.len() - 1);
-    let value = bytes / 1024_f64.powi(power as i32);
-    if power == 0 { format!("{value:.0} B") } else { format!("{value:.1} {}", units[power]) }
-}
+use moe_runtime::system::readable as bytes;
 
 fn purpose(purpose: Purpose) -> &'static str {
     match purpose {

@@ -16,6 +16,12 @@ use crate::topology::{Grid, TopologyError};
 /// The longest wait a collective can be given: a week.
 const LONGEST_TIMEOUT_S: f64 = 7.0 * 24.0 * 3600.0;
 
+/// Parts of a batch, each with its own shuffle: beyond this they are single tokens.
+const MOST_CHUNKS: u64 = 1 << 10;
+
+/// Compute threads of a rank.
+const MOST_THREADS: u64 = 1 << 12;
+
 /// The largest whole number that TOML holds.
 const LARGEST: u64 = i64::MAX as u64;
 
@@ -139,6 +145,8 @@ impl Config {
 
     fn validate_parallel(&self, world: usize) -> Result<(), InvalidValue> {
         at_least_one("parallel.chunks", self.parallel.chunks as u64)?;
+        at_most("parallel.chunks", self.parallel.chunks as u64, MOST_CHUNKS)?;
+        at_most("run.threads", self.run.threads as u64, MOST_THREADS)?;
         let headroom = self.parallel.receive_headroom;
         if !(headroom.is_finite() && headroom >= 1.0) {
             let reason = "must be a number of at least 1: what comes where experts are equally busy";
@@ -242,7 +250,11 @@ fn at_least_one(key: &str, value: u64) -> Result<(), InvalidValue> {
 }
 
 fn countable(key: &str, value: u64) -> Result<(), InvalidValue> {
-    if value > LARGEST { Err(InvalidValue::new(key, value, format!("must be at most {LARGEST}"))) } else { Ok(()) }
+    at_most(key, value, LARGEST)
+}
+
+fn at_most(key: &str, value: u64, most: u64) -> Result<(), InvalidValue> {
+    if value > most { Err(InvalidValue::new(key, value, format!("must be at most {most}"))) } else { Ok(()) }
 }
 
 #[cfg(test)]
@@ -257,7 +269,7 @@ mod tests {
     #[test]
     fn each_impossible_value_is_refused_by_its_key() {
         type Break = fn(&mut Config);
-        let table: [(&str, Break); 43] = [
+        let table: [(&str, Break); 50] = [
             ("data.tokenizer", |c| c.data.tokenizer = "words".into()),
             ("data.validation_fraction", |c| c.data.validation_fraction = 1.0),
             ("data.validation_fraction", |c| c.data.validation_fraction = f64::NAN),
@@ -277,6 +289,13 @@ mod tests {
             ("model.top_k", |c| c.model.top_k = 9),
             ("router.balance_coefficient", |c| c.router.balance_coefficient = -1.0),
             ("parallel.chunks", |c| c.parallel.chunks = 0),
+            ("parallel.chunks", |c| c.parallel.chunks = 1_000_000_000),
+            ("run.threads", |c| c.run.threads = 1_000_000),
+            ("model.layers", |c| c.model.layers = 1_000_000_000),
+            ("model.experts", |c| c.model.experts = 100_000_000),
+            ("model.experts", |c| (c.model.layers, c.model.experts) = (4096, 16384)),
+            ("model.hidden_size", |c| c.model.hidden_size = 1_000_000_000),
+            ("model.vocab_size", |c| c.model.vocab_size = 100_000_000_000),
             ("parallel.receive_headroom", |c| c.parallel.receive_headroom = 0.9),
             ("parallel.ep", |c| c.parallel.ep = Some(3)),
             ("parallel.ep", |c| c.parallel.ep = Some(8)),

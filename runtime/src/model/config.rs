@@ -158,6 +158,9 @@ impl Default for ModelConfig {
     }
 }
 
+/// Experts of all layers together.
+const MOST_EXPERTS: usize = 1 << 20;
+
 impl ModelConfig {
     /// Width of a head.
     pub fn head_width(&self) -> usize {
@@ -218,18 +221,31 @@ impl ModelConfig {
 
     /// Checks every size against the others and against the router.
     pub fn validate(&self, router: &RouterConfig) -> Result<(), InvalidValue> {
-        for (key, value) in [
-            ("model.vocab_size", self.vocab_size),
-            ("model.hidden_size", self.hidden_size),
-            ("model.layers", self.layers),
-            ("model.heads", self.heads),
-            ("model.kv_heads", self.kv_heads),
-            ("model.moe_every", self.moe_every),
-            ("model.max_positions", self.max_positions),
+        // Upper ends are far beyond any model, and keep what is counted from them within 64 bits.
+        for (key, value, least, most) in [
+            ("model.vocab_size", self.vocab_size, 1, 1 << 30),
+            ("model.hidden_size", self.hidden_size, 1, 1 << 20),
+            ("model.layers", self.layers, 1, 1 << 12),
+            ("model.heads", self.heads, 1, 1 << 14),
+            ("model.kv_heads", self.kv_heads, 1, 1 << 14),
+            ("model.head_dim", self.head_dim, 0, 1 << 14),
+            ("model.moe_every", self.moe_every, 1, 1 << 12),
+            ("model.max_positions", self.max_positions, 1, 1 << 30),
+            ("model.experts", self.experts, 0, 1 << 14),
+            ("model.expert_ffn_size", self.expert_ffn_size, 0, 1 << 20),
+            ("model.shared_expert_ffn_size", self.shared_expert_ffn_size, 0, 1 << 20),
+            ("model.ffn_size", self.ffn_size, 0, 1 << 20),
         ] {
-            if value == 0 {
-                return Err(InvalidValue::new(key, value, "must be at least 1"));
+            if value < least {
+                return Err(InvalidValue::new(key, value, format!("must be at least {least}")));
             }
+            if value > most {
+                return Err(InvalidValue::new(key, value, format!("must be at most {most}")));
+            }
+        }
+        if self.layers * self.experts > MOST_EXPERTS {
+            let reason = format!("in {} layers are more than {MOST_EXPERTS} experts in all", self.layers);
+            return Err(InvalidValue::new("model.experts", self.experts, reason));
         }
         if self.head_dim == 0 && !self.hidden_size.is_multiple_of(self.heads) {
             let nearest = nearest_divisors(self.hidden_size, self.heads);

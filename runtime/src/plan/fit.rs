@@ -5,7 +5,9 @@
 use serde::Serialize;
 
 use super::{Job, MemoryPlan, Numbers};
+use crate::exit::{Classified, ExitCode};
 use crate::model::Recompute;
+use crate::system::readable;
 use crate::topology::Grid;
 
 /// A change that makes a job fit.
@@ -15,6 +17,38 @@ pub struct Alternative {
     pub change: String,
     /// Peak memory of a rank then.
     pub peak_bytes: u64,
+}
+
+/// A job that cannot run in the memory it has.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", told(self))]
+pub struct DoesNotFit {
+    /// Bytes that a rank needs.
+    pub peak_bytes: u64,
+    /// Bytes that it has.
+    pub limit_bytes: u64,
+    /// What would fit.
+    pub alternatives: Vec<Alternative>,
+}
+
+fn told(refusal: &DoesNotFit) -> String {
+    let (peak, limit) = (readable(refusal.peak_bytes as f64), readable(refusal.limit_bytes as f64));
+    let nearest: Vec<_> = refusal
+        .alternatives
+        .iter()
+        .map(|alternative| format!("{} ({})", alternative.change, readable(alternative.peak_bytes as f64)))
+        .collect();
+    let advice = match nearest.as_slice() {
+        [] => "nothing that is known makes it fit: choose a smaller model or shorter sequences".to_owned(),
+        nearest => format!("nearest that fit: {}", nearest.join(", ")),
+    };
+    format!("a rank needs {peak} and has {limit}; {advice}")
+}
+
+impl Classified for DoesNotFit {
+    fn exit_code(&self) -> ExitCode {
+        ExitCode::Usage
+    }
 }
 
 /// Nodes are not multiplied further than this.

@@ -17,12 +17,12 @@ mod usage;
 use moe_kernels::ShuffleDims;
 use serde::Serialize;
 
-pub use fit::{Alternative, nearest_that_fit};
+pub use fit::{Alternative, DoesNotFit, nearest_that_fit};
 pub use flops::Flops;
 pub use memory::{MemoryPlan, ReceiveBuffer};
 pub use time::{Rates, StepTime};
 pub use traffic::{Flow, Purpose, Traffic};
-pub use usage::{Sent, Usage, UsageError, memory_now};
+pub use usage::{Sent, Usage, UsageError};
 
 use crate::config::Config;
 use crate::dispatch::{ShuffledRows, visit_probability};

@@ -108,16 +108,6 @@ impl Usage {
     }
 }
 
-/// Resident memory of this process in bytes, now and at most so far; None where the system does not say.
-pub fn memory_now() -> Option<(u64, u64)> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let field = |name: &str| {
-        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
-        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
-    };
-    Some((field("VmRSS:")?, field("VmHWM:")?))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -134,11 +124,5 @@ mod tests {
         let error = Usage::read(logs.path(), 3).unwrap_err();
         assert!(error.to_string().contains("usage-00003.json") && error.exit_code() == ExitCode::BadData, "{error}");
         assert_eq!(Usage::read(logs.path(), 4).unwrap_err().exit_code(), ExitCode::Io);
-    }
-
-    #[test]
-    fn memory_is_read_where_the_system_has_it() {
-        let (now, most) = memory_now().unwrap();
-        assert!(now > 1 << 20 && most >= now);
     }
 }

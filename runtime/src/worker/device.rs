@@ -12,8 +12,9 @@ use crate::config::{Config, Precision};
 use crate::exit::{ExitCode, Failure};
 use crate::invalid::InvalidValue;
 use crate::model::ModelConfig;
-use crate::plan::{Job, Numbers, nearest_that_fit};
+use crate::plan::{DoesNotFit, Job, MemoryPlan, Numbers, nearest_that_fit};
 use crate::routing::{RouterConfig, RouterKind};
+use crate::system::available_memory;
 use crate::topology::Grid;
 
 /// Work that is the same on every device.
@@ -175,6 +176,18 @@ impl Device {
             Opened::Bf16(cuda) => peak_bf16(&cuda.facts().name),
             _ => None,
         }
+    }
+
+    /// Refuses what this machine has no memory for, which `neighbours` ranks share. A device with memory of its own says so itself, when
+    /// it is asked for more than it has.
+    pub fn check_memory(&self, config: &Config, grid: &Grid, neighbours: usize) -> Result<(), DoesNotFit> {
+        let Some(free) = available_memory().filter(|_| self.memory_bytes().is_none()) else { return Ok(()) };
+        let job = Job { config: config.clone(), grid: *grid, ranks_per_node: neighbours, numbers: self.numbers() };
+        let (peak_bytes, limit_bytes) = (MemoryPlan::new(&job).peak_bytes, free / neighbours.max(1) as u64);
+        if peak_bytes <= limit_bytes {
+            return Ok(());
+        }
+        Err(DoesNotFit { peak_bytes, limit_bytes, alternatives: nearest_that_fit(&job, limit_bytes) })
     }
 
     /// Out of memory, with what would fit; other failures of a device as they are.

@@ -9,7 +9,8 @@ use super::ranked::Ranked;
 use crate::collectives::Communicator;
 use crate::data::Loader;
 use crate::dispatch::ShuffledRows;
-use crate::plan::{Sent, Usage, memory_now};
+use crate::plan::{Sent, Usage};
+use crate::system::memory_now;
 use crate::training::Trainer;
 
 type WorkerTrainer<B> = Trainer<B, <B as Ranked>::Group, Loader>;

@@ -37,8 +37,8 @@ use crate::data::{Corpus, Loader};
 use crate::exit::{Classified, ExitCode, Failure, caught};
 use crate::model::layout::parameter_counts;
 use crate::model::{ModelSetup, Transformer};
-use crate::plan::memory_now;
 use crate::routing::Gate;
+use crate::system::memory_now;
 use crate::telemetry::{Console, Progress, ProgressMode, ProgressSpec, TraceFile, init_logs, log_filter};
 use crate::topology::{Grid, Rank};
 use crate::training::{PersistError, StepError, Trainer};
@@ -133,6 +133,7 @@ fn train(
     set_threads(config, world)?;
     let device = Device::choose(args.device, config.train.precision, world)?;
     device.check((&config.model, &config.router))?;
+    agreed(&world.communicator, device.check_memory(config, &grid, world.neighbours()).map_err(Failure::from))?;
     probe_shared::<Cpu, _>(&world.communicator, run_dir.path())?;
     log_file.write_to(&run_dir.logs().join(format!("rank-{rank:05}.log")))?;
     let coordination = match lobby {

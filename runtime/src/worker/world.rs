@@ -111,6 +111,11 @@ impl World {
         before.iter().filter(|spot| spot.host == self.spot.host).count()
     }
 
+    /// Ranks on this machine.
+    pub fn neighbours(&self) -> usize {
+        self.spots.iter().filter(|spot| spot.host == self.spot.host).count()
+    }
+
     /// Whether all ranks are on this machine.
     pub fn is_one_machine(&self) -> bool {
         self.spots.iter().all(|spot| spot.host == self.spot.host)
