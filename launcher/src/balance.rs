@@ -44,6 +44,12 @@ pub(crate) enum BalanceError {
     /// The file cannot be read.
     #[error(transparent)]
     File(#[from] MetricsError),
+    /// There is no run.
+    #[error("{}: is no run directory: config.toml is missing", path.display())]
+    NoRun {
+        /// What was named.
+        path: PathBuf,
+    },
     /// It has no such step.
     #[error("{}: has no reading{}; run.balance_every says after which steps there is one", path.display(), step.map_or(String::new(), |step| format!(" of step {step}")))]
     NoReading {
@@ -61,6 +67,7 @@ impl Classified for BalanceError {
     fn exit_code(&self) -> ExitCode {
         match self {
             Self::File(error) => error.exit_code(),
+            Self::NoRun { .. } => ExitCode::Io,
             Self::NoReading { .. } => ExitCode::Usage,
             Self::Output(_) => ExitCode::Io,
         }
@@ -68,7 +75,11 @@ impl Classified for BalanceError {
 }
 
 pub(crate) fn run(args: &BalanceArgs, out: &mut impl Write) -> Result<(), BalanceError> {
-    let path = RunDir::at(&args.run_dir).balance();
+    let run_dir = RunDir::at(&args.run_dir);
+    if !run_dir.config().exists() {
+        return Err(BalanceError::NoRun { path: args.run_dir.clone() });
+    }
+    let path = run_dir.balance();
     let Some(reading) = BalanceReading::read(&path, args.step)? else {
         return Err(BalanceError::NoReading { path, step: args.step });
     };
@@ -196,6 +207,10 @@ layer  busiest   p90   p50   p10  idle    cv  mass  entropy  dropped  experts
     fn a_run_without_a_reading_is_told_what_writes_them() {
         let folder = tempfile::tempdir().unwrap();
         let args = |step| BalanceArgs { run_dir: folder.path().into(), step, json: true };
+        let error = run(&args(Some(3)), &mut Vec::new()).unwrap_err();
+        assert_eq!(error.exit_code(), ExitCode::Io);
+        assert!(error.to_string().contains("is no run directory: config.toml is missing"), "{error}");
+        std::fs::write(folder.path().join("config.toml"), "").unwrap();
         let error = run(&args(Some(3)), &mut Vec::new()).unwrap_err();
         assert_eq!(error.exit_code(), ExitCode::Usage);
         assert!(error.to_string().contains("balance.jsonl: has no reading of step 3; run.balance_every"), "{error}");

@@ -47,7 +47,7 @@ Exit codes: 0 done, 64 wrong usage or configuration, 65 bad input data, 70 inter
 
 /// Starts, watches and inspects training runs of moe-worker.
 #[derive(Parser)]
-#[command(name = "moe-launch", version, after_long_help = EXAMPLES)]
+#[command(name = "moe-launch", version, allow_negative_numbers = true, after_long_help = EXAMPLES)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -52,7 +52,7 @@ impl Place {
         if run_dir.checkpoints().is_dir() {
             return match Store::new(run_dir.checkpoints(), 0).latest()? {
                 Some(checkpoint) => Ok(Self::Run { run: run_at(Some(path))?, checkpoint }),
-                None => Err(Failure::new(ExitCode::Usage, format!("{}: has no checkpoint yet", path.display()))),
+                None => Err(Failure::new(ExitCode::Io, format!("{}: has no checkpoint yet", path.display()))),
             };
         }
         if path.join("config.json").is_file() {
@@ -61,10 +61,13 @@ impl Place {
         match Checkpoint::open(path) {
             Ok(checkpoint) => Ok(Self::Run { run: run_at(path.parent().and_then(Path::parent))?, checkpoint }),
             Err(CheckpointError::NoCheckpoint { .. }) => {
-                let found = if path.exists() { "holds no model" } else { "there is no such folder" };
+                let (found, code) = match path.exists() {
+                    true => ("holds no model", ExitCode::Usage),
+                    false => ("there is no such folder", ExitCode::Io),
+                };
                 let accepted =
                     "accepted: a run directory, one checkpoint of it, or a Hugging Face folder with a config.json";
-                Err(Failure::new(ExitCode::Usage, format!("{}: {found}; {accepted}", path.display())))
+                Err(Failure::new(code, format!("{}: {found}; {accepted}", path.display())))
             }
             Err(error) => Err(error.into()),
         }

@@ -31,7 +31,7 @@ pub(super) fn run(dir: &Path, json: bool, out: &mut impl Write) -> Result<ExitCo
     let run_dir = RunDir::at(dir);
     let Some(config) = run_dir.saved_config()? else {
         let message = format!("{}: holds no run: config.toml is missing", dir.display());
-        return Err(Failure::new(Code::Usage, message));
+        return Err(Failure::new(Code::Io, message));
     };
     let usage = Usage::read(&run_dir.logs(), 0)?;
     let experts = if config.model.moe_layers().next().is_some() { config.model.experts } else { 0 };

@@ -42,6 +42,10 @@ pub struct TraceFile {
 impl TraceFile {
     /// The file of `rank` beside the trace `path`, begun anew.
     pub fn create(path: &Path, rank: usize) -> Result<Self, TraceError> {
+        if path.is_dir() {
+            let reason = io::ErrorKind::IsADirectory.into();
+            return Err(TraceError { path: path.into(), action: "made", reason });
+        }
         let path = part(path, rank);
         let failed = |reason| TraceError { path: path.clone(), action: "made", reason };
         let file = BufWriter::new(File::create(&path).map_err(failed)?);

@@ -36,7 +36,7 @@ one, or SIGTERM, gives up the step.";
 
 /// Trains a Mixture-of-Experts language model. Start it alone, or with mpirun or srun for several ranks.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "moe-worker", version, after_long_help = EXAMPLES)]
+#[command(name = "moe-worker", version, allow_negative_numbers = true, after_long_help = EXAMPLES)]
 pub struct WorkerArgs {
     /// The gate that the program was built with.
     #[arg(skip)]
@@ -85,7 +85,7 @@ pub struct WorkerArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u32).range(1..))]
     pub start_timeout: u32,
     /// Coordinator that is hosted elsewhere, as by moe-launch run; otherwise rank 0 hosts it.
-    #[arg(long, value_name = "HOST:PORT", requires = "join_token")]
+    #[arg(long, value_name = "HOST:PORT")]
     pub coordinator: Option<String>,
     /// Join token of that coordinator; better given by the variable, which other users of the machine do not see.
     #[arg(long, value_name = "HEX", env = "MOE_JOIN_TOKEN", hide_env_values = true)]
@@ -130,9 +130,15 @@ impl WorkerArgs {
     /// Who hosts the coordinator.
     ///
     /// # Errors
-    /// Usage: an address that is none, or a token that is none.
+    /// Usage: an address that is none, no token, or one that is none.
     pub(super) fn seat(&self) -> Result<Seat, Failure> {
-        let (Some(addr), Some(token)) = (self.coordinator.clone(), &self.join_token) else { return Ok(Seat::Rank0) };
+        let Some(addr) = self.coordinator.clone() else { return Ok(Seat::Rank0) };
+        let Some(token) = &self.join_token else {
+            let message = format!(
+                "--coordinator {addr}: needs the token of the job, the same for all its ranks, in MOE_JOIN_TOKEN or as --join-token HEX"
+            );
+            return Err(Failure::new(ExitCode::Usage, message));
+        };
         let token = token.parse::<JoinToken>().map_err(CoordinationError::from)?;
         match addr.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse().ok()?))) {
             Some((host, port)) if !host.is_empty() && port > 0 => Ok(match self.host_coordinator {
@@ -190,6 +196,13 @@ mod tests {
             let failure = seat(&["--join-token", token, "--coordinator", addr]).unwrap_err();
             assert_eq!(failure.exit_code(), ExitCode::Usage);
             assert!(failure.to_string().starts_with(&format!("--coordinator {addr}: must be HOST:PORT")), "{failure}");
+        }
+        if std::env::var_os("MOE_JOIN_TOKEN").is_none() {
+            let failure = seat(&["--coordinator", "head:7400"]).unwrap_err();
+            assert!(
+                failure.exit_code() == ExitCode::Usage && failure.to_string().contains("MOE_JOIN_TOKEN"),
+                "{failure}"
+            );
         }
         let failure = seat(&["--join-token", "short", "--coordinator", "head:7400"]).unwrap_err();
         assert_eq!(failure.exit_code(), ExitCode::Usage, "{failure}");

@@ -278,7 +278,7 @@ impl OnDevice for Training<'_> {
                 grid,
             };
             let trace = args.trace.as_deref().map(|path| TraceFile::create(path, start.rank.0)).transpose()?;
-            let records = Records { trace, meter: Meter::new(start.start_bytes), ..Records::default() };
+            let records = Records { trace: trace.map(Ok), meter: Meter::new(start.start_bytes), ..Records::default() };
             let mut run = RunLoop::new(&mut trainer, surroundings, &mut progress, records);
             let ending = run.run(done).and_then(|ending| run.close(args.trace.as_deref()).map(|()| ending));
             progress.finish();

@@ -19,7 +19,7 @@ use crate::config::Config;
 use crate::coordination::{Activity, Progress as Reading};
 use crate::data::{Cursor, Loader};
 use crate::exit::{Classified, ExitCode, Failure};
-use crate::telemetry::{EventFile, MetricsFile, Progress, StepMetrics, TraceFile, merge_traces};
+use crate::telemetry::{EventFile, MetricsFile, Progress, StepMetrics, TraceError, TraceFile, merge_traces};
 use crate::topology::Grid;
 use crate::training::{PersistError, Requests, StepError, Trainer};
 
@@ -70,8 +70,8 @@ pub(super) struct Records {
     pub balance: Option<MetricsFile>,
     /// The same for TensorBoard; rank 0, where it is asked for.
     pub events: Option<EventFile>,
-    /// Spans of stages, where they are asked for.
-    pub trace: Option<TraceFile>,
+    /// Spans of stages, where they are asked for, until they cannot be written: a run does not end for them.
+    pub trace: Option<Result<TraceFile, TraceError>>,
     /// What the steps use.
     pub meter: Meter,
 }
@@ -152,10 +152,11 @@ impl<'a, B: Ranked> RunLoop<'a, B> {
     pub(super) fn close(&mut self, trace: Option<&Path>) -> Result<(), Failure> {
         self.records.meter.usage(self.trainer).write(&self.surroundings.run_dir.logs())?;
         let (Some(path), Some(file)) = (trace, self.records.trace.take()) else { return Ok(()) };
-        file.finish()?;
+        let finished = file.and_then(TraceFile::finish);
         let world = &self.trainer.groups().world;
-        world.barrier()?;
-        if world.rank() == 0 {
+        let all = world.all_gather_bytes(&[u8::from(finished.is_ok())]);
+        finished?;
+        if world.rank() == 0 && all?.iter().all(|finished| *finished == [1]) {
             merge_traces(path, world.size())?;
         }
         Ok(())
@@ -174,8 +175,11 @@ impl<'a, B: Ranked> RunLoop<'a, B> {
         if let Some(events) = &mut self.records.events {
             events.append(metrics)?;
         }
-        if let Some(trace) = &mut self.records.trace {
-            trace.step(metrics.step, &self.trainer.take_spans())?;
+        if let Some(Ok(trace)) = &mut self.records.trace
+            && let Err(error) = trace.step(metrics.step, &self.trainer.take_spans())
+        {
+            tracing::warn!(%error, "the trace ends here; the run goes on");
+            self.records.trace = Some(Err(error));
         }
         // A reader that went away does not end a run; the metrics file has everything.
         let _ = self.progress.step(metrics);
