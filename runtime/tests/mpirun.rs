@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use support::mpirun::{available, mpirun, signal_rank};
-use support::process::{DONE, Place, Program, RETRY, Run, Signal, USAGE};
+use support::process::{DONE, Ended, INTERNAL, Place, Program, RETRY, Run, Signal, USAGE};
 
 const WORKER: &str = env!("CARGO_BIN_EXE_moe-worker");
 
@@ -129,4 +129,21 @@ fn what_rank_0_refuses_all_ranks_leave_with_and_one_says_why() {
     let job = launch(4, &run, 5, &["parallel.ep=3"]);
     let ended = job.wait().expect(USAGE).says("parallel.ep = 3: must divide both the 4 ranks and model.experts = 4");
     assert_eq!(ended.output.matches("error:").count(), 1, "{}", ended.output);
+}
+
+#[test]
+fn of_what_all_ranks_meet_one_speaks() {
+    if !available() {
+        return;
+    }
+    let place = Place::new();
+    let once = |ended: Ended| assert_eq!(ended.output.matches("error:").count(), 1, "{}", ended.output);
+    once(launch(4, &place.run("nan"), 5, &["optimizer.lr=1e30"]).wait().expect(INTERNAL).says("step 2: the"));
+    let run = place.run("damaged");
+    launch(4, &run, 5, &[]).wait().expect(DONE);
+    let file = run.checkpoint(5).join("optimizer.expert-00002.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+    once(launch(4, &run, 8, &[]).wait().expect(65).says("optimizer.expert-00002.safetensors: damaged"));
 }

@@ -162,6 +162,10 @@ impl Coordination {
     pub(super) fn report(&self, step: u64, error: &StepError) {
         let report = match error {
             StepError::Collective(error) => report_of(step, error),
+            // It names the step itself.
+            error @ StepError::NotFinite { .. } => {
+                Some(ErrorReport { message: error.to_string(), ..ErrorReport::default() })
+            }
             error => Some(ErrorReport { step, message: error.to_string(), ..ErrorReport::default() }),
         };
         if let Some(report) = report {

@@ -11,6 +11,7 @@ use crate::collectives::Communicator;
 use crate::config::{Config, Precision};
 use crate::exit::{ExitCode, Failure};
 use crate::invalid::InvalidValue;
+use crate::memory::Tally;
 use crate::model::ModelConfig;
 use crate::plan::{DoesNotFit, Job, MemoryPlan, Numbers, nearest_that_fit};
 use crate::routing::{RouterConfig, RouterKind};
@@ -178,16 +179,24 @@ impl Device {
         }
     }
 
-    /// Refuses what this machine has no memory for, which `neighbours` ranks share. A device with memory of its own says so itself, when
-    /// it is asked for more than it has.
+    /// Refuses what this machine has no memory for, which `neighbours` ranks share, and warns of what may be too much: activations and rows
+    /// under way are planned with headroom, the model's state is not. A device with memory of its own says so itself, when it is asked for
+    /// more than it has.
     pub fn check_memory(&self, config: &Config, grid: &Grid, neighbours: usize) -> Result<(), DoesNotFit> {
         let Some(free) = available_memory().filter(|_| self.memory_bytes().is_none()) else { return Ok(()) };
         let job = Job { config: config.clone(), grid: *grid, ranks_per_node: neighbours, numbers: self.numbers() };
-        let (peak_bytes, limit_bytes) = (MemoryPlan::new(&job).peak_bytes, free / neighbours.max(1) as u64);
-        if peak_bytes <= limit_bytes {
+        let (plan, limit_bytes) = (MemoryPlan::new(&job), free / neighbours.max(1) as u64);
+        if plan.peak_bytes <= limit_bytes {
             return Ok(());
         }
-        Err(DoesNotFit { peak_bytes, limit_bytes, alternatives: nearest_that_fit(&job, limit_bytes) })
+        let alternatives = nearest_that_fit(&job, limit_bytes);
+        let refusal = DoesNotFit { peak_bytes: plan.peak_bytes, limit_bytes, alternatives };
+        let Tally { parameters, gradients, optimizer, .. } = plan.buffers;
+        if parameters + gradients + optimizer > limit_bytes {
+            return Err(refusal);
+        }
+        tracing::warn!("by the plan {refusal}");
+        Ok(())
     }
 
     /// Out of memory, with what would fit; other failures of a device as they are.

@@ -217,15 +217,19 @@ impl<'a, B: Ranked> RunLoop<'a, B> {
 
     /// Why the run ends at `step`, with what a reader needs to go on.
     fn failed(&self, step: u64, error: StepError) -> Failure {
+        if matches!(error, StepError::NotFinite { .. }) {
+            // Every rank sees the same sums and comes here; one of them says it, once all have.
+            let world = &self.trainer.groups().world;
+            let _ = world.barrier();
+            if world.rank() > 0 {
+                return Failure::of_another_rank(error.exit_code().number());
+            }
+        }
         self.surroundings.coordination.report(step, &error);
         let (remedy, code) = (self.remedy(), error.exit_code());
         if let StepError::Device(error @ DeviceError::OutOfMemory { .. }) = error {
             let Surroundings { device, config, grid, .. } = &self.surroundings;
             return Failure::new(code, format!("step {step}: {}; {remedy}", device.explain(error, config, grid)));
-        }
-        // Every rank sees the same sums; one of them says it.
-        if matches!(error, StepError::NotFinite { .. }) && self.trainer.groups().world.rank() > 0 {
-            return Failure::of_another_rank(code.number());
         }
         let message = match &error {
             StepError::Collective(CollectiveError::Aborted { .. } | CollectiveError::GivenUp { .. })
