@@ -52,11 +52,12 @@ fn data_that_cannot_be_used_is_refused_with_file_reason_and_class() {
     let place = Place::new();
     let text = fs::read(place.path().join("text.txt")).unwrap();
     let tokens: Vec<u8> = (0..2000u16).flat_map(|id| (id % 300).to_le_bytes()).collect();
-    let files: [(&str, &[u8]); 9] = [
+    let files: [(&str, &[u8]); 10] = [
         ("empty.txt", b""),
         ("latin1.txt", b"one\ntwo \xe9\n"),
         ("short.txt", b"ten words"),
         ("nofield.jsonl", b"{\"text\": \"a\"}\n{\"body\": \"b\"}\n"),
+        ("prompts.jsonl", b"{\"prompt\": \"a\", \"completion\": \"\"}\n"),
         ("broken.jsonl", b"{\"text\": \"a\"}\n{\"text\": \"b\"}\n{\"text\": \n"),
         ("damaged.txt.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\0broken"),
         ("damaged.jsonl.zst", b"\x28\xb5\x2f\xfd broken"),
@@ -76,6 +77,7 @@ fn data_that_cannot_be_used_is_refused_with_file_reason_and_class() {
         ("latin1.txt", BAD_DATA, "latin1.txt: byte 8 (line 2) is 0xe9, which is not UTF-8"),
         ("short.txt", BAD_DATA, "the training text is 8 tokens long, but a sequence of train.sequence_length = 32"),
         ("nofield.jsonl", BAD_DATA, "nofield.jsonl:2: has neither the field \"text\" (data.text_field)"),
+        ("prompts.jsonl", BAD_DATA, "prompts.jsonl: every completion is empty"),
         ("broken.jsonl", BAD_DATA, "broken.jsonl:3:"),
         ("damaged.txt.gz", BAD_DATA, "damaged.txt.gz: line 1: the gzip data is damaged or cut off"),
         ("damaged.jsonl.zst", BAD_DATA, "damaged.jsonl.zst: line 1: the zstd data is damaged or cut off"),

@@ -253,8 +253,10 @@ struct Origins {
 }
 
 impl Origins {
+    /// Who set `key`, or what it is a part of.
     fn of(&self, key: &str) -> &Origin {
-        self.keys.get(key).unwrap_or(&self.base)
+        let mut parts = std::iter::successors(Some(key), |key| Some(key.rsplit_once('.')?.0));
+        parts.find_map(|key| self.keys.get(key)).unwrap_or(&self.base)
     }
 }
 

@@ -135,6 +135,10 @@ fn a_value_refused_later_still_says_who_set_it() {
         error.to_string(),
         "--ep: parallel.ep = 3: must divide both the 4 ranks and model.experts = 6; nearest that do: [2]"
     );
+    let sources = "[data.sources.a]\npaths = \"a\"\nweight = 1\n[data.sources.b]\npaths = \"b\"\n";
+    let (_folder, path) = written(sources);
+    let error = ConfigBuilder::new().file(&path).build().and_then(|resolved| resolved.validate(1)).unwrap_err();
+    assert!(error.to_string().starts_with(&format!("{}: data.sources.b.weight", path.display())), "{error}");
     let error = ConfigBuilder::new().flag("--seed", "train.seed", u64::MAX).build().unwrap_err();
     assert_eq!(error.to_string(), format!("--seed: train.seed = {}: must be at most {}", u64::MAX, i64::MAX));
 }

@@ -84,13 +84,18 @@ pub fn train_bpe(spec: &BpeSpec, meter: &(dyn Fn(u64) + Sync)) -> Result<Trained
                 let _ = sender.send(text.to_owned());
             };
             for file in expand(&spec.paths)? {
+                let mut bytes = 0;
                 read_pieces(&file, None, &reading, &mut |piece| {
+                    bytes += piece.bytes();
                     match piece {
                         Piece::File { text, .. } | Piece::Record { text } => send(text),
                         Piece::Example { prompt, completion } => [prompt, completion].into_iter().for_each(&mut send),
                     }
                     Ok(())
                 })?;
+                if bytes == 0 && file.named {
+                    return Err(DataError::Empty { path: file.path });
+                }
             }
             Ok::<_, DataError>(())
         });

@@ -150,6 +150,8 @@ pub(super) struct CorpusBuilder<'a> {
     hash: Sha256,
     files: usize,
     bytes: usize,
+    /// Of them those that are no prompt.
+    learned: usize,
 }
 
 impl<'a> CorpusBuilder<'a> {
@@ -157,7 +159,7 @@ impl<'a> CorpusBuilder<'a> {
     pub(super) fn new(tokenizer: &'a dyn Tokenizer, ends: EndTokens, hash: Sha256) -> Self {
         let memory = Memory::new(tokenizer.vocab_size());
         let encoder = Encoder::new(tokenizer, ends);
-        Self { tokenizer, encoder, memory, segments: Vec::new(), hash, files: 0, bytes: 0 }
+        Self { tokenizer, encoder, memory, segments: Vec::new(), hash, files: 0, bytes: 0, learned: 0 }
     }
 
     /// Bytes of text so far.
@@ -175,13 +177,17 @@ impl<'a> CorpusBuilder<'a> {
     }
 
     fn piece(&mut self, piece: Piece<'_>) -> Result<(), DataError> {
-        match piece {
-            Piece::File { text, .. } | Piece::Record { text } => self.hash.update(text),
+        self.learned += match piece {
+            Piece::File { text, .. } | Piece::Record { text } => {
+                self.hash.update(text);
+                text.len()
+            }
             Piece::Example { prompt, completion } => {
                 self.hash.update(prompt);
                 self.hash.update(completion);
+                completion.len()
             }
-        }
+        };
         self.bytes += piece.bytes();
         self.encoder.encode(piece, &mut self.memory)
     }
@@ -190,11 +196,14 @@ impl<'a> CorpusBuilder<'a> {
     fn add(&mut self, file: &InputFile, spec: &CorpusSpec) -> Result<(), DataError> {
         match file.format {
             Format::Text | Format::Records => {
-                let before = self.bytes;
+                let (before, learned) = (self.bytes, self.learned);
                 let reading = Reading { text_field: &spec.text_field, meter: &|_| {} };
                 read_pieces(file, None, &reading, &mut |piece| self.piece(piece))?;
                 if self.bytes == before && file.named {
                     return Err(DataError::Empty { path: file.path.clone() });
+                }
+                if self.bytes > before && self.learned == learned {
+                    return Err(DataError::NothingToLearn { path: file.path.clone() });
                 }
                 self.files += usize::from(self.bytes > before);
             }

@@ -109,6 +109,12 @@ pub enum DataError {
         /// The file.
         path: PathBuf,
     },
+    /// All of a file are prompts, which are not predicted.
+    #[error("{}: every completion is empty: there is nothing to learn from prompts alone", path.display())]
+    NothingToLearn {
+        /// The file.
+        path: PathBuf,
+    },
     /// A folder holds no data.
     #[error(
         "{}: holds no text; files in a directory are read when they end in {}, {}, {SHARD_EXTENSION} or idx (with its bin), \
